@@ -1,0 +1,51 @@
+"""The sizes of a Transformer, and every check of them."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+"""The first four entries of every vocabulary: padding, unknown, begin and end of sentence."""
+
+Positions = Literal["sinusoidal", "learned", "none", "relative", "rotary", "alibi"]
+Norm = Literal["post", "pre"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Table 3's columns, in the paper's symbols; all are independent of one another.
+
+    Raises ValueError with the field's name, its value and what is allowed.
+    """
+
+    vocab_size: int
+    num_layers: int  # N, in the encoder and in the decoder
+    d_model: int
+    d_ff: int
+    num_heads: int  # h
+    d_k: int  # of one head's queries and keys
+    d_v: int  # of one head's values
+    dropout: float  # P_drop
+    positions: Positions
+    norm: Norm  # post: LayerNorm(x + Sublayer(x)), the paper; pre: x + Sublayer(LayerNorm(x))
+    max_length: int  # positions of one sentence, end-of-sentence counted
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}: a whole number from 1 up is needed")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"dropout is {self.dropout!r}: a number from 0 up to, not including, 1 is needed"
+            )
+        for name, allowed in (("positions", get_args(Positions)), ("norm", get_args(Norm))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)} is needed")
+        if self.vocab_size <= EOS:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}: more than the {EOS + 1} reserved pieces are needed"
+            )
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"d_model is {self.d_model}: sinusoidal positions need an even number")
+        if self.positions == "rotary" and self.d_k % 2:
+            raise ValueError(f"d_k is {self.d_k}: rotary positions need an even number")
