@@ -7,6 +7,7 @@ prints all values with the file that each comes from.
 
 import argparse
 import types
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from model.config import Norm, Positions, TransformerConfig
+from model.schedule import learning_rate
 
 PRESETS = ("data", "model", "hardware")
 
@@ -67,9 +69,7 @@ class Tokenize:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        _require(
-            self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "more than the 4 reserved pieces"
-        )
+        _require(self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "more than the 4 reserved pieces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class Train:
     beta2: float
     eps: float
     max_grad_norm: float
+    log_every: int
     validate_every: int
     patience: int
     checkpoint_every: int
@@ -114,7 +115,7 @@ class Train:
     average_checkpoints: int
 
     def __post_init__(self) -> None:
-        for key in ("batch_tokens", "max_steps", "warmup_steps", "validate_every", "checkpoint_every"):
+        for key in ("batch_tokens", "max_steps", "warmup_steps", "log_every", "validate_every", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "a number from 1 up")
         for key in ("label_smoothing", "beta1", "beta2"):
             value = getattr(self, key)
@@ -192,6 +193,11 @@ class Settings:
     evaluate: Evaluate
     tracking: Tracking
 
+    def learning_rate(self) -> Callable[[int], float]:
+        """The rate of step 1, 2, ... (section 5.3)."""
+        t = self.train
+        return lambda step: learning_rate(step, self.model.d_model, t.warmup_steps, t.lr_scale)
+
 
 SECTIONS: dict[str, dict[str, type]] = {
     "data": {"download": Download, "validate": Validate, "tokenize": Tokenize},
@@ -260,9 +266,7 @@ def _optional(kind: Any) -> bool:
     return isinstance(kind, types.UnionType)
 
 
-def _check_keys(
-    path: Path, prefix: str, values: dict, known: set[str], required: set[str] | None = None
-) -> None:
+def _check_keys(path: Path, prefix: str, values: dict, known: set[str], required: set[str] | None = None) -> None:
     for key in sorted(set(values) - known, key=str):
         raise ValueError(f"{path}: {prefix}{key} is unknown: one of {', '.join(sorted(known))} is needed")
     for key in sorted((known if required is None else required) - set(values)):
@@ -295,9 +299,7 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Print every setting that a run here would use, and its file."
-    )
+    parser = argparse.ArgumentParser(description="Print every setting that a run here would use, and its file.")
     parser.parse_args()
     try:
         settings = load_settings()

@@ -1,0 +1,189 @@
+"""Greedy and beam search (section 6.1) over anything that turns pieces into logits."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.config import BOS, EOS, PAD
+
+
+class Decoder(Protocol):
+    """A batch of sentences under translation. Each has the same number of rows, next to one another.
+
+    A row is a hypothesis that is still growing; the decoder remembers what was fed to it.
+    """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Feed each row its next piece [rows]; give the logits of the one after [rows, vocab].
+
+        The first call has one row a sentence, all BOS. The search may overwrite what it is given.
+        """
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let new row i continue what old row `rows[i]` has read; the rows of a sentence stay with it."""
+
+    def keep(self, sentences: Tensor) -> None:
+        """Drop all sentences but these (ascending positions in the present batch)."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One output. `score` is log_prob / length_penalty, by which hypotheses are ranked."""
+
+    tokens: list[int]  # without BOS and EOS
+    log_prob: float  # sum over the pieces in nats, EOS included if finished
+    score: float
+    finished: bool  # False: cut off at the longest length before it ended
+
+
+def length_penalty(length: Tensor | int, alpha: float) -> Tensor:
+    """lp(Y) = ((5 + |Y|) / 6)^alpha (Wu et al. 2016, equation 14); |Y| counts EOS."""
+    return ((5 + torch.as_tensor(length)) / 6) ** alpha
+
+
+@torch.inference_mode()
+def beam_search(
+    decoder: Decoder, max_lengths: Tensor, *, beam: int, alpha: float, num_best: int | None = None
+) -> list[list[Hypothesis]]:
+    """The `num_best` (default: `beam`) best finished hypotheses of every sentence, best first.
+
+    `max_lengths` [sentences]: the most pieces an output may have, EOS not counted. Each step considers the
+    2 * beam most probable continuations of a sentence: those that end are finished, the best `beam` of the
+    others live on, so an ending costs the search no place. With beam 1 one continuation is considered, which
+    is greedy search whatever alpha. PAD and BOS are never chosen. A sentence without a finished hypothesis
+    gives those that reached its longest length, by log_prob.
+
+    A sentence leaves the batch as soon as its result is settled: a live log_prob can only fall, so no live
+    hypothesis can come to score above log_prob / lp(max_length + 1). This changes no result, and a smaller
+    `num_best` only means an earlier end. Of finished hypotheses with equal scores the first found comes
+    first; of equal continuations torch.topk chooses, looking at nothing but that sentence.
+
+    Raises ValueError for a beam or num_best below 1, an alpha or length below 0, logits that are not finite.
+    """
+    num_best = beam if num_best is None else num_best
+    for name, value, least in (("beam", beam, 1), ("num_best", num_best, 1), ("alpha", alpha, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}: {least} or more is needed")
+    _check_lengths(max_lengths)
+    results: list[list[Hypothesis]] = [[] for _ in max_lengths]
+    if not results:
+        return results
+    num_sentences, longest = len(results), int(max_lengths.max())
+    sentences = torch.arange(num_sentences, device=max_lengths.device)  # those still in the batch
+    considered = 1 if beam == 1 else 2 * beam
+
+    tokens = max_lengths.new_full((num_sentences, 1, longest + 1), PAD)
+    log_prob = torch.zeros(num_sentences, 1, device=max_lengths.device)
+    done_tokens = max_lengths.new_full((num_sentences, num_best, longest + 1), PAD)
+    done_log_prob = torch.full((num_sentences, num_best), -torch.inf, device=max_lengths.device)
+    done_score = done_log_prob
+    last = max_lengths.new_full((num_sentences,), BOS)
+
+    for length in range(longest + 1):  # of the live hypotheses
+        num_sentences, num_live = log_prob.shape
+        continued = _continue(decoder.step(last), log_prob.flatten())  # [rows, vocab]
+        vocab = continued.shape[1]
+        new_log_prob, index = continued.view(num_sentences, -1).topk(min(considered, num_live * vocab))
+        parent, token = index // vocab, index % vocab  # [sentences, considered]
+        new_tokens = _pick(tokens, parent)
+        new_tokens[:, :, length] = token
+
+        ends = token == EOS
+        score = (new_log_prob / length_penalty(length + 1, alpha)).masked_fill(~ends, -torch.inf)
+        scores, order = torch.cat([done_score, score], 1).sort(dim=1, descending=True, stable=True)
+        done_score, order = scores[:, :num_best], order[:, :num_best]
+        done_log_prob = _pick(torch.cat([done_log_prob, new_log_prob], 1), order)
+        done_tokens = _pick(torch.cat([done_tokens, new_tokens], 1), order)
+
+        over = ends | (max_lengths[sentences] == length)[:, None]
+        new_log_prob, order = new_log_prob.masked_fill(over, -torch.inf).sort(dim=1, descending=True, stable=True)
+        bound = new_log_prob[:, 0] / length_penalty(max_lengths[sentences] + 1, alpha)
+        settled = done_score[:, -1] >= bound  # -inf >= -inf when nothing is alive
+        for i in settled.nonzero().flatten().tolist():
+            found = _finished(done_tokens[i], done_log_prob[i], done_score[i])
+            unfinished = _unfinished(tokens[i, :, :length], log_prob[i], alpha)
+            results[int(sentences[i])] = found or unfinished[:num_best]
+
+        # The living: first the sentences that stay, then in each the best `beam` hypotheses.
+        stay = (~settled).nonzero().flatten()
+        if len(stay) == 0:
+            break
+        if len(stay) < num_sentences:
+            decoder.keep(stay)
+        sentences = sentences[stay]
+        done_tokens, done_log_prob, done_score = done_tokens[stay], done_log_prob[stay], done_score[stay]
+        order = order[stay, :beam]
+        log_prob = new_log_prob[stay, :beam]
+        tokens = _pick(new_tokens[stay], order)
+        last = tokens[:, :, length].flatten()
+        first_row = num_live * torch.arange(len(stay), device=max_lengths.device)
+        decoder.reorder((first_row[:, None] + _pick(parent[stay], order)).flatten())
+    return results
+
+
+@torch.inference_mode()
+def greedy_search(decoder: Decoder, max_lengths: Tensor, *, alpha: float = 0) -> list[Hypothesis]:
+    """The most probable next piece, step by step, until EOS: beam_search with beam 1, in its plainest form.
+
+    alpha serves the hypotheses' `score` alone.
+    """
+    _check_lengths(max_lengths)
+    results = [Hypothesis([], 0.0, 0.0, False) for _ in max_lengths]
+    outputs: list[list[int]] = [[] for _ in max_lengths]
+    sentences = list(range(len(results)))  # those still in the batch
+    limits = max_lengths.tolist()
+    log_prob = torch.zeros(len(results), device=max_lengths.device)
+    last = torch.full_like(max_lengths, BOS)
+    while sentences:
+        new_log_prob, token = (x[:, 0] for x in _continue(decoder.step(last), log_prob).topk(1))
+        stay = []
+        for i, (sentence, piece) in enumerate(zip(sentences, token.tolist(), strict=True)):
+            output = outputs[sentence]
+            if piece == EOS or len(output) == limits[sentence]:
+                total = float((new_log_prob if piece == EOS else log_prob)[i])
+                penalty = float(length_penalty(len(output) + (piece == EOS), alpha))
+                results[sentence] = Hypothesis(output, total, total / penalty, piece == EOS)
+            else:
+                output.append(piece)
+                stay.append(i)
+        if 0 < len(stay) < len(sentences):
+            decoder.keep(torch.tensor(stay, device=max_lengths.device))
+        sentences = [sentences[i] for i in stay]
+        log_prob, last = new_log_prob[stay], token[stay]
+    return results
+
+
+def _check_lengths(max_lengths: Tensor) -> None:
+    if len(max_lengths) and int(max_lengths.min()) < 0:
+        raise ValueError(f"max_lengths holds {int(max_lengths.min())}: 0 or more is needed")
+
+
+def _continue(logits: Tensor, log_prob: Tensor) -> Tensor:
+    """log_prob [rows] of each row, continued by every piece [rows, vocab]."""
+    logits = logits.float()
+    normaliser = logits.logsumexp(1)
+    if not normaliser.isfinite().all():
+        raise ValueError("the decoder's logits are not finite numbers")
+    continued = logits.add_((log_prob - normaliser)[:, None])
+    continued[:, PAD] = continued[:, BOS] = -torch.inf
+    return continued
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """values [sentences, n] or [sentences, n, length] at index [sentences, m], along the second dimension."""
+    if values.dim() == 3:
+        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+    return values.gather(1, index)
+
+
+def _finished(tokens: Tensor, log_prob: Tensor, score: Tensor) -> list[Hypothesis]:
+    found = zip(tokens.tolist(), log_prob.tolist(), score.tolist(), strict=True)
+    return [Hypothesis(t[: t.index(EOS)], p, s, True) for t, p, s in found if s > -torch.inf]
+
+
+def _unfinished(tokens: Tensor, log_prob: Tensor, alpha: float) -> list[Hypothesis]:
+    penalty = float(length_penalty(tokens.shape[1], alpha))
+    found = zip(tokens.tolist(), log_prob.tolist(), strict=True)
+    return [Hypothesis(t, p, p / penalty, False) for t, p in found if p > -torch.inf]

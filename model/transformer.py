@@ -1,0 +1,311 @@
+"""The Transformer, in the order of section 3 of the paper.
+
+Shapes in the comments: batch, src and tgt (positions of a sentence), heads, d_model, d_k, d_v, vocab;
+`rows` are the hypotheses of a beam search, `sentences` their source sentences. A mask's True means "attend".
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import PAD, Positions, TransformerConfig
+
+MAX_RELATIVE_DISTANCE = 16
+"""Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention (sections 3.2.1 and 3.2.2, Figure 2): Concat(head_1..head_h) W^O with
+    head_i = softmax(Q W_i^Q (K W_i^K)^T / sqrt(d_k)) V W_i^V; no biases, no dropout on the weights.
+
+    The positions that act inside attention act here, on self-attention only:
+
+    - rotary (Su et al. 2021): queries and keys are turned by angles that grow with their position;
+    - alibi (Press et al. 2022): head i's logits lose 2^(-8i/h) |offset|, on both sides in the encoder;
+    - relative (Shaw et al. 2018): query i gains q_i . a_(j-i) / sqrt(d_k) for key j, a learned vector a for each
+      offset, shared by the heads. Their second term, on the values, is left out: their Table 3 finds that it
+      changes nothing, and the weights that it needs never leave the fused kernel.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_k: int, d_v: int, positions: Positions = "none") -> None:
+        super().__init__()
+        self.num_heads, self.d_k, self.d_v, self.positions = num_heads, d_k, d_v, positions
+        self.split = [num_heads * d_k, num_heads * d_k, num_heads * d_v]
+        self.w_qkv = nn.Parameter(torch.empty(sum(self.split), d_model))  # W^Q, W^K, W^V, one below the other
+        self.w_o = nn.Linear(num_heads * d_v, d_model, bias=False)
+        if positions == "relative":
+            self.offset_keys = nn.Parameter(torch.empty(2 * MAX_RELATIVE_DISTANCE + 1, d_k))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (*self.w_qkv.split(self.split), self.w_o.weight):
+            nn.init.xavier_uniform_(weight)
+        if self.positions == "relative":
+            nn.init.xavier_uniform_(self.offset_keys)
+
+    def queries_keys_values(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Of self-attention: [batch, heads, length, d_k, d_k and d_v]; x begins at position `first`."""
+        q, k, v = F.linear(x, self.w_qkv).split(self.split, dim=-1)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if self.positions == "rotary":
+            cos, sin = rotary_angles(first, x.size(1), self.d_k, x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Of attention to the encoder's output."""
+        return self._heads(F.linear(x, self.w_qkv[: self.split[0]]))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the encoder's output."""
+        k, v = F.linear(memory, self.w_qkv[self.split[0] :]).split(self.split[1:], dim=-1)
+        return self._heads(k), self._heads(v)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attend_mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """The heads' outputs, joined and projected: [batch, queries, d_model]. The last query stands beside the
+        last key, so that a step of the search gives one query and all keys up to now."""
+        bias = self._position_bias(q, k)
+        if bias is not None:
+            if causal:
+                attend_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+            attend_mask = bias if attend_mask is None else bias.masked_fill(~attend_mask, -math.inf)
+        x = F.scaled_dot_product_attention(q, k, v, attend_mask, is_causal=causal and bias is None)
+        return self.w_o(x.transpose(1, 2).flatten(2))  # [batch, queries, heads * d_v] -> d_model
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _position_bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """What is added to the logits: [heads, queries, keys] or [batch, heads, queries, keys]."""
+        if self.positions not in ("alibi", "relative"):
+            return None
+        num_queries, num_keys = q.size(2), k.size(2)
+        key = torch.arange(num_keys, device=q.device)
+        offset = key - key[num_keys - num_queries :, None]  # [queries, keys], j - i
+        if self.positions == "alibi":
+            head = torch.arange(1, self.num_heads + 1, device=q.device, dtype=q.dtype)
+            return -torch.exp2(-8 * head / self.num_heads)[:, None, None] * offset.abs().to(q.dtype)
+        offset = offset.clamp(-MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE) + MAX_RELATIVE_DISTANCE
+        by_offset = q @ self.offset_keys.T.to(q.dtype) / math.sqrt(self.d_k)  # [batch, heads, queries, offsets]
+        return by_offset.gather(-1, offset.expand(*by_offset.shape[:2], -1, -1))
+
+
+def rotary_angles(first: int, length: int, d_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position / 10000^(2i/d_k), from position `first`: [length, d_k / 2]."""
+    angles = position_angles(torch.arange(first, first + length, device=device), d_k)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_(i + d_k/2)) by its angle (Su et al. 2021, equation 34, halves instead of
+    neighbours: a fixed permutation of W^Q and W^K)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (section 3.3)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+        for linear in (self.w_1, self.w_2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_2(F.relu(self.w_1(x)))
+
+
+def position_angles(positions: Tensor, dim: int) -> Tensor:
+    """position / 10000^(2i/dim) for i = 0 .. dim/2 - 1: [positions, dim / 2]."""
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    return positions[:, None] / 10_000**exponent
+
+
+def sinusoids(length: int, d_model: int) -> Tensor:
+    """PE(pos, 2i) = sin(pos / 10000^(2i/d_model)), PE(pos, 2i+1) = the cosine (section 3.5)."""
+    angles = position_angles(torch.arange(length), d_model)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # [length, d_model]
+
+
+class Embedding(nn.Module):
+    """The matrix shared by both embeddings and the pre-softmax projection, times sqrt(d_model) (section 3.4),
+    plus positions that are added (section 3.5), with dropout on the sum (section 5.4)."""
+
+    positions: Tensor | None  # [max_length, d_model]
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        nn.init.normal_(self.weight, std=config.d_model**-0.5)
+        self.scale, self.dropout = math.sqrt(config.d_model), config.dropout
+        self.max_length = config.max_length
+        if config.positions == "learned":  # Table 3, row E
+            self.positions = nn.Parameter(torch.empty(config.max_length, config.d_model))
+            nn.init.normal_(self.positions, std=config.d_model**-0.5)
+        elif config.positions == "sinusoidal":
+            self.register_buffer("positions", sinusoids(config.max_length, config.d_model), persistent=False)
+        else:
+            self.register_parameter("positions", None)
+
+    def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """[batch, length] -> [batch, length, d_model]; the tokens begin at position `first`."""
+        last = first + tokens.size(1)
+        if last > self.max_length:
+            raise ValueError(f"a sentence of {last} pieces: model.max_length is {self.max_length}")
+        x = F.embedding(tokens, self.weight) * self.scale
+        if self.positions is not None:
+            x = x + self.positions[first:last]
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Residual(nn.Module):
+    """What stands around each sub-layer (sections 3.1 and 5.4): LayerNorm(x + Dropout(Sublayer(x))), or, with
+    norm "pre", x + Dropout(Sublayer(LayerNorm(x)))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm, self.pre, self.dropout = nn.LayerNorm(config.d_model), config.norm == "pre", config.dropout
+
+    def before(self, x: Tensor) -> Tensor:
+        """The sub-layer's input."""
+        return self.norm(x) if self.pre else x
+
+    def after(self, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's stream, with the sub-layer's output added."""
+        x = x + F.dropout(output, self.dropout, self.training)
+        return x if self.pre else self.norm(x)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward (section 3.1, Figure 1 left)."""
+
+    def __init__(self, c: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v, c.positions)
+        self.feed_forward = FeedForward(c.d_model, c.d_ff)
+        self.around_attention, self.around_feed_forward = Residual(c), Residual(c)
+
+    def forward(self, x: Tensor, attend_mask: Tensor) -> Tensor:
+        q, k, v = self.self_attention.queries_keys_values(self.around_attention.before(x))
+        x = self.around_attention.after(x, self.self_attention(q, k, v, attend_mask))
+        return self.around_feed_forward.after(x, self.feed_forward(self.around_feed_forward.before(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, attention to the encoder's output, feed-forward (section 3.1, Figure 1 right)."""
+
+    def __init__(self, c: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v, c.positions)
+        self.memory_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v)
+        self.feed_forward = FeedForward(c.d_model, c.d_ff)
+        self.around_self_attention, self.around_memory_attention = Residual(c), Residual(c)
+        self.around_feed_forward = Residual(c)
+
+    def forward(self, x: Tensor, memory: Tensor, attend_mask: Tensor) -> Tensor:
+        q, k, v = self.self_attention.queries_keys_values(self.around_self_attention.before(x))
+        x = self.around_self_attention.after(x, self.self_attention(q, k, v, causal=True))
+        q = self.memory_attention.queries(self.around_memory_attention.before(x))
+        k, v = self.memory_attention.keys_values(memory)
+        x = self.around_memory_attention.after(x, self.memory_attention(q, k, v, attend_mask))
+        return self.around_feed_forward.after(x, self.feed_forward(self.around_feed_forward.before(x)))
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder of Figure 1. Sentences end in EOS and are padded behind it with PAD; the decoder's
+    input is the target moved right by one, with BOS before it.
+
+    Padding of the target needs no mask: it stands behind every real position, and none looks ahead.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        # norm "pre" leaves the streams unnormalised at the end; "post" has normalised them already.
+        self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
+        self.decoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
+        """[batch, src], [batch, tgt] -> the decoder's output [batch, tgt, d_model]; see `logits`."""
+        memory, attend_mask = self.encode(src)
+        x = self.embedding(tgt_in)
+        for layer in self.decoder:
+            x = layer(x, memory, attend_mask)
+        return self.decoder_norm(x)
+
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's output [batch, src, d_model] and which of it is no padding [batch, 1, 1, src]."""
+        attend_mask = (src != PAD)[:, None, None, :]
+        x = self.embedding(src)
+        for layer in self.encoder:
+            x = layer(x, attend_mask)
+        return self.encoder_norm(x), attend_mask
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The pre-softmax projection, by the embeddings' own matrix (section 3.4): [..., vocab]."""
+        return F.linear(x, self.embedding.weight)
+
+    def start(self, src: Tensor) -> "DecoderState":
+        """Encode the sentences, ready to decode them position by position."""
+        return DecoderState(self, src)
+
+
+class DecoderState:
+    """The decoder in the middle of its output: keys and values of all positions so far, per layer.
+
+    Rows are grouped by sentence, as many to each. The rows of a sentence attend to its encoding as if they were
+    the positions of one target, so that its keys and values stand in memory once, whatever the beam.
+    """
+
+    def __init__(self, model: Transformer, src: Tensor) -> None:
+        memory, self.attend_mask = model.encode(src)
+        self.model, self.length = model, 0
+        self.layers = cast(list[DecoderLayer], list(model.decoder))
+        self.memory = [layer.memory_attention.keys_values(memory) for layer in self.layers]
+        self.past: list[tuple[Tensor, Tensor]] = []
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take the next token of each row, return the logits of the one after it: [rows] -> [rows, vocab]."""
+        num_sentences = len(self.attend_mask)
+        x = self.model.embedding(tokens[:, None], first=self.length)  # [rows, 1, d_model]
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.self_attention.queries_keys_values(
+                layer.around_self_attention.before(x), first=self.length
+            )
+            if self.length:
+                k, v = torch.cat((self.past[i][0], k), dim=2), torch.cat((self.past[i][1], v), dim=2)
+                self.past[i] = k, v
+            else:
+                self.past.append((k, v))
+            x = layer.around_self_attention.after(x, layer.self_attention(q, k, v))
+            q = layer.memory_attention.queries(
+                layer.around_memory_attention.before(x).view(num_sentences, -1, x.size(-1))
+            )
+            attended = layer.memory_attention(q, *self.memory[i], self.attend_mask)
+            x = layer.around_memory_attention.after(x, attended.view_as(x))
+            x = layer.around_feed_forward.after(x, layer.feed_forward(layer.around_feed_forward.before(x)))
+        self.length += 1
+        return self.model.logits(self.model.decoder_norm(x)[:, 0])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what was row `rows[i]`, of the same sentence."""
+        self.past = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.past]
+
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with these sentences (indices, ascending) and their rows alone."""
+        num_sentences = len(self.attend_mask)
+        if self.past:
+            num_rows = self.past[0][0].size(0)
+            self.reorder(torch.arange(num_rows, device=sentences.device).view(num_sentences, -1)[sentences].flatten())
+        self.attend_mask = self.attend_mask[sentences]
+        self.memory = [(k[sentences], v[sentences]) for k, v in self.memory]

@@ -1,0 +1,177 @@
+"""Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
+
+A run's folder holds step_00000100/{tensors.safetensors, state.json}, ...: weights, Adam's moments, the loop's
+State, and the settings. There is no random state: loop.py derives it from seed and step. A checkpoint is written
+under another name, flushed to disk and renamed, so one that has its name is whole; its checksum is verified on
+load all the same, and a damaged one is passed over for the one before it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from pipeline.loop import State
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found: `tensors` by name, "model.…" and "adam.exp_avg.…"."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    state: State
+
+    def restore(self, model: Transformer, optimizer: torch.optim.Adam) -> State:
+        """Put weights and moments back; returns where training was."""
+        model.load_state_dict(_part(self.tensors, "model."))
+        for name, p in model.named_parameters():
+            moments = {m: self.tensors[f"adam.{m}.{name}"].to(p.device) for m in MOMENTS}
+            step = torch.tensor(float(self.state.step), device=p.device)
+            optimizer.state[p] = {"step": step, **moments}
+        return self.state
+
+
+def save(
+    run_folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Adam,
+    state: State,
+    settings: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write step_<n>, then delete all but the last `keep`. On an error (a full disk, say) nothing is left of it,
+    those before it stand, and OSError says so."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
+    target = folder_of(run_folder, state.step)
+    temporary = run_folder / f".{target.name}.{os.getpid()}"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.mkdir()
+        path = temporary / "tensors.safetensors"
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        content = {"sha256": _sha256(path), "state": asdict(state), "settings": settings}
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        for file in (path, temporary / "state.json", temporary):
+            _flush(file)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+        temporary.rename(target)
+        _flush(run_folder)
+    except OSError as error:
+        raise OSError(
+            f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}; "
+            "the ones before it stand: make room and run again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in folders(run_folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    return run_folder / f"step_{step:08d}"
+
+
+def folders(run_folder: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify one. Raises DamagedCheckpointError."""
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        path = folder / "tensors.safetensors"
+        if _sha256(path) != content["sha256"]:
+            raise DamagedCheckpointError(f"{path} is damaged: its checksum is not the one in state.json")
+        state = State(**content["state"])
+        state.position = (state.position[0], state.position[1])
+        return Checkpoint(folder, load_file(path), state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DamagedCheckpointError):
+            raise
+        raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def load_latest(run_folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole one, or None; each damaged one that is passed over is named to `warn`."""
+    for folder in reversed(folders(run_folder)):
+        try:
+            return load(folder)
+        except DamagedCheckpointError as error:
+            warn(f"{error}; going back to the checkpoint before it")
+    return None
+
+
+def average(run_folder: Path, count: int, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], list[int]]:
+    """The mean of the weights of the last `count` whole checkpoints (section 6.1), and their steps."""
+    total: dict[str, Tensor] = {}
+    steps: list[int] = []
+    for folder in reversed(folders(run_folder)):
+        if len(steps) == count:
+            break
+        try:
+            checkpoint = load(folder)
+        except DamagedCheckpointError as error:
+            warn(f"{error}; left out of the average")
+            continue
+        for name, value in _part(checkpoint.tensors, "model.").items():
+            total[name] = total[name] + value.double() if name in total else value.double()
+        steps.append(checkpoint.state.step)
+    if not steps:
+        raise ValueError(f"{run_folder} holds no whole checkpoint")
+    return {name: (value / len(steps)).float() for name, value in total.items()}, steps
+
+
+def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConfig) -> None:
+    """Write weights.safetensors and config.json."""
+    save_file(weights, folder / "weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path) -> Transformer:
+    """The model of `save_model`, in evaluation mode. Raises ValueError that names what is missing."""
+    for name in ("weights.safetensors", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} does not exist: run the train stage first (dvc repro train)")
+    config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    model = Transformer(config)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval()
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

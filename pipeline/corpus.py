@@ -1,0 +1,148 @@
+"""The encoded corpus as it lies on disk, and its tokenizer.
+
+Every side of every split is two arrays: the pieces of all sentences end to end, and where each sentence
+begins. Both are memory-mapped, so that opening a corpus costs the same whatever its size.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from model.config import BOS, EOS, PAD, UNK
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+CLEAN = Path("data/clean")
+TOKENIZER = Path("data/tokenizer")
+ENCODED = Path("data/encoded")
+
+Side = Literal["src", "tgt"]
+SPLITS = ("train", "valid", "test")
+SIDES: tuple[Side, ...] = ("src", "tgt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusInfo:
+    """What training has to know of the encoded corpus beside the pieces themselves."""
+
+    src: str  # language codes
+    tgt: str
+    vocab_size: int
+    pairs: dict[str, int]  # by split
+    words: dict[str, dict[Side, int]]  # by split and side, as white space separates them
+    sha256: str  # of the tokenizer and of all texts
+
+    @classmethod
+    def open(cls, folder: Path) -> "CorpusInfo":
+        """Read `folder`/meta.json. Raises ValueError if it is missing or damaged."""
+        path = folder / "meta.json"
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: run the tokenize stage first") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): run the tokenize stage again") from None
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One side of one split; `text[i]` is sentence i, without begin and end of sentence.
+
+    `ids` holds all sentences end to end (uint16, or uint32 for a vocabulary that needs it);
+    sentence i is ids[offsets[i] : offsets[i + 1]].
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray  # int64, one more than sentences
+
+    @classmethod
+    def open(cls, folder: Path, split: str, side: Side) -> "EncodedText":
+        """Map the files read-only. Raises ValueError that names a file that is missing or not ours."""
+        ids_path, offsets_path = encoded_paths(folder, split, side)
+        ids, offsets = _map(ids_path), _map(offsets_path)
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(f"{ids_path} holds {ids.dtype} {ids.shape}: a row of uint16 or uint32 is needed")
+        if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets):
+            raise ValueError(f"{offsets_path} holds {offsets.dtype} {offsets.shape}: a row of int64 is needed")
+        if offsets[0] != 0 or offsets[-1] != len(ids):
+            raise ValueError(
+                f"{offsets_path} ends at piece {offsets[-1]}, {ids_path.name} has {len(ids)}: "
+                "they do not belong together; run the tokenize stage again"
+            )
+        return cls(ids, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sentence {index}: there are {len(self)}")
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Pieces of each sentence, int64, end of sentence not counted."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Sentence pairs: source sentence i and target sentence i mean the same."""
+
+    src: EncodedText
+    tgt: EncodedText
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> "EncodedSplit":
+        """Raises ValueError if a file is missing or damaged, or the sides have different lengths."""
+        src, tgt = EncodedText.open(folder, split, "src"), EncodedText.open(folder, split, "tgt")
+        if len(src) != len(tgt):
+            raise ValueError(
+                f"{folder}: {split} has {len(src)} source and {len(tgt)} target sentences; "
+                "run the tokenize stage again"
+            )
+        return cls(src, tgt)
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+
+def encoded_paths(folder: Path, split: str, side: Side) -> tuple[Path, Path]:
+    """Where the pieces and the offsets of one side of a split lie."""
+    return folder / f"{split}.{side}.ids.npy", folder / f"{split}.{side}.offsets.npy"
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: run the tokenize stage first") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run the tokenize stage again") from None
+
+
+def load_tokenizer(folder: Path) -> "SentencePieceProcessor":
+    """The joint byte-pair encoding in `folder`/spm.model (section 5.1).
+
+    Raises ValueError if there is none, or its reserved pieces are not those of model.config.
+    """
+    from sentencepiece import SentencePieceProcessor  # here, so that training needs torch and numpy alone
+
+    path = folder / "spm.model"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: run the tokenize stage first")
+    tokenizer = SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError:
+        raise ValueError(f"{path} is not a SentencePiece model: run the tokenize stage again") from None
+    reserved = (tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id())
+    if reserved != (PAD, UNK, BOS, EOS):
+        raise ValueError(
+            f"{path} numbers padding, unknown, begin and end {reserved}: {(PAD, UNK, BOS, EOS)} is needed"
+        )
+    return tokenizer

@@ -1,0 +1,284 @@
+"""The download stage: the corpus that params.yaml names, as plain text in data/raw/.
+
+A public corpus (pipeline/corpora.py) comes from its URL or, with CORPUS_MIRROR set, from a folder or web
+address that holds the same files under the same names; every file is checked against its sha256. "files" are
+the user's own texts of data/own/, "grammar" is generated.
+
+A file from the web grows as data/downloads/NAME.part, which outlives a failed run; the next one asks the
+server for the rest (HTTP Range). This is why the fetching below is ours: pooch verifies and shows progress, but
+starts a broken file again from its first byte; mtdata verifies no checksum; SacreBLEU reads a whole archive
+into memory, and knows test sets only. Taken from them: the catalogue with checksums, a name that a file bears
+only once it is verified, and requests underneath.
+"""
+
+import argparse
+import gzip
+import hashlib
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import requests
+import urllib3
+from tqdm import tqdm
+
+from pipeline import grammar
+from pipeline.corpora import CORPORA, RemoteFile
+from pipeline.files import naming, replace_folder, write_json
+from pipeline.params import Download, load_settings
+
+RAW = Path("data/raw")
+OWN = Path("data/own")
+CACHE = Path("data/downloads")
+
+CHUNK_BYTES = 1 << 16
+TIMEOUT_S = (10, 30)  # to connect, and between two pieces of an answer
+RETRY_WAITS_S = (1, 2, 4, 8)
+BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be another one in a moment
+
+
+def download(settings: Download, mirror: str | None = None) -> None:
+    """Fill data/raw/ with {train,valid,test}.{src,tgt} and corpus.json, which says what came from where.
+
+    `mirror` is a folder or an http(s) address. Raises ValueError or OSError, one line with the way out.
+    """
+    names = [f"{split}.{code}" for split in ("train", "valid", "test") for code in (settings.src, settings.tgt)]
+    if settings.corpus == "grammar":
+        _check_languages(settings, ("en", "de"))
+        _generate(settings)
+    elif settings.corpus == "files":
+        sources = _own_files(names)
+        origin = {name: _origin(path.as_posix(), _sha256(path)) for name, path in sources.items()}
+        _unpack(settings, sources, origin, licence="the user's own")
+    elif settings.corpus in CORPORA:
+        corpus = CORPORA[settings.corpus]
+        _check_languages(settings, corpus.languages)
+        remote = {name: corpus.files[name] for name in names}
+        # The origin is the public one even with a mirror: same checksum, same bytes, so the same output.
+        origin = {name: _origin(file.url, file.sha256) for name, file in remote.items()}
+        _unpack(settings, _obtain(remote, mirror), origin, corpus.licence)
+    else:
+        known = ", ".join(sorted((*CORPORA, "files", "grammar")))
+        raise ValueError(f"download.corpus is {settings.corpus!r}: one of {known} is needed")
+
+
+def _check_languages(settings: Download, languages: tuple[str, ...]) -> None:
+    for key in ("src", "tgt"):
+        if getattr(settings, key) not in languages:
+            raise ValueError(
+                f"download.{key} is {getattr(settings, key)!r}: {settings.corpus} has {', '.join(languages)}"
+            )
+
+
+def _generate(settings: Download) -> None:
+    with replace_folder(RAW) as folder:
+        grammar.generate(
+            folder,
+            seed=cast(int, settings.seed),
+            train_pairs=cast(int, settings.train_pairs),
+            valid_pairs=cast(int, settings.valid_pairs),
+            test_pairs=cast(int, settings.test_pairs),
+        )
+        origin = {file.name: _origin("generated", _sha256(file)) for file in sorted(folder.iterdir())}
+        _describe(folder, settings, origin, licence="this project's own")
+
+
+def _own_files(names: list[str]) -> dict[str, Path]:
+    found = {name: [path for path in (OWN / name, OWN / f"{name}.gz") if path.exists()] for name in names}
+    missing = [name for name, paths in found.items() if not paths]
+    if missing:
+        raise ValueError(
+            f"{OWN} has no {', '.join(missing)} (plain or .gz): put them there, one sentence a line, UTF-8"
+        )
+    for paths in found.values():
+        if len(paths) > 1:
+            raise ValueError(f"both {paths[0]} and {paths[1]} exist: remove one")
+    return {name: paths[0] for name, paths in found.items()}
+
+
+def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path]:
+    """Where each file lies on this machine, complete and verified."""
+    folder = None if mirror is None or mirror.startswith(("http://", "https://")) else Path(mirror).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"CORPUS_MIRROR is {mirror!r}: a folder or an http(s) address is needed")
+    total = sum(file.num_bytes for file in remote.values())
+    have = 0 if folder else sum(_bytes_there(CACHE / file.path) for file in remote.values())
+    paths = {}
+    with _bar("verify" if folder else "download", total, initial=have) as bar:
+        for name, file in remote.items():
+            bar.set_postfix_str(file.path)
+            if folder is not None:
+                paths[name] = folder / file.path
+                _check_mirrored(paths[name], file)
+                bar.update(file.num_bytes)
+            else:
+                url = file.url if mirror is None else f"{mirror.rstrip('/')}/{file.path}"
+                paths[name] = CACHE / file.path
+                _fetch(url, file, paths[name], bar)
+    return paths
+
+
+def _check_mirrored(path: Path, file: RemoteFile) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the folder that CORPUS_MIRROR names must hold {file.path}")
+    if problem := _problem(path, file):
+        raise ValueError(f"{path} {problem}: copy {file.url} there again")
+
+
+def _problem(path: Path, file: RemoteFile) -> str | None:
+    if (size := path.stat().st_size) < file.num_bytes:
+        return f"is truncated: {size:,} of {file.num_bytes:,} bytes"
+    if (found := _sha256(path)) != file.sha256:
+        return f"has the wrong checksum: sha256 {found} was found, {file.sha256} is expected"
+    return None
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _bytes_there(target: Path) -> int:
+    return next((path.stat().st_size for path in (target, _part(target)) if path.exists()), 0)
+
+
+def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
+    """Leave the verified file at `target`, or continue what an earlier run began there."""
+    if target.exists():
+        if _problem(target, file) is None:
+            return
+        bar.update(-target.stat().st_size)
+        target.unlink()
+    part = _part(target)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    continued = part.exists()
+    _fetch_part(url, file, part, bar)
+    problem = _problem(part, file)
+    if problem and continued:  # the server's file may have changed in between: once more, from its first byte
+        bar.update(-part.stat().st_size)
+        part.unlink()
+        _fetch_part(url, file, part, bar)
+        problem = _problem(part, file)
+    if problem:
+        part.unlink()
+        raise ValueError(f"{url} {problem}; what came was removed. Run again, or set CORPUS_MIRROR to another source")
+    os.replace(part, target)
+
+
+def _fetch_part(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
+    for wait_s in (*RETRY_WAITS_S, None):
+        try:
+            return _request_rest(url, file, part, bar)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if wait_s is None or not _may_pass(error):
+                have = part.stat().st_size if part.exists() else 0
+                raise ValueError(
+                    f"{url} cannot be fetched: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
+                    f"Run again to continue, or set CORPUS_MIRROR to a source of {file.path}"
+                ) from None
+            bar.set_postfix_str(f"{file.path}: {_reason(error)}, next try in {wait_s} s")
+            time.sleep(wait_s)
+            bar.set_postfix_str(file.path)
+
+
+def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
+    """Append to `part` what it lacks. Raises requests' and urllib3's errors, also if the answer is cut off."""
+    have = part.stat().st_size if part.exists() else 0
+    if have >= file.num_bytes:
+        return
+    headers = {"Accept-Encoding": "identity"}  # the file's own bytes: a Range counts these
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+        if answer.status_code == requests.codes.requested_range_not_satisfiable:
+            return  # the server's file ends where ours does: too short, as the check will say
+        answer.raise_for_status()
+        if have and answer.status_code != requests.codes.partial_content:  # this server knows no Range
+            bar.update(-have)
+            have = 0
+        with naming(part), part.open("ab" if have else "wb") as out:
+            # Not iter_content: that would unpack a .gz which the server labels Content-Encoding: gzip.
+            for chunk in answer.raw.stream(CHUNK_BYTES, decode_content=False):
+                out.write(chunk)
+                out.flush()  # for the next run, should this one be killed
+                bar.update(len(chunk))
+                if out.tell() > file.num_bytes:
+                    return  # never more than one chunk too much; the check will say so
+    if part.stat().st_size < file.num_bytes:
+        raise urllib3.exceptions.ProtocolError("the answer was complete, the file is not")
+
+
+def _may_pass(error: Exception) -> bool:
+    if (answer := getattr(error, "response", None)) is not None:
+        return answer.status_code in BUSY
+    return isinstance(error, requests.ConnectionError | requests.Timeout | urllib3.exceptions.HTTPError)
+
+
+def _reason(error: Exception) -> str:
+    if (answer := getattr(error, "response", None)) is not None:
+        return f"the server answers {answer.status_code} {answer.reason}"
+    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
+        return "the server does not answer in time"
+    if isinstance(error, urllib3.exceptions.ProtocolError):
+        return "the connection broke"
+    cause = getattr(error.args[0], "reason", error) if error.args else error  # of requests' MaxRetryError
+    text = " ".join(str(cause).split())
+    return text.partition("): ")[2] or text
+
+
+def _unpack(settings: Download, sources: dict[str, Path], origin: dict[str, dict], licence: str) -> None:
+    total = sum(path.stat().st_size for path in sources.values())
+    with replace_folder(RAW) as folder, _bar("unpack", total) as bar:
+        for name, path in sources.items():
+            bar.set_postfix_str(name)
+            with path.open("rb") as packed, (folder / name).open("wb") as out:
+                text = cast(BinaryIO, gzip.GzipFile(fileobj=packed)) if path.suffix == ".gz" else packed
+                before = 0
+                while chunk := _read(text, path):
+                    out.write(chunk)
+                    bar.update(packed.tell() - before)
+                    before = packed.tell()
+        _describe(folder, settings, origin, licence)
+
+
+def _read(text: BinaryIO, path: Path) -> bytes:
+    try:
+        return text.read(CHUNK_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}): pack it again") from None
+
+
+def _describe(folder: Path, settings: Download, origin: dict[str, dict], licence: str) -> None:
+    languages = {"src": settings.src, "tgt": settings.tgt}
+    values = {"corpus": settings.corpus, **languages, "licence": licence, "origin": origin}
+    write_json(folder / "corpus.json", values)
+
+
+def _origin(url: str, sha256: str) -> dict[str, str]:
+    return {"url": url, "sha256": sha256}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bar(title: str, total: int, initial: int = 0) -> tqdm:
+    return tqdm(desc=title, total=total, initial=initial, unit="B", unit_scale=True)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    try:
+        download(load_settings().download, os.environ.get("CORPUS_MIRROR") or None)
+    except ValueError as error:
+        raise SystemExit(f"download: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"download: {error.filename}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("download: stopped; run again to continue") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Second half of the stage tokenize: text becomes pieces on disk.
+
+`python -m pipeline.encode` reads data/clean/ and data/tokenizer/, writes data/encoded/ and
+reports/tokenization.json. Memory does not grow with the corpus.
+"""
+
+import argparse
+import hashlib
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from model.config import UNK
+from pipeline.corpus import (
+    CLEAN,
+    ENCODED,
+    SIDES,
+    SPLITS,
+    TOKENIZER,
+    CorpusInfo,
+    Side,
+    encoded_paths,
+    load_tokenizer,
+)
+from pipeline.files import replace_folder, write_json
+from pipeline.params import load_settings
+
+REPORT = Path("reports/tokenization.json")
+CHUNK = 20_000  # lines
+
+
+def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, tgt: str) -> dict[str, Any]:
+    """Encode `clean`/{train,valid,test}.{src,tgt} into the folder `encoded`; return what there is to report.
+
+    Every sentence is decoded again. One that differs from its text, NFKC and superfluous spaces aside, is
+    counted in "not_restored", and the first is named on the terminal.
+
+    Raises ValueError if a file is missing, or the two sides of a split differ in length.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    digest = hashlib.sha256(tokenizer.serialized_model_proto())
+    counts: dict[str, dict[Side, Counter[str]]] = {}
+    with replace_folder(encoded) as partial:
+        for split in SPLITS:
+            counts[split] = {}
+            for side, code in zip(SIDES, (src, tgt), strict=True):
+                text = clean / f"{split}.{code}"
+                counts[split][side] = _encode_text(text, tokenizer, partial, split, side, digest)
+            num_src, num_tgt = (counts[split][side]["sentences"] for side in SIDES)
+            if num_src != num_tgt:
+                raise ValueError(f"{clean}: {split} has {num_src} {src} and {num_tgt} {tgt} sentences")
+        info = CorpusInfo(
+            src=src,
+            tgt=tgt,
+            vocab_size=tokenizer.get_piece_size(),
+            pairs={split: counts[split]["src"]["sentences"] for split in SPLITS},
+            words={split: {side: counts[split][side]["words"] for side in SIDES} for split in SPLITS},
+            sha256=digest.hexdigest(),
+        )
+        write_json(partial / "meta.json", asdict(info))
+        num_bytes = sum(file.stat().st_size for file in partial.iterdir())
+    train = counts["train"]
+    everywhere = [counts[split][side] for split in SPLITS for side in SIDES]
+    return {
+        "vocab_size": info.vocab_size,
+        "pairs": info.pairs,
+        "pieces_per_word": {side: train[side]["pieces"] / max(1, train[side]["words"]) for side in SIDES},
+        "longest": {side: max(counts[split][side]["longest"] for split in SPLITS) for side in SIDES},
+        "byte_pieces": sum(count["byte_pieces"] for count in everywhere),
+        "unknown_pieces": sum(count["unknown_pieces"] for count in everywhere),
+        "not_restored": sum(count["not_restored"] for count in everywhere),
+        "bytes": num_bytes,
+    }
+
+
+def _encode_text(
+    path: Path,
+    tokenizer: SentencePieceProcessor,
+    folder: Path,
+    split: str,
+    side: Side,
+    digest: "hashlib._Hash",
+) -> "Counter[str]":
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: run the validate stage first")
+    vocab_size = tokenizer.get_piece_size()
+    is_byte = np.array([tokenizer.is_byte(piece) for piece in range(vocab_size)])
+    ids_path, offsets_path = encoded_paths(folder, split, side)
+    count: Counter[str] = Counter()
+    with (
+        open(path, "rb") as file,
+        _NpyWriter(ids_path, np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)) as ids_file,
+        _NpyWriter(offsets_path, np.dtype(np.int64)) as offsets_file,
+        tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as progress,
+    ):
+        offsets_file.append(np.zeros(1, np.int64))
+        while chunk := b"".join(islice(file, CHUNK)):
+            sentences = chunk.decode("utf-8").removesuffix("\n").split("\n")
+            pieces = tokenizer.encode(sentences)
+            for index, (text, decoded) in enumerate(zip(sentences, tokenizer.decode(pieces), strict=True)):
+                if not _same(text, decoded):
+                    if not count["not_restored"]:
+                        line = count["sentences"] + index + 1
+                        tqdm.write(f"{path}, line {line}, is decoded as {decoded!r}", file=sys.stderr)
+                    count["not_restored"] += 1
+            lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+            ids = np.fromiter(chain.from_iterable(pieces), ids_file.dtype, lengths.sum())
+            ids_file.append(ids)
+            offsets_file.append(count["pieces"] + np.cumsum(lengths))
+            count["sentences"] += len(sentences)
+            count["words"] += sum(len(sentence.split()) for sentence in sentences)
+            count["pieces"] += len(ids)
+            count["longest"] = max(count["longest"], int(lengths.max()))
+            count["byte_pieces"] += int(is_byte[ids].sum())
+            count["unknown_pieces"] += int((ids == UNK).sum())
+            digest.update(chunk)
+            progress.update(len(chunk))
+    return count
+
+
+def _same(text: str, decoded: str) -> bool:
+    if text == decoded:
+        return True
+    return " ".join(filter(None, unicodedata.normalize("NFKC", text).split(" "))) == decoded
+
+
+class _NpyWriter:
+    """A .npy file of one row that grows: NumPy leaves room in the header for the length, written at the end."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self._length = 0
+        self._file = open(path, "xb")  # noqa: SIM115, closed by __exit__
+
+    def __enter__(self) -> "_NpyWriter":
+        self._write_header()
+        return self
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(values.astype(self.dtype, copy=False).tobytes())
+        self._length += len(values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._file.seek(0)
+                self._write_header()
+
+    def _write_header(self) -> None:
+        np.lib.format.write_array_header_1_0(
+            self._file,
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": (self._length,),
+            },
+        )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Encode data/clean/ with the encoding of data/tokenizer/.").parse_args()
+    try:
+        settings = load_settings()
+        report = encode_corpus(CLEAN, TOKENIZER, ENCODED, settings.download.src, settings.download.tgt)
+        write_json(REPORT, report)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"tokenize: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

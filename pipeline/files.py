@@ -1,0 +1,72 @@
+"""Outputs that are there whole or not at all: written under a temporary name, renamed when complete."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to write into; it becomes `target` at the end of the block, or vanishes if that raises.
+
+    The temporary names are always the same, so that what a killed run left behind is removed by the next.
+    """
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    with naming(target):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            _remove(partial)
+            raise
+        _remove(old)
+        if target.exists():
+            os.replace(target, old)  # a folder that is not empty cannot be renamed over
+        os.replace(partial, target)
+        _remove(old)
+
+
+def write_text(target: Path, text: str) -> None:
+    """UTF-8, with "\\n" at line ends on every system; missing parent folders are made."""
+    partial = _beside(target, "partial")
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(partial, target)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def write_json(target: Path, values: Any) -> None:
+    write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk's error comes without a file name: raise it again with `path` and with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        advice = f"{error.strerror}: free some space and run again"
+        raise OSError(error.errno, advice, str(path)) from None
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,230 @@
+"""The loop that trains (section 5 of the paper): torch and model/ alone, no Ray, no MLflow, no DVC.
+
+A step is a list of micro-batches, the same list whatever the number of workers; the workers (ranks) take them in
+turn. Loss and gradient are sums over target tokens, divided by the tokens of the whole step, so that four
+micro-batches equal one and two workers equal one. Every micro-batch seeds its own dropout by (seed, step, its
+place in the step): there is no random state to save, and a resumed run draws what the undisturbed one would.
+
+Gradients live in one flat buffer that is summed over the ranks once a step. DistributedDataParallel is not used:
+it wants equally many micro-batches on every rank.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.config import PAD
+from model.loss import label_smoothed_loss
+from model.transformer import Transformer
+
+ADVICE = (
+    "lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1, or use norm pre; "
+    "with bf16, see whether fp32 is finite. The last checkpoint stands"
+)
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or the gradient is no number any more; no step was taken with it."""
+
+
+class Batch(Protocol):
+    """A micro-batch: pieces [batch, src] and [batch, tgt], padded with PAD."""
+
+    src: Tensor
+    tgt_in: Tensor
+    tgt_out: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """This rank's share of one step."""
+
+    position: tuple[int, int]  # (epoch, step of the epoch) of the step after this one
+    micro_batches: Iterable[tuple[int, Batch]]  # each with its place in the whole step
+    num_tokens: int  # target tokens of the whole step, over all ranks
+
+
+@dataclass
+class State:
+    """How far training is: all that a checkpoint needs beside weights and optimiser."""
+
+    step: int = 0
+    position: tuple[int, int] = (0, 0)  # of the next step in the plan
+    tokens: int = 0  # target tokens trained on
+    seconds: float = 0.0  # spent on steps: without validation and checkpoints
+    best_valid_loss: float = math.inf
+    stale_validations: int = 0  # since the best one
+    finished: bool = False
+    training_curve: list[dict[str, float]] = field(default_factory=list)
+    validation_curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the loop needs of the settings; `learning_rate` is a function of the step, 1, 2, ..."""
+
+    seed: int
+    max_steps: int
+    learning_rate: Callable[[int], float]
+    label_smoothing: float
+    max_grad_norm: float  # 0: no clipping
+    validate_every: int
+    patience: int  # validations without a better loss before training ends; 0: never
+    checkpoint_every: int
+    log_every: int
+    bf16: bool
+    compile: bool
+
+
+class FlatGradients:
+    """All gradients as one vector; each parameter's .grad is a view of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.vector = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        for p, part in zip(parameters, self.vector.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def reduce(self) -> None:
+        """Sum over the ranks."""
+        if dist.is_initialized():
+            dist.all_reduce(self.vector)
+
+
+def train(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterator[Step],
+    recipe: Recipe,
+    state: State,
+    *,
+    validate: Callable[[], dict[str, float]],
+    save: Callable[[State], None],
+    report: Callable[[dict[str, float], int], None],
+    progress: Callable[[State, float], None],
+) -> State:
+    """Train from `state` to the end; every rank calls this, with its own share in `steps`.
+
+    `validate` returns metrics, "valid_loss" among them; `save` writes a checkpoint; `report` gets metrics and
+    their step; `progress` gets the state and the loss after each step. Raises NotFiniteError.
+    """
+    gradients = FlatGradients(model)
+    forward = torch.compile(model, dynamic=True) if recipe.compile else model
+    loss_sum, tokens, seconds = 0.0, 0, 0.0  # since the last report
+    while not state.finished:
+        started = time.perf_counter()
+        step = next(steps)
+        rate = recipe.learning_rate(state.step + 1)
+        loss, grad_norm = train_step(model, forward, optimizer, gradients, step, rate, recipe, state)
+        state.step, state.position = state.step + 1, step.position
+        elapsed = time.perf_counter() - started
+        state.tokens, state.seconds = state.tokens + step.num_tokens, state.seconds + elapsed
+        loss_sum, tokens, seconds = (
+            loss_sum + loss * step.num_tokens,
+            tokens + step.num_tokens,
+            seconds + elapsed,
+        )
+
+        last = state.step >= recipe.max_steps
+        if state.step % recipe.log_every == 0 or last:
+            metrics = {
+                "train_loss": loss_sum / tokens,
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": tokens / seconds,
+            }
+            state.training_curve.append({"step": state.step, **metrics})
+            report(metrics, state.step)
+            loss_sum, tokens, seconds = 0.0, 0, 0.0
+        if state.step % recipe.validate_every == 0 or last:
+            metrics = validate()
+            state.validation_curve.append({"step": state.step, **metrics})
+            better = metrics["valid_loss"] < state.best_valid_loss
+            state.stale_validations = 0 if better else state.stale_validations + 1
+            state.best_valid_loss = min(metrics["valid_loss"], state.best_valid_loss)
+            report({**metrics, "tokens": state.tokens, "epoch": state.position[0]}, state.step)
+            last = last or 0 < recipe.patience <= state.stale_validations
+        state.finished = last
+        if state.step % recipe.checkpoint_every == 0 or last:
+            save(state)
+    return state
+
+
+def train_step(
+    model: Transformer,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    gradients: FlatGradients,
+    step: Step,
+    rate: float,
+    recipe: Recipe,
+    state: State,
+) -> tuple[float, float]:
+    """One update. Returns the loss per target token (label-smoothed, nats) and the gradient's norm before
+    clipping, both of the whole step."""
+    model.train()
+    device = gradients.vector.device
+    gradients.vector.zero_()
+    loss = torch.zeros((), device=device)
+    for place, batch in step.micro_batches:
+        seed_dropout(recipe.seed, state.step + 1, place)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            x = forward(batch.src.to(device), batch.tgt_in.to(device))
+            part = label_smoothed_loss(x, model.embedding.weight, batch.tgt_out.to(device), recipe.label_smoothing)
+        part = part / step.num_tokens
+        part.backward()
+        loss += part.detach()
+    gradients.reduce()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    grad_norm = gradients.vector.norm()
+    loss_value, norm_value = loss.item(), grad_norm.item()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        raise NotFiniteError(
+            f"step {state.step + 1} (epoch {state.position[0]}, batch {state.position[1]} of it): the loss is "
+            f"{loss_value}, the gradient's norm {norm_value}, the learning rate {rate:.3g}. {ADVICE}"
+        )
+    if recipe.max_grad_norm and norm_value > recipe.max_grad_norm:
+        gradients.vector.mul_(recipe.max_grad_norm / norm_value)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return loss_value, norm_value
+
+
+@torch.no_grad()
+def cross_entropy(model: Transformer, batches: Iterable[Batch], bf16: bool = False) -> tuple[float, int]:
+    """The sum of -ln p(piece) over the target tokens, EOS counted, without smoothing, and their number; summed
+    over the ranks, each of which gives its own batches."""
+    training = model.training
+    model.eval()
+    device = model.embedding.weight.device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        tgt_out = batch.tgt_out.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x = model(batch.src.to(device), batch.tgt_in.to(device))
+            total[0] += label_smoothed_loss(x, model.embedding.weight, tgt_out, smoothing=0.0)
+        total[1] += (tgt_out != PAD).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    model.train(training)
+    return total[0].item(), int(total[1].item())
+
+
+def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
+    """Section 5.3; the rate is set at every step."""
+    return torch.optim.Adam(model.parameters(), lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)
+
+
+def seed_dropout(*parts: Any) -> None:
+    """Seed torch by a digest of the parts (torch's CPU generator uses the low 32 bits alone)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

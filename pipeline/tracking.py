@@ -1,0 +1,527 @@
+"""All that is said to MLflow. No other module imports it but served_model.py, the file that MLflow itself serves.
+
+There is one run per `run_key`, which stands for everything that training depends on: a run that was killed is
+continued, and training that is asked for again finds the run it had. The driver opens and ends a run, the
+training worker draws its curves through a `MetricWriter`, and evaluation adds its results at the end.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import psutil
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from pipeline.corpus import CLEAN, TOKENIZER
+from pipeline.files import write_text
+from pipeline.params import Settings, flatten
+
+logger = logging.getLogger(__name__)
+
+SEARCH = ("beam", "alpha", "max_extra")
+"""The settings of `evaluate` that change a translation."""
+MAX_BATCH = 1000
+"""The most metrics that MLflow takes in one call."""
+SERVED_WITH = ("mlflow", "numpy", "pyyaml", "safetensors", "sentencepiece", "torch", "tqdm")
+"""What served_model.py and what it imports need."""
+REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
+"""Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def _client(uri: str) -> MlflowClient:
+    # MLflow's own seven retries hold a caller for minutes; who can wait does so in _await_server.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it counts local files, three times
+    return MlflowClient(uri)
+
+
+def _answers(uri: str) -> bool:
+    """Whether there is a server at `uri`; a database needs none."""
+    if not uri.startswith("http"):
+        return True
+    try:
+        return http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=5).ok
+    except (MlflowException, OSError):
+        return False
+
+
+def _await_server(uri: str, patience_s: float) -> None:
+    """Raises ConnectionError when the server has not answered for `patience_s` seconds."""
+    deadline = time.monotonic() + patience_s
+    warned = False
+    while not _answers(uri):
+        if time.monotonic() > deadline:
+            raise ConnectionError(
+                f"the MLflow server {uri} does not answer: start it, or set MLFLOW_TRACKING_URI to another, "
+                "or unset it to use the file mlflow.db"
+            )
+        if not warned:
+            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", uri, patience_s)
+            warned = True
+        time.sleep(min(2.0, patience_s))
+
+
+def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str], root: Path = Path()) -> str:
+    """The id of the run of `run_key`, RUNNING and owned by this process; made if there is none.
+
+    To be called by the driver before any worker opens the store: it also creates a new database, which several
+    processes at once cannot. `tags` (what the caller knows: workers, device, versions, ...) come on top of ours
+    and may set MLflow's own, such as mlflow.runName and mlflow.parentRunId.
+
+    Raises ConnectionError when the server does not answer, ValueError when another process of this machine
+    is at work on the same run.
+    """
+    _await_server(uri, patience_s=10)
+    client = _client(uri)
+    experiment_id = _experiment(client, settings.tracking.experiment, root)
+    run = _find(client, experiment_id, run_key)
+    if run is not None and _owner_lives(run) and int(run.data.tags["owner_pid"]) != os.getpid():
+        raise ValueError(
+            f"the same training is running already (process {run.data.tags['owner_pid']}, "
+            f"MLflow run {run.info.run_id}): wait for it or stop it"
+        )
+    hashes = _dvc_hashes(root)
+    all_tags = {
+        "mlflow.runName": f"{settings.data_name} {settings.model_name}, seed {settings.seed}",
+        "run_key": run_key,
+        **_git_tags(root),
+        **{f"{name}_md5": md5 for name, md5 in hashes.items()},
+        **_owner_tags(),
+        **tags,
+    }
+    if run is None:
+        run = client.create_run(experiment_id, tags=all_tags)
+    run_id = run.info.run_id
+    missing = {key: value for key, value in run_params(settings).items() if key not in run.data.params}
+    client.log_batch(
+        run_id,
+        params=[Param(key, value) for key, value in missing.items()],
+        tags=[RunTag(key, str(value)) for key, value in all_tags.items()],
+    )
+    client.update_run(run_id, status="RUNNING")  # after its owner is known: `reconcile` may look at any time
+    client.log_dict(run_id, asdict(settings), "settings.yaml")
+    if "data" in hashes:
+        source = json.dumps({"uri": str((root / CLEAN).resolve())})
+        dataset = Dataset(settings.download.corpus, hashes["data"], source_type="local", source=source)
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    return run_id
+
+
+def run_params(settings: Settings) -> dict[str, str]:
+    """The settings of training by short names, for MLflow's compare view.
+
+    `evaluate` is left out: log_evaluation adds it. So are the corpus's own limits, which settings.yaml has.
+    """
+    named = {
+        "data": settings.data_name,
+        "model": settings.model_name,
+        "seed": settings.seed,
+        "corpus": settings.download.corpus,
+        "src": settings.download.src,
+        "tgt": settings.download.tgt,
+    }
+    for section in (settings.tokenize, settings.model, settings.train, settings.hardware):
+        named |= flatten(section)
+    return {key: str(value) for key, value in named.items()}
+
+
+def finish(uri: str, run_id: str, status: str = "FINISHED", patience_s: float = 600) -> None:
+    """End the run. A server that stays away is a warning, not an error: what was trained is safe on disk."""
+    try:
+        _await_server(uri, patience_s)
+        _client(uri).set_terminated(run_id, status)
+    except (ConnectionError, MlflowException) as error:
+        logger.warning("MLflow run %s could not be marked %s: %s", run_id, status, error)
+
+
+@contextlib.contextmanager
+def run_guard(uri: str, run_id: str) -> Iterator[None]:
+    """A run that does not come to its end is marked: KILLED after Ctrl-C or SIGTERM, else FAILED.
+
+    SIGTERM raises SystemExit inside, when this is the main thread. Only SIGKILL gets past; see `reconcile`.
+    """
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if main else None
+    try:
+        yield
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+        )
+        finish(uri, run_id, "KILLED" if killed else "FAILED", patience_s=5)
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def reconcile(uri: str, experiment: str) -> list[str]:
+    """Mark KILLED every run that is RUNNING on this machine in name alone; returns their ids.
+
+    Runs whose owner is on another machine are left as they are: from here nobody can tell.
+    """
+    _await_server(uri, patience_s=10)
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'", max_results=10_000)
+    here = socket.gethostname()
+    dead = [run.info.run_id for run in running if run.data.tags.get("owner_host") == here and not _owner_lives(run)]
+    for run_id in dead:
+        client.set_terminated(run_id, "KILLED")
+    return dead
+
+
+def _experiment(client: MlflowClient, name: str, root: Path) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
+        folder = (root.resolve() / "mlartifacts").as_uri() if local else None
+        return client.create_experiment(name, artifact_location=folder)
+    if experiment.lifecycle_stage != "active":
+        raise ValueError(
+            f"tracking.experiment is {name!r}, which was deleted in MLflow: restore it there or name another"
+        )
+    return experiment.experiment_id
+
+
+def _find(client: MlflowClient, experiment_id: str, run_key: str) -> Run | None:
+    runs = client.search_runs([experiment_id], f"tags.run_key = '{run_key}'", max_results=1)
+    return runs[0] if runs else None
+
+
+def _owner_tags() -> dict[str, str]:
+    """Which process runs this; a process id alone is used again after a while."""
+    me = psutil.Process()
+    return {
+        "owner_host": socket.gethostname(),
+        "owner_pid": str(me.pid),
+        "owner_started": f"{me.create_time():.0f}",
+    }
+
+
+def _owner_lives(run: Run) -> bool:
+    """Whether a process of this machine is at work on the run."""
+    tags = run.data.tags
+    if run.info.status != "RUNNING" or tags.get("owner_host") != socket.gethostname():
+        return False
+    try:
+        started = psutil.Process(int(tags["owner_pid"])).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return abs(started - float(tags["owner_started"])) < 2
+
+
+def _git_tags(root: Path) -> dict[str, str]:
+    """The commit (GIT_COMMIT names it where there is no repository), and whether code or settings differ from it."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return {"git_commit": commit, "mlflow.source.git.commit": commit}
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        # dvc.lock and reports change with every run
+        changed = _git(root, "status", "--porcelain", "--", "*.py", "*.toml", "dvc.yaml", "params.yaml", "conf")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    dirty = "true" if changed else "false"
+    return {"git_commit": commit, "mlflow.source.git.commit": commit, "git_dirty": dirty}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _dvc_hashes(root: Path) -> dict[str, str]:
+    """{"data": DVC's hash of the checked texts, "tokenizer": of the tokenizer}, as far as dvc.lock has them."""
+    try:
+        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        return {}
+    hashes = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    places = {"data": CLEAN, "tokenizer": TOKENIZER}
+    return {name: hashes[str(path)] for name, path in places.items() if str(path) in hashes}
+
+
+class MetricWriter:
+    """Curves from inside training: `log` returns at once and never fails, whatever becomes of the server.
+
+    A thread delivers the points in order, again and again until MLflow has them. A point at or before the last
+    step that MLflow has of a metric is dropped: it comes from steps that are taken a second time after a resume.
+    A point that was delivered although the answer got lost is recognised by MLflow by its time and value.
+
+    Points also stand in a file of `folder` until all are delivered, so that neither a killed process nor a server
+    that is still away at the end loses any: the next writer of the same run and folder goes on from there.
+    Nothing bounds what waits, as a day's points are a few megabytes.
+    """
+
+    def __init__(self, uri: str, run_id: str, folder: Path) -> None:
+        self._uri, self._run_id = uri, run_id
+        self._path = folder / f"metrics-{run_id}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._points = deque(_read_journal(self._path))
+        self._journal = self._path.open("a", encoding="utf-8", buffering=1)  # a line at a time
+        self._journal_full = False
+        self._last_steps: dict[str, int] | None = None
+        self._away = self._refused = False
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Steps must grow from call to call, for each metric by itself."""
+        values = {key: float(value) for key, value in metrics.items()}
+        point = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": values}
+        try:
+            self._journal.write(json.dumps(point) + "\n")
+        except OSError as error:
+            if not self._journal_full:
+                logger.warning("Metrics wait for MLflow in memory only: %s", error)
+            self._journal_full = True
+        self._points.append(point)
+
+    def close(self, timeout_s: float = 60) -> bool:
+        """Deliver what waits; False if that did not succeed in time, and some of it stays in the file."""
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._thread.join(timeout_s + 1)
+        with contextlib.suppress(OSError):
+            self._journal.close()
+        if self._points:
+            logger.warning("%d points for MLflow are left in %s.", len(self._points), self._path)
+            return False
+        self._path.unlink(missing_ok=True)
+        return True
+
+    def _run(self) -> None:
+        pause_s = 1.0  # so that a fast loop's points share calls
+        while not self._refused:
+            closing = self._closing.wait(pause_s)
+            delivered = self._deliver()
+            if closing and (delivered or time.monotonic() > self._deadline):
+                return
+            pause_s = 1.0 if delivered else min(2 * pause_s, 10.0)
+            if closing:
+                time.sleep(0.5)
+
+    def _deliver(self) -> bool:
+        """Whether nothing waits any more."""
+        try:
+            if self._points and not _answers(self._uri):
+                raise ConnectionError("no answer")
+            client = _client(self._uri)
+            if self._last_steps is None:
+                self._last_steps = _last_steps(client, self._run_id)
+            while self._points:
+                self._deliver_batch(client, self._last_steps)
+        except Exception as error:  # a thread has nobody to raise to
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                self._refused = True
+                logger.warning("MLflow refuses the metrics of run %s: %s", self._run_id, error)
+            elif not self._away:
+                self._away = True
+                logger.warning("MLflow at %s is away (%s); training goes on.", self._uri, error)
+            return False
+        if self._away:
+            self._away = False
+            logger.warning("MLflow at %s is back; it has all points.", self._uri)
+        return True
+
+    def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> None:
+        batch: list[Metric] = []
+        reached = dict(last_steps)
+        num_points = 0
+        for point in list(self._points):
+            if batch and len(batch) + len(point["metrics"]) > MAX_BATCH:
+                break
+            num_points += 1
+            for key, value in point["metrics"].items():
+                if point["step"] > reached.get(key, -1):
+                    batch.append(Metric(key, value, point["time_ms"], point["step"]))
+                    reached[key] = point["step"]
+        if batch:
+            client.log_batch(self._run_id, metrics=batch)
+        last_steps.update(reached)
+        for _ in range(num_points):
+            self._points.popleft()
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """Points left by an earlier process; a line that its death cut short is taken out of the file."""
+    if not path.exists():
+        return []
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            points.append(json.loads(line))
+    write_text(path, "".join(json.dumps(point) + "\n" for point in points))
+    return points
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    # `data.metrics` has values alone, and a metric's history takes a second for 10,000 points.
+    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
+
+
+def training_run(uri: str, settings: Settings, run_key: str, root: Path = Path()) -> str:
+    """The id of the run that trained; a model that was trained elsewhere (`dvc pull`) gets one in this store.
+
+    Raises ConnectionError when the server stays away.
+    """
+    _await_server(uri, patience_s=600)
+    client = _client(uri)
+    run = _find(client, _experiment(client, settings.tracking.experiment, root), run_key)
+    if run is not None:
+        return run.info.run_id
+    run_id = open_run(uri, settings, run_key, {"trained": "in another store"}, root)
+    finish(uri, run_id)
+    return run_id
+
+
+def log_evaluation(
+    uri: str,
+    settings: Settings,
+    run_id: str,
+    step: int,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    files: Sequence[Path],
+    samples: Sequence[Mapping[str, str]],
+) -> str:
+    """Add results to the run that trained; returns the id of the run that has them now.
+
+    A run holds one evaluation. With another beam, alpha or max_extra than the one before, the results go into a
+    child of it that carries the same parameters; with the same, what is equal is left and what differs is added.
+
+    `metrics` are at `step`, the last of training; `tags` hold BLEU's signatures; `files` go up as they are, and
+    `samples` (columns by name) as a table. Raises ConnectionError when the server stays away.
+    """
+    _await_server(uri, patience_s=600)
+    client = _client(uri)
+    run = client.get_run(run_id)
+    search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH}
+    if any(run.data.params.get(key, value) != value for key, value in search.items()):
+        run = _evaluation_child(client, run, search)
+        run_id = run.info.run_id
+    for file in files:
+        client.log_artifact(run_id, str(file), "evaluation")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(samples[0]) if samples else [])
+    writer.writeheader()
+    writer.writerows(samples)
+    client.log_text(run_id, table.getvalue(), "evaluation/samples.csv")  # MLflow shows CSV as a table
+
+    model_id = run.data.tags.get("model_id")
+    now_ms = time.time_ns() // 1_000_000
+    changed = {key: float(value) for key, value in metrics.items() if run.data.metrics.get(key) != value}
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, now_ms, step, model_id=model_id) for key, value in changed.items()],
+        params=[Param(key, value) for key, value in search.items() if key not in run.data.params],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    return run_id
+
+
+def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str]) -> Run:
+    name = ", ".join(f"{key} {value}" for key, value in search.items())
+    key = f"{parent.data.tags['run_key']}, {name}"
+    if child := _find(client, parent.info.experiment_id, key):
+        return child
+    inherited = {
+        tag: value
+        for tag, value in parent.data.tags.items()
+        if not tag.startswith(("mlflow.", "owner_")) and tag not in ("run_key", "model_id", "weights_sha256")
+    }
+    own = {
+        "mlflow.runName": f"{parent.info.run_name}, {name}",
+        "mlflow.parentRunId": parent.info.run_id,
+        "run_key": key,
+    }
+    child = client.create_run(parent.info.experiment_id, tags={**inherited, **own})
+    params = {**parent.data.params, **search}
+    client.log_batch(child.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    client.set_terminated(child.info.run_id, "FINISHED")
+    return client.get_run(child.info.run_id)
+
+
+def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mapping[str, float]) -> str:
+    """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
+
+    `model` is a folder with weights.safetensors and config.json, `tokenizer` the file spm.model, `search` the
+    beam, alpha and max_extra to translate with. The model carries the code it needs and exact versions of the
+    packages; nothing in it is pickled. The same weights are logged once only.
+    """
+    _await_server(uri, patience_s=600)
+    client = _client(uri)
+    run = client.get_run(run_id)
+    weights = model / "weights.safetensors"
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if run.data.tags.get("weights_sha256") == digest:
+        return f"models:/{run.data.tags['model_id']}"
+    code = Path(__file__).parent
+    # By way of the client, as mlflow.pyfunc.log_model works on the process's one global store and active run.
+    logged = client.create_logged_model(
+        run.info.experiment_id, "transformer", source_run_id=run_id, params=run.data.params
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.pyfunc.save_model(
+            f"{folder}/model",
+            python_model=str(code / "served_model.py"),
+            artifacts={
+                "weights": str(weights),
+                "config": str(model / "config.json"),
+                "tokenizer": str(tokenizer),
+            },
+            model_config=dict(search),
+            code_paths=[str(code), str(code.parent / "model")],
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in SERVED_WITH],
+        )
+        client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.log_batch(run_id, tags=[RunTag("model_id", logged.model_id), RunTag("weights_sha256", digest)])
+    return f"models:/{logged.model_id}"

@@ -1,0 +1,313 @@
+"""Stage: train the Transformer with Ray Train, on one worker or many, on CPUs or GPUs.
+
+    python -m pipeline.train
+
+With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine.
+A run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
+from its last checkpoint in checkpoints/; with other settings, data or code it starts anew.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from pipeline import checkpoint, progress, tracking
+from pipeline.corpus import CorpusInfo
+from pipeline.files import replace_folder, write_json, write_text
+from pipeline.loop import NotFiniteError, State
+from pipeline.params import Hardware, Settings, load_settings
+from pipeline.worker import train_rank
+
+ENCODED, CHECKPOINTS, FINAL, REPORTS = (
+    Path("data/encoded"),
+    Path("checkpoints"),
+    Path("models/final"),
+    Path("reports"),
+)
+CODE = ("model/*.py", "pipeline/batching.py", "pipeline/corpus.py", "pipeline/loop.py", "pipeline/worker.py")
+"""What decides the weights beside settings and data."""
+
+
+OBJECT_STORE_BYTES = 200_000_000
+"""Of Ray on this machine: nothing large passes through it."""
+
+
+class TrainingError(RuntimeError):
+    """Training did not come to its end; says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver sends to every worker. All paths are absolute: a worker runs in a folder of its own."""
+
+    settings: Settings
+    data: Path
+    run_folder: Path
+    tracking_uri: str
+    run_id: str
+    cpus: int
+
+    @property
+    def progress_file(self) -> Path:
+        return self.run_folder / "progress.json"
+
+
+def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
+    """Train, average the last checkpoints into models/final, write the reports; returns the metrics.
+
+    Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
+    """
+    started = time.perf_counter()
+    root = root.resolve()
+    key = run_key(settings, root)
+    run_folder = root / CHECKPOINTS / f"{settings.data_name}-{settings.model_name}-{settings.seed}-{key}"
+    _say_how_it_starts(run_folder)
+    uri = tracking.tracking_uri(root)
+    tracking.reconcile(uri, settings.tracking.experiment)
+    with _ray_cluster(settings.hardware):
+        gpu, cpus = _share_of_each_worker(settings.hardware)
+        tags = {
+            "workers": str(settings.hardware.num_workers),
+            "device": "gpu" if gpu else "cpu",
+            "cpus_per_worker": str(cpus),
+            "nodes": str(sum(node["Alive"] for node in ray.nodes())),
+            "versions": f"python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
+        }
+        run_id = tracking.open_run(uri, settings, key, tags, root)
+        with tracking.run_guard(uri, run_id):
+            state = _fit(Job(settings, root / ENCODED, run_folder, uri, run_id, cpus), gpu)
+            metrics = _write_results(settings, state, run_folder, root)
+            run = {"run_key": key, "mlflow_run_id": run_id, "tracking_uri": uri, "step": state.step}
+            write_json(root / FINAL / "run.json", run)
+    tracking.finish(uri, run_id)
+    _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
+    return metrics
+
+
+def run_key(settings: Settings, root: Path) -> str:
+    """A digest of all that decides the weights of a run: not how many workers there are, nor where."""
+    decisive = {
+        "data": CorpusInfo.open(root / ENCODED).sha256,
+        "seed": settings.seed,
+        "model": asdict(settings.model),
+        "train": asdict(settings.train),
+        "micro_batch_tokens": settings.hardware.micro_batch_tokens,
+        "precision": settings.hardware.precision,
+    }
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    for path in sorted(path for pattern in CODE for path in root.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _say_how_it_starts(run_folder: Path) -> None:
+    others = [path for path in run_folder.parent.glob("*") if path != run_folder and checkpoint.folders(path)]
+    if checkpoint.folders(run_folder):
+        _say(f"settings, data and code are those of {run_folder.name}")
+    elif others:
+        last = max(others, key=lambda path: path.stat().st_mtime)
+        _say(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
+
+
+@contextmanager
+def _ray_cluster(hardware: Hardware) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS or of this job, else Ray on this machine for as long as training takes."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches cloud nodes
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        cpus = max(len(os.sched_getaffinity(0)), hardware.num_workers)
+        options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    # Without a dashboard, one of Ray's helpers warns once a second that it cannot ask it anything.
+    ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
+    """Whether each worker gets a GPU, and its number of CPUs. Raises ValueError if there are not enough."""
+    cluster = ray.cluster_resources()
+    num_cpus, num_gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
+    gpu = hardware.device == "gpu" or (hardware.device == "auto" and num_gpus >= hardware.num_workers)
+    if gpu and num_gpus < hardware.num_workers:
+        raise ValueError(
+            f"hardware.num_workers is {hardware.num_workers}, with a GPU each: the cluster has {num_gpus}; "
+            "lower it, or set hardware.device to cpu"
+        )
+    cpus = hardware.cpus_per_worker or num_cpus // hardware.num_workers
+    if cpus < 1 or cpus * hardware.num_workers > num_cpus:
+        raise ValueError(
+            f"hardware.num_workers is {hardware.num_workers}, with {max(cpus, 1)} CPUs each: the cluster has "
+            f"{num_cpus}; lower it, or hardware.cpus_per_worker"
+        )
+    return gpu, cpus
+
+
+def _fit(job: Job, gpu: bool) -> State:
+    """Run the workers until training is done, starting dead ones again; the state of the last checkpoint."""
+    last = checkpoint.load_latest(job.run_folder, _say)
+    if last is not None and last.state.finished:
+        _say(f"trained already, to step {last.state.step}; to train again, delete {job.run_folder}")
+        return last.state
+    hardware = job.settings.hardware
+    resources = {"CPU": job.cpus} | ({"GPU": 1} if gpu else {})
+    trainer = TorchTrainer(
+        work,  # type: ignore[arg-type]  # mypy sees the classes of Ray Train v1 here and below
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=hardware.num_workers, use_gpu=gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=job.run_folder.name,
+            storage_path=str(job.run_folder.parent),
+            failure_config=FailureConfig(max_failures=hardware.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    )
+    try:
+        with progress.shown(job.progress_file, job.settings.train.max_steps, "train"):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(
+            f"training failed: {_last_line(error)}; run again to go on from the last checkpoint"
+        ) from error
+    if stopped_by := result.return_value:  # type: ignore[attr-defined]
+        raise TrainingError(stopped_by)
+    last = checkpoint.load_latest(job.run_folder, _say)
+    if last is None or not last.state.finished:
+        raise TrainingError(f"training ended, but its last checkpoint is not in {job.run_folder}")
+    return last.state
+
+
+def work(config: dict[str, Any]) -> str | None:
+    """One worker: the loop, with Ray's ranks, a progress bar, and curves to MLflow from rank 0. Returns what
+    stopped it if every further attempt would stop there too; other errors are Ray's, which starts again."""
+    job: Job = config["job"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    torch.set_num_threads(job.cpus)
+    logging.getLogger("pipeline").setLevel(logging.WARNING)
+    writer = tracking.MetricWriter(job.tracking_uri, job.run_id, job.run_folder) if rank == 0 else None
+    learning_rate = job.settings.learning_rate()
+    reporter = progress.Reporter(job.progress_file) if rank == 0 else None
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        if writer:
+            writer.log(metrics, step)
+        if "valid_loss" in metrics:
+            ray.train.report({"step": step, **metrics})
+
+    def show(state: State, loss: float) -> None:
+        if reporter:
+            valid = f"valid ppl {state.validation_curve[-1]['valid_ppl']:.2f}, " if state.validation_curve else ""
+            speed, rate = state.tokens / state.seconds, learning_rate(state.step)
+            reporter.progress(state.step, f"loss {loss:.3f}, {valid}{speed:,.0f} tokens/s, rate {rate:.1e}")
+
+    try:
+        train_rank(
+            job.settings,
+            job.data,
+            job.run_folder,
+            rank=rank,
+            num_ranks=context.get_world_size(),
+            device=get_device(),
+            report=report,
+            progress=show,
+            say=reporter.say if reporter else lambda line: None,
+        )
+    except (NotFiniteError, ValueError) as error:
+        return str(error)
+    finally:
+        if reporter and writer:
+            reporter.flush()
+            writer.close()
+    return None
+
+
+def _write_results(settings: Settings, state: State, run_folder: Path, root: Path) -> dict[str, Any]:
+    """models/final, and the metrics and curves of reports/."""
+    weights, steps = checkpoint.average(run_folder, settings.train.average_checkpoints, _say)
+    config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
+    with replace_folder(root / FINAL) as folder:
+        checkpoint.save_model(folder, weights, config)
+    last = state.validation_curve[-1]
+    metrics = {
+        "steps": state.step,
+        "epochs": state.position[0],
+        "tokens": state.tokens,
+        "train_seconds": round(state.seconds, 1),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "train_loss": state.training_curve[-1]["train_loss"],
+        "valid_loss": last["valid_loss"],
+        "valid_ppl": last["valid_ppl"],
+        "valid_ppl_word": last["valid_ppl_word"],
+        "parameters": sum(value.numel() for value in weights.values()),
+        "averaged_steps": steps,
+    }
+    write_json(root / REPORTS / "train.json", metrics)
+    for name in ("training", "validation"):
+        write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(state, f"{name}_curve")))
+    return metrics
+
+
+def _csv(rows: list[dict[str, float]]) -> str:
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return lines.getvalue()
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _say(line: str) -> None:
+    print(f"train: {line}", file=sys.stderr, flush=True)
+
+
+def _end_with_dvc() -> None:
+    """Under DVC, end when it does. `kill -9` of `dvc repro` would otherwise leave training running unseen, in the
+    way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "DVC_STAGE" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    _end_with_dvc()
+    try:
+        train(load_settings())
+    except (ValueError, OSError, TrainingError) as error:
+        _say(str(error))
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""First half of the stage tokenize: one byte-pair encoding over both languages (section 5.1).
+
+`python -m pipeline.train_tokenizer` reads data/clean/train.* and writes data/tokenizer/.
+"""
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tqdm import tqdm
+
+from model.config import BOS, EOS, PAD, UNK
+from pipeline.corpus import CLEAN, TOKENIZER
+from pipeline.files import replace_folder
+from pipeline.params import load_settings
+
+MAX_PAIRS = 1_000_000
+"""More pairs teach the encoding nothing; memory (about 1.4 GB at this number) stops growing here."""
+
+
+def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int) -> None:
+    """Learn `vocab_size` pieces from the lines of both files; write `folder`/spm.model and spm.vocab.
+
+    All pieces count: the reserved ones, and 256 bytes that spell characters which are none of the pieces, so
+    that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
+    distances. The same texts give the same bytes.
+
+    Raises ValueError if a file is missing, both are empty or they differ in length; or if vocab_size is too
+    small or too large for the text, with the number that would do.
+    """
+    num_pairs, num_tgt = _count_lines(src), _count_lines(tgt)
+    if num_pairs != num_tgt:
+        raise ValueError(f"{src} has {num_pairs} lines and {tgt} {num_tgt}: as many are needed")
+    if num_pairs == 0:
+        raise ValueError(f"{src} is empty: there is nothing to learn an encoding from")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_sentences(src, tgt, num_pairs),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            normalization_rule_name="nfkc",
+            character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
+            byte_fallback=True,
+            num_threads=1,  # more are hardly faster, and the model file records their number
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), vocab_size)) from None
+    tokenizer = SentencePieceProcessor(model_proto=model.getvalue())
+    with replace_folder(folder) as partial:
+        (partial / "spm.model").write_bytes(model.getvalue())
+        with open(partial / "spm.vocab", "w", encoding="utf-8", newline="\n") as file:
+            for piece in range(vocab_size):
+                file.write(f"{tokenizer.id_to_piece(piece)}\t{tokenizer.get_score(piece):g}\n")
+
+
+def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:
+    num_taken = min(num_pairs, MAX_PAIRS)
+    with open(src, encoding="utf-8", newline="\n") as src_file, open(tgt, encoding="utf-8", newline="\n") as tgt_file:
+        pairs = tqdm(zip(src_file, tgt_file, strict=True), "reading", num_pairs, unit=" pairs", unit_scale=True)
+        for index, pair in enumerate(pairs):
+            if (index + 1) * num_taken // num_pairs > index * num_taken // num_pairs:
+                yield from (line.removesuffix("\n") for line in pair)
+    print("learning the encoding ...", file=sys.stderr)
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: run the validate stage first") from None
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """SentencePiece's complaint about the vocabulary's size in our words; any other complaint as it is."""
+    if too_large := re.search(r"value <= (\d+)", message):
+        return f"tokenize.vocab_size is {vocab_size}: the training text yields at most {too_large[1]} pieces"
+    if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"tokenize.vocab_size is {vocab_size}: at least {too_small[1]} is needed, "
+            "for the text's characters, 256 bytes and the reserved pieces"
+        )
+    return f"SentencePiece cannot learn from the training text: {message}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Learn the joint byte-pair encoding of data/clean/train.*").parse_args()
+    try:
+        settings = load_settings()
+        src, tgt = (CLEAN / f"train.{code}" for code in (settings.download.src, settings.download.tgt))
+        train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"tokenize: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Pieces to text by beam search (section 6.1), in batches: what evaluation and a served model share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.config import EOS, PAD
+from model.decoding import beam_search
+from model.transformer import Transformer
+from pipeline.corpus import EncodedText
+from pipeline.params import Evaluate
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+Pieces = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One output. `score` is the search's: log-probability in nats over the length penalty."""
+
+    text: str
+    score: float
+    finished: bool  # False: cut off at the longest length
+
+
+def translate(
+    model: Transformer,
+    tokenizer: "SentencePieceProcessor",
+    sources: Sequence[Pieces] | EncodedText,
+    settings: Evaluate,
+    progress: bool = True,
+) -> list[Translation]:
+    """The best output for each sentence (its pieces, without EOS), in their order.
+
+    An output has at most max_extra pieces more than its source, and max_length - 1. A longer source than that is
+    cut there. Sentences of similar length are decoded together; who with whom changes no translation.
+    """
+    device, longest = model.embedding.weight.device, model.config.max_length - 1
+    lengths = np.array([min(len(sources[i]), longest) for i in range(len(sources))], dtype=np.int64)
+    translations: list[Translation | None] = [None] * len(sources)
+    with tqdm(total=len(sources), desc="translating", unit=" sentences", disable=not progress) as bar:
+        for indices in batches_by_length(lengths, settings.batch_tokens):
+            src = _pad([sources[i][: lengths[i]] for i in indices])
+            max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
+            with torch.inference_mode():
+                decoder = model.start(src.to(device))
+            found = beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
+            for i, [best] in zip(indices, found, strict=True):
+                text = " ".join(tokenizer.decode(best.tokens).split())  # byte pieces can spell a line break
+                translations[i] = Translation(text, best.score, best.finished)
+            bar.update(len(indices))
+    return [translation for translation in translations if translation is not None]
+
+
+def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Indices of sentences of similar length, longest first, at most `batch_tokens` positions when padded, EOS
+    counted. A single sentence may be longer. `lengths` are without EOS."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // (int(lengths[order[start]]) + 1))
+        yield order[start : start + size]
+        start += size
+
+
+def _pad(sentences: Sequence[Pieces]) -> Tensor:
+    padded = torch.full((len(sentences), max(map(len, sentences)) + 1), PAD)
+    for row, sentence in zip(padded, sentences, strict=True):
+        row[: len(sentence)] = torch.from_numpy(np.asarray(sentence, dtype=np.int64))
+        row[len(sentence)] = EOS
+    return padded

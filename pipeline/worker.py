@@ -1,0 +1,136 @@
+"""What one worker (rank) of a training run does: data, model and checkpoints around the loop. No Ray, no MLflow."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.transformer import Transformer
+from pipeline import checkpoint
+from pipeline.batching import BatchPlan, MicroBatch, Position, collate
+from pipeline.corpus import CorpusInfo, EncodedSplit
+from pipeline.loop import Recipe, State, Step, adam, cross_entropy, train
+from pipeline.params import Settings
+
+
+def train_rank(
+    settings: Settings,
+    data: Path,
+    run_folder: Path,
+    *,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    report: Callable[[dict[str, float], int], None],
+    progress: Callable[[State, float], None],
+    say: Callable[[str], None],
+) -> State:
+    """Train on the encoded corpus in `data` until done, from the last checkpoint in `run_folder` if there is one.
+
+    Every rank calls this alike; `report` gets metrics and their step, `progress` the state and the loss after each
+    step, `say` a line for people. Raises NotFiniteError, and ValueError for data that does not fit the settings.
+    """
+    t = settings.train
+    train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
+    info = CorpusInfo.open(data)
+    torch.manual_seed(settings.seed)
+    model = Transformer(settings.model.config(info.vocab_size)).to(device)
+    optimizer = adam(model, t.beta1, t.beta2, t.eps)
+    state = _resume(run_folder, model, optimizer, rank, device, say)
+
+    plan = _plan(train_split, settings, settings.train.batch_tokens)
+    if plan.num_skipped and rank == 0:
+        say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
+    valid_batches = _all_batches(valid_split, settings)
+    mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
+    bf16 = settings.hardware.precision == "bf16"
+
+    def validate() -> dict[str, float]:
+        total, tokens = cross_entropy(model, mine, bf16)
+        return {
+            "valid_loss": total / tokens,
+            "valid_ppl": math.exp(total / tokens),
+            "valid_ppl_word": math.exp(total / info.words["valid"]["tgt"]),
+        }
+
+    def save(state: State) -> None:
+        if rank == 0:
+            checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
+
+    recipe = Recipe(
+        seed=settings.seed,
+        max_steps=t.max_steps,
+        learning_rate=settings.learning_rate(),
+        label_smoothing=t.label_smoothing,
+        max_grad_norm=t.max_grad_norm,
+        validate_every=t.validate_every,
+        patience=t.patience,
+        checkpoint_every=t.checkpoint_every,
+        log_every=t.log_every,
+        bf16=bf16,
+        compile=settings.hardware.compile,
+    )
+    steps = _share(plan, train_split, state, rank, num_ranks)
+    return train(
+        model, optimizer, steps, recipe, state, validate=validate, save=save, report=report, progress=progress
+    )
+
+
+def _plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPlan:
+    return BatchPlan(
+        split.src.lengths,
+        split.tgt.lengths,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=settings.hardware.micro_batch_tokens,
+        max_length=settings.model.max_length,
+        seed=settings.seed,
+    )
+
+
+def _all_batches(split: EncodedSplit, settings: Settings) -> list:
+    """Micro-batches of a split that is only read."""
+    plan = _plan(split, settings, settings.hardware.micro_batch_tokens)
+    if plan.num_skipped:
+        raise ValueError(
+            f"{plan.num_skipped} validation pairs have more than {settings.model.max_length} pieces on one side: "
+            "raise model.max_length, or drop them with a smaller validate.max_words"
+        )
+    return [indices for step in plan.steps(0) for indices in step]
+
+
+def _share(plan: BatchPlan, split: EncodedSplit, state: State, rank: int, num_ranks: int) -> Iterator[Step]:
+    """This rank's part of every step, from where `state` stands."""
+
+    def collated(micro_batches: list) -> Iterator[tuple[int, MicroBatch]]:
+        for place in range(rank, len(micro_batches), num_ranks):
+            yield place, collate(split, micro_batches[place])
+
+    for position, micro_batches in plan.from_position(Position(*state.position)):
+        ends_epoch = position.step + 1 == plan.num_steps
+        after = (position.epoch + 1, 0) if ends_epoch else (position.epoch, position.step + 1)
+        yield Step(after, collated(micro_batches), plan.num_tgt_tokens(micro_batches))
+
+
+def _resume(
+    run_folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Adam,
+    rank: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> State:
+    """The last whole checkpoint, as rank 0 finds it: all ranks go on from the same step."""
+    found = checkpoint.load_latest(run_folder, say) if rank == 0 else None
+    step = torch.tensor(found.state.step if found else -1, device=device)
+    if dist.is_initialized():
+        dist.broadcast(step, src=0)
+    if step.item() < 0:
+        return State()
+    if found is None:
+        found = checkpoint.load(checkpoint.folder_of(run_folder, int(step.item())))
+    if rank == 0:
+        say(f"continuing from the checkpoint of step {found.state.step}")
+    return found.restore(model, optimizer)

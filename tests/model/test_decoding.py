@@ -1,0 +1,380 @@
+import math
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import BOS, EOS, PAD, UNK, Positions, TransformerConfig
+from model.decoding import Hypothesis, beam_search, greedy_search, length_penalty
+from model.transformer import Transformer
+
+A, B, C = 4, 5, 6
+NextLogProbs = Callable[[int, tuple[int, ...]], list[float]]  # of a sentence's prefix
+
+
+class RandomDecoder:
+    """A random recurrent network: each sentence its own distribution, which depends on the whole prefix."""
+
+    def __init__(self, seed: int, num_sentences: int, vocab: int, *, scale: float = 2.5, eos_bias: float = 0.0):
+        generator = torch.Generator().manual_seed(seed)
+        size = 7
+        self.first = torch.randn(num_sentences, size, generator=generator)
+        self.inputs = torch.randn(vocab, size, generator=generator)
+        self.recurrent = torch.randn(size, size, generator=generator)
+        self.output = scale * torch.randn(size, vocab, generator=generator) / size**0.5
+        self.bias = torch.zeros(vocab)
+        self.bias[EOS] = eos_bias
+        self.state = self.first
+        self.num_sentences = num_sentences
+        self.num_steps = 0
+        self.sentence_steps = 0  # sentences still in the batch, summed over the steps
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.num_steps += 1
+        self.sentence_steps += self.num_sentences
+        assert tokens.shape == self.state.shape[:1]
+        self.state = torch.tanh(self.state @ self.recurrent + self.inputs[tokens])
+        return self.state @ self.output + self.bias
+
+    def reorder(self, rows: Tensor) -> None:
+        old_size = len(self.state) // self.num_sentences
+        new_size = len(rows) // self.num_sentences
+        assert torch.equal(rows // old_size, torch.arange(len(rows)) // new_size)  # nobody changes sentence
+        self.state = self.state[rows]
+
+    def keep(self, sentences: Tensor) -> None:
+        assert 0 < len(sentences) < self.num_sentences
+        self.state = self.state.view(self.num_sentences, -1, self.state.shape[1])[sentences].flatten(0, 1)
+        self.num_sentences = len(sentences)
+
+    def next_log_probs(self, sentence: int, prefix: tuple[int, ...]) -> list[float]:
+        state = self.first[sentence]
+        for token in (BOS, *prefix):
+            state = torch.tanh(state @ self.recurrent + self.inputs[token])
+        return (state @ self.output + self.bias).double().log_softmax(0).tolist()
+
+
+class TableDecoder:
+    """Probabilities written by hand: {prefix: {next piece: probability}}; all else has none."""
+
+    def __init__(self, table: dict[tuple[int, ...], dict[int, float]]):
+        self.table = table
+        self.prefixes: list[tuple[int, ...]] = [()]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.prefixes = [(*prefix, token) for prefix, token in zip(self.prefixes, tokens.tolist(), strict=True)]
+        logits = torch.full((len(self.prefixes), 7), -torch.inf)
+        for row, prefix in enumerate(self.prefixes):
+            for token, probability in self.table.get(prefix[1:], {EOS: 1.0}).items():
+                logits[row, token] = math.log(probability)
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        self.prefixes = [self.prefixes[row] for row in rows.tolist()]
+
+    def keep(self, sentences: Tensor) -> None:
+        raise AssertionError("there is one sentence")
+
+
+def penalty(length: int, alpha: float) -> float:
+    return math.pow((5 + length) / 6, alpha)
+
+
+def plain_search(
+    next_log_probs: NextLogProbs, sentence: int, max_length: int, beam: int, alpha: float
+) -> list[tuple[float, float, tuple[int, ...]]]:
+    """Beam search of one sentence in plain Python that always runs to the longest length:
+    (score, log_prob, tokens) of the `beam` best finished ones."""
+    live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    finished = []
+    for _ in range(max_length + 1):
+        candidates = []
+        for log_prob, tokens in live:
+            for token, step in enumerate(next_log_probs(sentence, tokens)):
+                if token not in (PAD, BOS):
+                    candidates.append((log_prob + step, (*tokens, token)))
+        candidates = sorted(candidates, reverse=True)[: 2 * beam if beam > 1 else 1]
+        for log_prob, tokens in candidates:
+            if tokens[-1] == EOS:
+                finished.append((log_prob / penalty(len(tokens), alpha), log_prob, tokens[:-1]))
+        live = [(log_prob, tokens) for log_prob, tokens in candidates if tokens[-1] != EOS][:beam]
+    return sorted(finished, reverse=True)[:beam]
+
+
+def all_outputs(
+    next_log_probs: NextLogProbs, sentence: int, max_length: int, pieces: list[int], alpha: float
+) -> list[tuple[float, float, tuple[int, ...]]]:
+    """(score, log_prob, tokens) of every output there can be, best first."""
+    found = []
+    for length in range(max_length + 1):
+        for tokens in product(pieces, repeat=length):
+            steps = [next_log_probs(sentence, tokens[:i])[token] for i, token in enumerate((*tokens, EOS))]
+            found.append((sum(steps) / penalty(length + 1, alpha), sum(steps), tokens))
+    return sorted(found, reverse=True)
+
+
+def assert_same(found: list[Hypothesis], expected: list[tuple[float, float, tuple[int, ...]]]) -> None:
+    assert [tuple(h.tokens) for h in found] == [tokens for _, _, tokens in expected]
+    assert [h.score for h in found] == pytest.approx([score for score, _, _ in expected], abs=1e-4)
+    assert [h.log_prob for h in found] == pytest.approx([log_prob for _, log_prob, _ in expected], abs=1e-4)
+
+
+def test_length_penalty_is_the_gnmt_formula():
+    assert float(length_penalty(1, 0.6)) == 1.0
+    assert float(length_penalty(7, 1.0)) == 2.0
+    assert float(length_penalty(19, 0.5)) == 2.0
+    assert float(length_penalty(100, 0.0)) == 1.0
+
+
+GARDEN_PATH: dict[tuple[int, ...], dict[int, float]] = {
+    (): {A: 0.6, B: 0.4},
+    (A,): {A: 0.5, B: 0.5},
+    (A, A): {EOS: 0.5, C: 0.5},
+    (A, B): {EOS: 0.5, C: 0.5},
+    (B,): {EOS: 0.9, C: 0.1},
+}
+
+
+def test_greedy_follows_the_garden_path_and_beam_2_does_not():
+    [greedy] = greedy_search(TableDecoder(GARDEN_PATH), torch.tensor([11]))
+    [[best, second]] = beam_search(TableDecoder(GARDEN_PATH), torch.tensor([11]), beam=2, alpha=0)
+    assert greedy.tokens[0] == A
+    assert greedy.log_prob == pytest.approx(math.log(0.6 * 0.5 * 0.5), abs=1e-6)
+    assert best.tokens == [B]
+    assert best.log_prob == pytest.approx(math.log(0.4 * 0.9), abs=1e-6)
+    assert second.log_prob == pytest.approx(math.log(0.6 * 0.5 * 0.5), abs=1e-6)
+    assert best.finished
+    assert second.finished
+
+
+def test_a_larger_alpha_prefers_the_longer_output():
+    table = {(): {EOS: 0.3, A: 0.7}, (A,): {A: 0.35, B: 0.65}, (A, B): {EOS: 0.6, C: 0.4}}
+    by_alpha = {
+        alpha: beam_search(TableDecoder(table), torch.tensor([11]), beam=3, alpha=alpha)[0][0] for alpha in (0.0, 1.0)
+    }
+    # Probabilities: [] 0.3, [A, B] 0.7 * 0.65 * 0.6 = 0.273; lp of the longer is (8 / 6)^alpha.
+    assert by_alpha[0.0].tokens == []
+    assert by_alpha[1.0].tokens == [A, B]
+    assert by_alpha[1.0].score == pytest.approx(math.log(0.273) / (8 / 6), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.3])
+def test_beam_1_is_greedy_search_whatever_alpha(alpha: float):
+    for seed in range(60):
+        max_lengths = torch.tensor([13, 0, 5, 7, 1])
+        beam = beam_search(RandomDecoder(seed, 5, 11), max_lengths, beam=1, alpha=alpha)
+        greedy = greedy_search(RandomDecoder(seed, 5, 11), max_lengths, alpha=alpha)
+        assert [best.tokens for [best] in beam] == [h.tokens for h in greedy]
+        assert [best.finished for [best] in beam] == [h.finished for h in greedy]
+        for [best], h in zip(beam, greedy, strict=True):
+            assert best.log_prob == pytest.approx(h.log_prob, abs=1e-5)
+            assert best.score == pytest.approx(h.score, abs=1e-5)
+
+
+def test_greedy_search_takes_the_most_probable_piece_at_each_step():
+    for seed in range(40):
+        decoder = RandomDecoder(seed, 3, 11)
+        for i, h in enumerate(greedy_search(decoder, torch.tensor([17, 2, 5]))):
+            for length in range(len(h.tokens) + h.finished):
+                log_probs = decoder.next_log_probs(i, tuple(h.tokens[:length]))
+                log_probs[PAD] = log_probs[BOS] = -math.inf
+                assert log_probs.index(max(log_probs)) == [*h.tokens, EOS][length]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.9])
+def test_a_wide_beam_equals_exhaustive_search(alpha: float):
+    pieces = [UNK, A, B]
+    for seed in range(12):
+        decoder = RandomDecoder(seed, 3, 6)
+        found = beam_search(decoder, torch.tensor([4, 1, 3]), beam=240, alpha=alpha)
+        for i, max_length in enumerate([4, 1, 3]):
+            expected = all_outputs(decoder.next_log_probs, i, max_length, pieces, alpha)
+            assert len(found[i]) == sum(3**n for n in range(max_length + 1))
+            assert [h.score for h in found[i]] == pytest.approx([score for score, _, _ in expected], abs=1e-4)
+            assert_same(found[i][:1], expected[:1])
+            assert {tuple(h.tokens) for h in found[i]} == {tokens for _, _, tokens in expected}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0, 3.1])
+def test_ending_early_gives_what_a_search_to_the_longest_length_gives(alpha: float):
+    num_steps = num_most = 0
+    for seed in range(80):
+        beam = (2, 3, 5)[seed % 3]
+        max_lengths = [11, 3, 0, 7]
+        decoder = RandomDecoder(seed, 4, 7, eos_bias=seed % 4 - 1.0)
+        found = beam_search(decoder, torch.tensor(max_lengths), beam=beam, alpha=alpha)
+        for i, max_length in enumerate(max_lengths):
+            expected = plain_search(decoder.next_log_probs, i, max_length, beam, alpha)
+            if expected:
+                assert all(h.finished for h in found[i])
+                assert_same(found[i], expected)
+            else:
+                assert not any(h.finished for h in found[i])
+        num_steps += decoder.sentence_steps
+        num_most += sum(length + 1 for length in max_lengths)
+    assert num_steps < num_most * (0.98 if alpha < 2 else 1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_asking_for_the_best_alone_gives_the_same_best_sooner(alpha: float):
+    steps = {1: 0, 4: 0}
+    for seed in range(40):
+        max_lengths = torch.tensor([19, 5, 11])
+        found = {}
+        for num_best in steps:
+            decoder = RandomDecoder(seed, 3, 13, eos_bias=1.0)
+            found[num_best] = beam_search(decoder, max_lengths, beam=4, alpha=alpha, num_best=num_best)
+            steps[num_best] += decoder.sentence_steps
+        for [best], best_four in zip(found[1], found[4], strict=True):
+            assert best == best_four[0]
+    assert steps[1] < 0.7 * steps[4]
+
+
+def test_the_reported_log_prob_is_the_models_own():
+    for seed in range(20):
+        decoder = RandomDecoder(seed, 5, 17)
+        for i, hypotheses in enumerate(beam_search(decoder, torch.tensor([13, 2, 11, 3, 7]), beam=4, alpha=0.6)):
+            assert len(hypotheses) > 0
+            for h in hypotheses:
+                output = (*h.tokens, EOS) if h.finished else tuple(h.tokens)
+                steps = [decoder.next_log_probs(i, output[:n])[token] for n, token in enumerate(output)]
+                assert h.log_prob == pytest.approx(sum(steps), abs=1e-4)
+                assert h.score == pytest.approx(sum(steps) / penalty(len(output), 0.6), abs=1e-4)
+
+
+def test_hypotheses_differ_and_come_best_first():
+    for seed in range(20):
+        for hypotheses in beam_search(RandomDecoder(seed, 3, 17), torch.tensor([13, 5, 7]), beam=5, alpha=0.6):
+            scores = [h.score for h in hypotheses]
+            assert scores == sorted(scores, reverse=True)
+            assert len({tuple(h.tokens) for h in hypotheses}) == len(hypotheses)
+
+
+def test_company_in_the_batch_changes_nothing():
+    max_lengths = torch.tensor([13, 2, 11, 0, 7, 17, 3])
+    for seed in range(20):
+        together = beam_search(RandomDecoder(seed, 7, 19), max_lengths, beam=3, alpha=0.6)
+        for i in range(7):
+            decoder = RandomDecoder(seed, 7, 19)
+            decoder.keep(torch.tensor([i]))
+            [alone] = beam_search(decoder, max_lengths[i : i + 1], beam=3, alpha=0.6)
+            assert [h.tokens for h in alone] == [h.tokens for h in together[i]]
+            assert [h.log_prob for h in alone] == pytest.approx([h.log_prob for h in together[i]], abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_no_output_is_longer_than_its_own_longest_length(beam: int):
+    max_lengths = [5, 0, 13, 2]
+    for seed in range(20):
+        found = beam_search(RandomDecoder(seed, 4, 11), torch.tensor(max_lengths), beam=beam, alpha=0.6)
+        for hypotheses, max_length in zip(found, max_lengths, strict=True):
+            for h in hypotheses:
+                assert len(h.tokens) <= max_length
+                assert h.finished or len(h.tokens) == max_length
+                assert not {PAD, BOS, EOS} & set(h.tokens)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_where_eos_never_wins_the_output_is_cut_off_and_not_finished(beam: int):
+    max_lengths = [7, 0, 3]
+    decoder = RandomDecoder(5, 3, 11, eos_bias=-1e4)
+    found = beam_search(decoder, torch.tensor(max_lengths), beam=beam, alpha=0.6)
+    assert decoder.num_steps == 8
+    for i, (hypotheses, max_length) in enumerate(zip(found, max_lengths, strict=True)):
+        assert len(hypotheses) == (beam if max_length else 1)
+        for h in hypotheses:
+            assert (len(h.tokens), h.finished) == (max_length, False)
+            steps = [decoder.next_log_probs(i, tuple(h.tokens[:n]))[t] for n, t in enumerate(h.tokens)]
+            assert h.log_prob == pytest.approx(sum(steps), abs=1e-4)
+            assert h.score == pytest.approx(h.log_prob / penalty(max_length, 0.6), abs=1e-4)
+    for h, max_length in zip(
+        greedy_search(RandomDecoder(5, 3, 11, eos_bias=-1e4), torch.tensor(max_lengths)),
+        max_lengths,
+        strict=True,
+    ):
+        assert (len(h.tokens), h.finished) == (max_length, False)
+
+
+def test_no_more_than_num_best_unfinished_outputs_are_given():
+    found = beam_search(RandomDecoder(5, 2, 11, eos_bias=-1e4), torch.tensor([7, 3]), beam=4, alpha=0.6, num_best=2)
+    assert [len(hypotheses) for hypotheses in found] == [2, 2]
+
+
+def test_an_unfinished_output_counts_only_where_none_finished():
+    table = {(): {A: 0.99, EOS: 0.01}, (A,): {B: 1.0}, (A, B): {C: 1.0}}
+    [[best]] = beam_search(TableDecoder(table), torch.tensor([2]), beam=2, alpha=0.6)[:1]
+    assert (best.tokens, best.finished) == ([], True)
+
+
+@pytest.mark.parametrize("search", [beam_search, greedy_search])
+def test_pad_and_bos_are_never_chosen_however_probable(search: Callable):
+    def biased(seed: int) -> RandomDecoder:
+        decoder = RandomDecoder(seed, 3, 11)
+        decoder.bias[PAD] = decoder.bias[BOS] = 20.0
+        return decoder
+
+    options = {"beam": 3, "alpha": 0.6} if search is beam_search else {}
+    for seed in range(10):
+        for result in search(biased(seed), torch.tensor([7, 5, 3]), **options):
+            for h in result if isinstance(result, list) else [result]:
+                assert not {PAD, BOS} & set(h.tokens)
+
+
+def test_an_empty_batch_gives_no_results():
+    nobody = torch.zeros(0, dtype=torch.int64)
+    assert beam_search(RandomDecoder(1, 0, 11), nobody, beam=3, alpha=0.6) == []
+    assert greedy_search(RandomDecoder(1, 0, 11), nobody) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam": 0, "alpha": 0.6}, "beam is 0: 1 or more is needed"),
+        ({"beam": 4, "alpha": -0.5}, "alpha is -0.5: 0 or more is needed"),
+        ({"beam": 4, "alpha": 0.6, "num_best": 0}, "num_best is 0: 1 or more is needed"),
+    ],
+)
+def test_an_impossible_option_is_named(options: dict, message: str):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        beam_search(RandomDecoder(1, 2, 11), torch.tensor([3, 5]), **options)
+
+
+def test_a_negative_longest_length_is_named():
+    for search in (lambda d, n: beam_search(d, n, beam=3, alpha=0.6), greedy_search):
+        with pytest.raises(ValueError, match=r"^max_lengths holds -2: 0 or more is needed$"):
+            search(RandomDecoder(1, 2, 11), torch.tensor([3, -2]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(value: float):
+    for search in (lambda d, n: beam_search(d, n, beam=3, alpha=0.6), greedy_search):
+        decoder = RandomDecoder(1, 2, 11)
+        decoder.bias[A] = value
+        with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
+            search(decoder, torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "relative", "rotary"])
+def test_the_transformers_own_score_of_an_output_is_what_the_search_reports(positions: Positions):
+    config = TransformerConfig(
+        vocab_size=23, num_layers=2, d_model=14, d_ff=17, num_heads=3, d_k=6, d_v=5, dropout=0.0,
+        positions=positions, norm="post", max_length=12,
+    )  # fmt: skip
+    num_finished = []
+    for seed in (7, 11, 13):
+        torch.manual_seed(seed)
+        model = Transformer(config).eval()
+        src = torch.randint(4, 23, (5, 7))
+        for sentence, length in zip(src, (6, 2, 4, 0, 5), strict=True):
+            sentence[length], sentence[length + 1 :] = EOS, PAD
+        found = beam_search(model.start(src), torch.tensor([11, 5, 7, 3, 2]), beam=4, alpha=0.6)
+        for i, h in ((i, h) for i, hypotheses in enumerate(found) for h in hypotheses):
+            tgt = torch.tensor([[BOS, *h.tokens, EOS]])
+            with torch.inference_mode():
+                log_probs = model.logits(model(src[i : i + 1], tgt[:, :-1])).log_softmax(-1)
+            steps = log_probs.gather(2, tgt[:, 1:, None]).flatten()
+            assert h.log_prob == pytest.approx(float(steps[: len(h.tokens) + h.finished].sum()), abs=1e-4)
+            num_finished.append(h.finished)
+    assert len(set(num_finished)) == 2  # some are, some are not

@@ -1,0 +1,379 @@
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import download as stage
+from pipeline.corpora import Corpus, RemoteFile
+from pipeline.params import Download
+
+ROOT = Path(stage.__file__).parents[1]
+SETTINGS = Download(corpus="toy", src="en", tgt="de")
+TEXTS = {
+    f"{split}.{code}": "".join(f"{split} sentence {i * i} in {code}: ä\n" for i in range(lines))
+    for split, lines in (("train", 2003), ("valid", 53), ("test", 47))
+    for code in ("en", "de")
+}
+PACKED = {f"/toy/{name}.gz": gzip.compress(text.encode(), mtime=0) for name, text in TEXTS.items()}
+TRAIN = "/toy/train.en.gz"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves PACKED with Range. `faults` holds, for the requests to come, a status or a number of bytes after
+    which the connection breaks (None: no fault); `hold` is the same for all, but the connection stays open."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = dict(PACKED)
+        self.faults = []
+        self.hold = None
+        self.knows_ranges = True
+        self.requests = []  # (path, first byte)
+        self.released = threading.Event()
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        server.requests.append((self.path, first))
+        fault = server.faults.pop(0) if server.faults else None
+        if fault in (404, 503) or self.path not in server.files:
+            return self.send_error(fault or 404)
+        content = server.files[self.path]
+        if not server.knows_ranges:
+            first = 0
+        elif first >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("Content-Encoding", "gzip")  # as some servers label every .gz
+        self.end_headers()
+        if server.hold is not None:
+            self.wfile.write(content[first : server.hold])
+            server.released.wait(20)
+        else:
+            self.wfile.write(content[first:][:fault])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty project whose catalogue has one corpus, "toy"; no wait between tries."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "RETRY_WAITS_S", (0, 0))
+    monkeypatch.setattr(stage, "CORPORA", catalogue("http://127.0.0.1:9"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path
+
+
+def catalogue(address):
+    files = {
+        name: RemoteFile(
+            path=f"toy/{name}.gz",
+            url=f"{address}/toy/{name}.gz",
+            num_bytes=len(packed),
+            sha256=hashlib.sha256(packed).hexdigest(),
+        )
+        for name, packed in zip(TEXTS, PACKED.values(), strict=True)
+    }
+    return {"toy": Corpus(licence="none", languages=("en", "de"), files=files)}
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    folder = tmp_path / "mirror"
+    (folder / "toy").mkdir(parents=True)
+    for path, packed in PACKED.items():
+        (folder / path[1:]).write_bytes(packed)
+    return folder
+
+
+def assert_whole():
+    assert {file.name for file in Path("data/raw").iterdir()} == {*TEXTS, "corpus.json"}
+    for name, text in TEXTS.items():
+        assert Path("data/raw", name).read_bytes() == text.encode()
+
+
+def test_mirror_folder_gives_the_texts_and_their_origin(mirror):
+    stage.download(SETTINGS, str(mirror))
+    assert_whole()
+    described = json.loads(Path("data/raw/corpus.json").read_text())
+    assert (described["corpus"], described["src"], described["tgt"]) == ("toy", "en", "de")
+    assert described["origin"]["valid.de"] == {
+        "url": "http://127.0.0.1:9/toy/valid.de.gz",
+        "sha256": hashlib.sha256(PACKED["/toy/valid.de.gz"]).hexdigest(),
+    }
+    assert not Path("data/downloads").exists()
+
+
+def test_web_and_mirror_give_the_same_bytes(server, mirror):
+    stage.download(SETTINGS, str(mirror))
+    first = {file.name: file.read_bytes() for file in Path("data/raw").iterdir()}
+    shutil.rmtree("data")
+    stage.download(SETTINGS, server.address + "/")
+    assert {file.name: file.read_bytes() for file in Path("data/raw").iterdir()} == first
+
+
+def test_without_a_mirror_the_public_address_is_asked(server, monkeypatch):
+    monkeypatch.setattr(stage, "CORPORA", catalogue(server.address))
+    stage.download(SETTINGS)
+    assert_whole()
+
+
+def test_verified_files_are_not_fetched_again(server):
+    stage.download(SETTINGS, server.address)
+    stage.download(SETTINGS, server.address)
+    assert len(server.requests) == len(PACKED)
+    Path("data/downloads/toy/train.en.gz").write_bytes(b"damaged since")
+    stage.download(SETTINGS, server.address)
+    assert server.requests[len(PACKED) :] == [(TRAIN, 0)]
+    assert_whole()
+
+
+def test_broken_connection_is_continued_where_it_broke(server):
+    server.faults = [701, 503, None]
+    stage.download(SETTINGS, server.address)
+    assert server.requests[:4] == [(TRAIN, 0), (TRAIN, 701), (TRAIN, 701), ("/toy/train.de.gz", 0)]
+    assert_whole()
+
+
+def test_failed_run_is_continued_by_the_next(server):
+    server.faults = [None, 307, 503, 503]  # train.en comes, train.de breaks, and no try is left
+    with pytest.raises(ValueError, match=r"503 Service Unavailable; 307 of .* Run again to continue") as caught:
+        stage.download(SETTINGS, server.address)
+    assert "\n" not in str(caught.value)
+    assert not Path("data/raw").exists()
+    server.requests.clear()
+    stage.download(SETTINGS, server.address)
+    assert server.requests[:2] == [("/toy/train.de.gz", 307), ("/toy/valid.en.gz", 0)]
+    assert_whole()
+
+
+def test_killed_run_is_continued_by_the_next(server, project):
+    server.hold = 997
+    code = (
+        "from test_download import catalogue, SETTINGS, stage\n"
+        f"stage.CORPORA = catalogue({server.address!r})\n"
+        "stage.CHUNK_BYTES = 100\n"
+        "stage.download(SETTINGS)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    part = Path("data/downloads/toy/train.en.gz.part")
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size >= 900) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("data/raw").exists()
+    have = part.stat().st_size
+
+    server.hold = None
+    stage.download(SETTINGS, server.address)
+    assert server.requests[:2] == [(TRAIN, 0), (TRAIN, have)]
+    assert 900 <= have <= 997
+    assert_whole()
+
+
+def test_server_without_ranges_is_asked_for_the_whole_file_again(server):
+    server.knows_ranges = False
+    server.faults = [701]
+    stage.download(SETTINGS, server.address)
+    assert_whole()
+
+
+def test_part_of_another_file_is_given_up(server):
+    part = Path("data/downloads/toy/train.en.gz.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"?" * 503)
+    stage.download(SETTINGS, server.address)
+    assert server.requests[:2] == [(TRAIN, 503), (TRAIN, 0)]
+    assert_whole()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PACKED[TRAIN][:601], r"is truncated: 601 of [\d,]+ bytes"),
+        (b"?" * len(PACKED[TRAIN]), "wrong checksum: sha256 [0-9a-f]{64} was found, [0-9a-f]{64} is expected"),
+        (PACKED[TRAIN] * 2, "wrong checksum"),
+    ],
+)
+def test_wrong_content_is_refused_and_removed(server, mirror, content, message):
+    stage.download(SETTINGS, str(mirror))
+    server.files[TRAIN] = content
+    with pytest.raises(ValueError, match=f"{TRAIN} .*{message}.* what came was removed. Run again, or set"):
+        stage.download(SETTINGS, server.address)
+    assert list(Path("data/downloads/toy").iterdir()) == []
+    assert_whole()  # of the run before
+
+
+def test_missing_file_is_reported_at_once(server):
+    del server.files[TRAIN]
+    with pytest.raises(ValueError, match=f"{TRAIN} cannot be fetched: the server answers 404 Not Found"):
+        stage.download(SETTINGS, server.address)
+    assert server.requests == [(TRAIN, 0)]
+
+
+def test_host_that_is_down_is_reported():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"train\.en\.gz cannot be fetched: Failed to .*refused; 0 of") as caught:
+            stage.download(SETTINGS, address)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_host_is_reported(monkeypatch):
+    def fail(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(ValueError, match=r"fetched: Failed to resolve 'corpora\.invalid'.*Name or service"):
+        stage.download(SETTINGS, "http://corpora.invalid")
+
+
+def test_host_that_says_nothing_is_reported(monkeypatch):
+    monkeypatch.setattr(stage, "TIMEOUT_S", (0.05, 0.05))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match="the server does not answer in time"):
+            stage.download(SETTINGS, address)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_reported_with_the_file(server):
+    part = Path("data/downloads/toy/train.en.gz.part")
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="free some space and run again") as caught:
+        stage.download(SETTINGS, server.address)
+    assert caught.value.filename == str(part)
+    assert not Path("data/raw").exists()
+
+
+def test_mirror_that_is_no_folder_is_reported():
+    with pytest.raises(ValueError, match="CORPUS_MIRROR is 'nowhere': a folder or an http"):
+        stage.download(SETTINGS, "nowhere")
+
+
+def test_faults_of_a_mirror_are_reported_with_the_file(mirror):
+    file = mirror / "toy" / "test.de.gz"
+    file.write_bytes(PACKED["/toy/test.de.gz"][:-1])
+    with pytest.raises(ValueError, match=r"mirror/toy/test\.de\.gz is truncated: .* bytes: copy http"):
+        stage.download(SETTINGS, str(mirror))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"test\.de\.gz is missing: .*CORPUS_MIRROR.* toy/test\.de\.gz"):
+        stage.download(SETTINGS, str(mirror))
+    assert not Path("data/raw").exists()
+
+
+def test_own_files_may_be_plain_or_packed():
+    write_own_files()
+    shutil.move("data/own/train.de", "data/own/unpacked")
+    Path("data/own/train.de.gz").write_bytes(PACKED["/toy/train.de.gz"])
+    stage.download(Download(corpus="files", src="en", tgt="de"))
+    assert_whole()
+    origin = json.loads(Path("data/raw/corpus.json").read_text())["origin"]
+    assert origin["train.de"]["url"] == "data/own/train.de.gz"
+    assert origin["test.en"]["sha256"] == hashlib.sha256(TEXTS["test.en"].encode()).hexdigest()
+
+
+def test_own_files_that_are_missing_double_or_broken_are_reported():
+    settings = Download(corpus="files", src="en", tgt="de")
+    write_own_files()
+    packed = Path("data/own/valid.en.gz")
+    packed.write_bytes(PACKED["/toy/valid.en.gz"][:-9])
+    with pytest.raises(ValueError, match=r"both data/own/valid\.en and data/own/valid\.en\.gz exist"):
+        stage.download(settings)
+    Path("data/own/valid.en").unlink()
+    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
+        stage.download(settings)
+    packed.write_bytes(b"plain after all")
+    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
+        stage.download(settings)
+    packed.unlink()
+    Path("data/own/test.de").unlink()
+    with pytest.raises(ValueError, match=r"data/own has no valid\.en, test\.de \(plain or \.gz\)"):
+        stage.download(settings)
+    assert not Path("data/raw").exists()
+
+
+def write_own_files():
+    Path("data/own").mkdir(parents=True)
+    for name, text in TEXTS.items():
+        Path("data/own", name).write_text(text, encoding="utf-8")
+
+
+def test_grammar_is_generated_with_the_settings_and_described():
+    stage.download(
+        Download(corpus="grammar", src="en", tgt="de", seed=3, train_pairs=101, valid_pairs=7, test_pairs=5)
+    )
+    lines = {file.name: len(file.read_text().splitlines()) for file in Path("data/raw").iterdir()}
+    del lines["corpus.json"]
+    assert lines == {
+        f"{split}.{kind}": number
+        for split, number in (("train", 101), ("valid", 7), ("test", 5))
+        for kind in ("en", "de", "trees")
+    }
+    origin = json.loads(Path("data/raw/corpus.json").read_text())["origin"]
+    assert set(origin) == set(lines)
+    assert {entry["url"] for entry in origin.values()} == {"generated"}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "src", "tgt", "message"),
+    [
+        ("toy", "en", "fr", "download.tgt is 'fr': toy has en, de"),
+        ("toi", "en", "de", "download.corpus is 'toi': one of files, grammar, toy is needed"),
+    ],
+)
+def test_unknown_corpus_or_language_is_refused(corpus, src, tgt, message):
+    with pytest.raises(ValueError, match=message):
+        stage.download(Download(corpus=corpus, src=src, tgt=tgt))
+
+
+def test_command_line_reports_a_fault_in_one_line_with_exit_code_1(project):
+    shutil.copytree(ROOT / "conf", "conf")
+    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(re.sub("(?m)^data: .*", "data: multi30k", params), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline.download"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CORPUS_MIRROR": "nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "download: CORPUS_MIRROR is 'nowhere': a folder or an http(s) address is needed\n"

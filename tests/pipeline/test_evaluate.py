@@ -1,0 +1,253 @@
+import csv
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.config import BOS, EOS, TransformerConfig
+from model.transformer import Transformer
+from pipeline import scoring
+from pipeline.checkpoint import load_model, save_model
+from pipeline.corpus import load_tokenizer
+from pipeline.encode import encode_corpus
+from pipeline.evaluate import evaluate, main, perplexities, read_split, run
+from pipeline.params import Settings, load_settings
+from pipeline.train_tokenizer import train_tokenizer
+from pipeline.translation import translate
+
+PROJECT = Path(__file__).parents[2]
+VOCAB = 331
+WHO = [("A man", "Ein Mann"), ("A woman", "Eine Frau"), ("The child", "Das Kind"), ('The "dog"', 'Der "Hund"')]
+DOES = [("sings", "singt"), ("reads the book", "liest das Buch"), ("sees the tea-pot", "sieht die Tee-Kanne")]
+WHERE = [("", ""), (" in the house", " im Haus"), (" on a rainy day", " an einem Tag voll Regen")]
+PAIRS = [
+    (f"{who[0]} {does[0]}{where[0]}.", f"{who[1]} {does[1]}{where[1]}.")
+    for who in WHO
+    for does in DOES
+    for where in WHERE
+]
+SPLITS = {"train": PAIRS, "valid": PAIRS[5::7], "test": PAIRS[::3]}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project after the train stage, with a model that has not learned anything."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copy(PROJECT / "params.yaml", root)
+    shutil.copytree(PROJECT / "conf", root / "conf")
+    clean = root / "data/clean"
+    clean.mkdir(parents=True)
+    for split, pairs in SPLITS.items():
+        for side, code in enumerate(("en", "de")):
+            (clean / f"{split}.{code}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
+    train_tokenizer(clean / "train.en", clean / "train.de", root / "data/tokenizer", VOCAB)
+    encode_corpus(clean, root / "data/tokenizer", root / "data/encoded", "en", "de")
+    torch.manual_seed(5)
+    config = TransformerConfig(
+        vocab_size=VOCAB, num_layers=2, d_model=14, d_ff=17, num_heads=3, d_k=6, d_v=5, dropout=0.1,
+        positions="sinusoidal", norm="post", max_length=61,
+    )  # fmt: skip
+    final = root / "models/final"
+    final.mkdir(parents=True)
+    save_model(final, Transformer(config).state_dict(), config)
+    (final / "run.json").write_text(json.dumps({"run_key": "abc", "step": 600, "mlflow_run_id": "1"}))
+    return root
+
+
+@pytest.fixture
+def settings(project: Path) -> Settings:
+    settings = load_settings(project)
+    return replace(settings, evaluate=replace(settings.evaluate, max_extra=7, num_samples=5))
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What MLflow would have been told."""
+    told: dict = {}
+    monkeypatch.setattr("pipeline.tracking.tracking_uri", lambda root: "sqlite:///x.db")
+    monkeypatch.setattr("pipeline.tracking.training_run", lambda uri, settings, key, root: f"run of {key}")
+    monkeypatch.setattr("pipeline.tracking.log_model", lambda *arguments: told.update(model=arguments))
+    monkeypatch.setattr(
+        "pipeline.tracking.log_evaluation", lambda *arguments, **named: told.update(named, run_id=arguments[2])
+    )
+    return told
+
+
+def test_perplexity_is_exp_of_the_mean_cross_entropy_per_piece_and_per_word(project: Path):
+    model, split = load_model(project / "models/final"), read_split("test", "en", "de", project)
+    total, num_pieces, num_words = 0.0, 0, 0
+    for i, (_, reference) in enumerate(SPLITS["test"]):
+        src = torch.tensor([[*split.pieces.src[i].tolist(), EOS]])
+        tgt = torch.tensor([[BOS, *split.pieces.tgt[i].tolist(), EOS]])
+        with torch.no_grad():
+            logits = model.logits(model(src, tgt[:, :-1]))[0]
+        total += float(F.cross_entropy(logits, tgt[0, 1:], reduction="sum"))
+        num_pieces += tgt.shape[1] - 1
+        num_words += len(reference.split())
+    for batch_tokens in (1, 97, 100_000):
+        per_piece, per_word = perplexities(model, split, batch_tokens, progress=False)
+        assert per_piece == pytest.approx(math.exp(total / num_pieces), rel=1e-4)
+        assert math.log(per_word) == pytest.approx(total / num_words, rel=1e-5)
+
+
+def test_pairs_too_long_for_the_model_count_in_no_perplexity(project: Path):
+    split = read_split("test", "en", "de", project)
+    lengths = [max(len(split.pieces.src[i]), len(split.pieces.tgt[i])) + 1 for i in range(len(split.pieces))]
+    limit = sorted(lengths)[len(lengths) // 2]
+    model = load_model(project / "models/final")
+    config = replace(model.config, max_length=limit)
+    short = Transformer(config).eval()
+    short.load_state_dict(model.state_dict())
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    assert 0 < len(kept) < len(lengths)
+    total = num_words = 0.0
+    for i in kept:
+        src = torch.tensor([[*split.pieces.src[i].tolist(), EOS]])
+        tgt = torch.tensor([[BOS, *split.pieces.tgt[i].tolist(), EOS]])
+        with torch.no_grad():
+            total += float(F.cross_entropy(model.logits(model(src, tgt[:, :-1]))[0], tgt[0, 1:], reduction="sum"))
+        num_words += len(split.references[i].split())
+    assert math.log(perplexities(short, split, 4096, progress=False)[1]) == pytest.approx(total / num_words, rel=1e-5)
+
+
+def test_a_model_that_gives_no_numbers_is_an_error(project: Path):
+    model = load_model(project / "models/final")
+    with torch.no_grad():
+        model.embedding.weight[7] = math.nan
+    with pytest.raises(ValueError, match=r"^perplexity, test: the model's loss is nan; train it anew with a lower"):
+        perplexities(model, read_split("test", "en", "de", project), 4096, progress=False)
+
+
+def test_the_metrics_are_the_scores_of_the_translations(project: Path, settings: Settings):
+    model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
+    test, valid = (read_split(name, "en", "de", project) for name in ("test", "valid"))
+    found = evaluate(model, tokenizer, test, valid, "de", settings.evaluate, progress=False)
+    assert found.translations == translate(model, tokenizer, test.pieces.src, settings.evaluate, progress=False)
+    outputs = [translation.text for translation in found.translations]
+    references = [reference for _, reference in SPLITS["test"]]
+    expected = {
+        "sacrebleu": scoring.sacre_bleu(outputs, references),
+        "paper_bleu": scoring.paper_bleu(outputs, references, "de"),
+        "lowercase_bleu": scoring.lowercase_bleu(outputs, references, "de"),
+        "chrf": scoring.chrf(outputs, references),
+    }
+    metrics = found.metrics["test"]
+    for name, score in expected.items():
+        assert (metrics[name], metrics[f"{name}_signature"]) == (score.value, score.signature)
+    assert metrics["length_ratio"] == scoring.length_ratio(outputs, references)
+    assert metrics["sentences"] == len(references)
+    assert metrics["cut_off"] == sum(not translation.finished for translation in found.translations)
+    assert (metrics["ppl"], metrics["ppl_word"]) == perplexities(model, test, 4096, progress=False)
+    valid_metrics = found.metrics["valid"]
+    assert (valid_metrics["averaged_ppl"], valid_metrics["averaged_ppl_word"]) == perplexities(
+        model, valid, 4096, progress=False
+    )
+    assert found.by_length == scoring.bleu_by_length(test.sources, outputs, references)
+
+
+def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: Settings, mlflow: dict, capsys):
+    found = run(settings, project)
+    reports = project / "reports"
+    assert json.loads((reports / "evaluation.json").read_text()) == found.metrics
+    with open(reports / "translations.tsv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert [(row["source"], row["reference"]) for row in rows] == SPLITS["test"]
+    assert [row["translation"] for row in rows] == [translation.text for translation in found.translations]
+    assert float(rows[0]["score"]) == pytest.approx(found.translations[0].score, abs=1e-4)
+    with open(reports / "bleu_by_length.csv", encoding="utf-8", newline="") as file:
+        by_length = list(csv.DictReader(file))
+    assert [{key: float(value) for key, value in row.items()} for row in by_length] == found.by_length
+    assert sorted(path.name for path in reports.iterdir()) == [
+        "bleu_by_length.csv", "evaluation.json", "translations.tsv",
+    ]  # fmt: skip
+
+    assert (mlflow["run_id"], mlflow["step"]) == ("run of abc", 600)
+    assert mlflow["metrics"]["test_sacrebleu"] == found.metrics["test"]["sacrebleu"]
+    assert mlflow["metrics"]["valid_averaged_ppl"] == found.metrics["valid"]["averaged_ppl"]
+    assert all(isinstance(value, (int, float)) for value in mlflow["metrics"].values())
+    assert mlflow["tags"]["test_sacrebleu_signature"] == found.metrics["test"]["sacrebleu_signature"]
+    assert sorted(mlflow["files"]) == sorted(reports.iterdir())
+    assert len(mlflow["samples"]) == 5
+    for sample in mlflow["samples"]:
+        row = next(row for row in rows if row["source"] == sample["source"])
+        assert sample == {key: row[key] for key in ("source", "reference", "translation")}
+    assert mlflow["model"][2:] == (
+        project / "models/final",
+        project / "data/tokenizer/spm.model",
+        {"beam": 4, "alpha": 0.6, "max_extra": 7},
+    )
+
+    shown = capsys.readouterr().out
+    for name in ("sacrebleu", "paper_bleu", "lowercase_bleu", "chrf"):
+        assert f"{found.metrics['test'][name]:.2f}" in shown
+        assert found.metrics["test"][f"{name}_signature"] in shown
+
+
+def test_a_source_that_is_cut_is_told(project: Path, settings: Settings, mlflow: dict, capsys, tmp_path: Path):
+    root = shutil.copytree(project, tmp_path / "project")
+    model = load_model(root / "models/final")
+    longest = read_split("test", "en", "de", root).pieces.src.lengths.max()
+    config = replace(model.config, max_length=int(longest))
+    save_model(root / "models/final", model.state_dict(), config)
+    run(settings, root)
+    assert f"test sentences have {longest} pieces (model.max_length) or more and are cut" in capsys.readouterr().err
+
+
+def fault(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # it would outlast the test
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            "models/final/weights.safetensors",
+            "evaluate: models/final/weights.safetensors does not exist: run the train",
+        ),
+        ("models/final/run.json", "evaluate: models/final/run.json does not exist: run the train stage first"),
+        ("data/tokenizer/spm.model", "evaluate: data/tokenizer/spm.model does not exist: run the tokenize"),
+        ("data/encoded/test.src.ids.npy", "evaluate: data/encoded/test.src.ids.npy does not exist: run the tokenize"),
+        ("data/clean/valid.de", "evaluate: data/clean/valid.de does not exist: run the validate stage first"),
+    ],
+)
+def test_a_missing_input_is_one_clear_line(project: Path, tmp_path: Path, monkeypatch, lost: str, message: str):
+    root = shutil.copytree(project, tmp_path / "project")
+    (root / lost).unlink()
+    said = fault(root, monkeypatch)
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+def test_a_tokenizer_of_another_model_is_an_error(project: Path, tmp_path: Path, monkeypatch):
+    root = shutil.copytree(project, tmp_path / "project")
+    train_tokenizer(root / "data/clean/train.en", root / "data/clean/train.de", root / "data/tokenizer", 323)
+    assert fault(root, monkeypatch) == (
+        "evaluate: data/tokenizer has 323 pieces, models/final was trained with 331: run the train stage again"
+    )
+
+
+def test_text_that_is_not_the_encoded_one_is_an_error(project: Path, tmp_path: Path, monkeypatch):
+    root = shutil.copytree(project, tmp_path / "project")
+    with open(root / "data/clean/test.de", "a") as file:
+        file.write("Noch ein Satz.\n")
+    assert fault(root, monkeypatch) == (
+        "evaluate: data/clean/test.de has 13 lines, data/encoded 12 sentences: run the tokenize stage again"
+    )
+
+
+def test_a_damaged_run_json_is_an_error(project: Path, tmp_path: Path, monkeypatch):
+    root = shutil.copytree(project, tmp_path / "project")
+    (root / "models/final/run.json").write_text('{"run_key": ')
+    said = fault(root, monkeypatch)
+    assert said.startswith("evaluate: models/final/run.json is damaged (JSONDecodeError")

@@ -1,0 +1,83 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import replace_folder, write_json, write_text
+
+FULL_DISK = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
+
+
+def test_folder_appears_when_complete_and_replaces_the_old_one(tmp_path):
+    target = tmp_path / "data" / "raw"
+    with replace_folder(target) as folder:
+        (folder / "old").write_text("1")
+        assert not target.exists()
+    with replace_folder(target) as folder:
+        (folder / "new").write_text("2")
+        assert [file.name for file in target.iterdir()] == ["old"]
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert [file.name for file in target.parent.iterdir()] == ["raw"]
+
+
+def test_folder_stays_as_it_was_when_the_block_fails(tmp_path):
+    target = tmp_path / "raw"
+    with replace_folder(target) as folder:
+        (folder / "file").write_text("whole")
+
+    def fail():
+        with replace_folder(target) as folder:
+            (folder / "file").write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (target / "file").read_text() == "whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["raw"]
+
+
+def test_folder_that_a_killed_run_left_behind_does_not_reach_the_result(tmp_path):
+    target = tmp_path / "raw"
+    killed = replace_folder(target)
+    (killed.__enter__() / "stale").write_text("half")
+    with replace_folder(target) as folder:
+        (folder / "fresh").write_text("whole")
+    assert [file.name for file in target.iterdir()] == ["fresh"]
+    assert [file.name for file in tmp_path.iterdir()] == ["raw"]
+
+
+@needs_full_disk
+def test_full_disk_is_reported_with_the_target_and_leaves_nothing(tmp_path):
+    def fail():
+        with replace_folder(tmp_path / "raw") as folder:
+            (folder / "file").symlink_to(FULL_DISK)
+            (folder / "file").write_text("too much")
+
+    with pytest.raises(OSError, match="free some space and run again") as caught:
+        fail()
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "raw")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_utf8_with_unix_line_ends_in_folders_made_for_it(tmp_path):
+    write_text(tmp_path / "reports" / "a.txt", "ä\nb\n")
+    assert (tmp_path / "reports" / "a.txt").read_bytes() == b"\xc3\xa4\nb\n"
+    assert [file.name for file in (tmp_path / "reports").iterdir()] == ["a.txt"]
+
+
+def test_text_stays_as_it_was_when_writing_fails(tmp_path):
+    target = tmp_path / "a.txt"
+    write_text(target, "whole")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(target, "half \ud800")
+    assert target.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json_comes_back(tmp_path):
+    values = {"train": {"pairs": 29_000, "origin": "Größe"}}
+    write_json(tmp_path / "a.json", values)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values

@@ -1,0 +1,433 @@
+"""Runs, curves and results in a real store: SQLite files, and a server that is stopped and started again."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import tracking
+from pipeline.params import Settings, flatten, load_settings
+from pipeline.tracking import MetricWriter
+
+REPOSITORY = Path(__file__).parents[2]
+EXPERIMENT = "transformer"
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables; making one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder with its own store."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def uri(root: Path) -> str:
+    return tracking.tracking_uri(root)
+
+
+@pytest.fixture(scope="session")
+def settings() -> Settings:
+    return load_settings(REPOSITORY)
+
+
+@pytest.fixture
+def run_id(uri: str, root: Path, settings: Settings) -> str:
+    return tracking.open_run(uri, settings, "key", {}, root)
+
+
+def curve(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, key)]
+
+
+def dead_pid() -> str:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return str(process.pid)
+
+
+def test_the_store_is_an_absolute_path_because_ray_workers_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri(Path()) == f"sqlite:///{Path.cwd()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking.tracking_uri(Path()) == "http://tracker:5000"
+
+
+def test_a_new_run_shows_name_parameters_tags_settings_and_dataset(uri: str, root: Path, settings: Settings) -> None:
+    (root / "dvc.lock").write_text(
+        "schema: '2.0'\n"
+        "stages:\n"
+        "  validate:\n    outs:\n"
+        "    - {path: data/clean, hash: md5, md5: 0123456789abcdef0123456789abcdef.dir}\n"
+        "    - {path: reports/validation.json, hash: md5, md5: ffff}\n"
+        "  tokenize:\n    outs:\n    - {path: data/tokenizer, hash: md5, md5: aaaa.dir}\n"
+    )
+    run_id = tracking.open_run(uri, settings, "key", {"num_workers": "2"}, root)
+
+    run = MlflowClient(uri).get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.info.run_name == "grammar mini, seed 1"
+    assert run.data.params["num_heads"] == str(settings.model.num_heads)
+    assert run.data.params["positions"] == settings.model.positions
+    assert run.data.tags["data_md5"] == "0123456789abcdef0123456789abcdef.dir"
+    assert run.data.tags["tokenizer_md5"] == "aaaa.dir"
+    assert run.data.tags["num_workers"] == "2"
+    (dataset,) = [entry.dataset for entry in run.inputs.dataset_inputs]
+    assert (dataset.name, dataset.digest) == ("grammar", run.data.tags["data_md5"])
+    artifact = root / "mlartifacts" / run_id / "artifacts" / "settings.yaml"
+    assert "num_heads" in artifact.read_text()
+
+
+def test_no_parameter_hides_another_of_the_same_short_name(settings: Settings) -> None:
+    sections = (settings.tokenize, settings.model, settings.train, settings.hardware)
+    assert len(tracking.run_params(settings)) == 6 + sum(len(flatten(section)) for section in sections)
+
+
+def test_the_commit_and_whether_the_code_differs_from_it_are_tags(
+    uri: str, root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        return subprocess.check_output(["git", "-C", str(root), *identity, *arguments], text=True).strip()
+
+    def tags(key: str) -> dict[str, str]:
+        return MlflowClient(uri).get_run(tracking.open_run(uri, settings, key, {}, root)).data.tags
+
+    assert "git_commit" not in tags("no repository")
+    git("init", "-q")
+    (root / "code.py").write_text("1\n")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")  # DVC writes it in every run
+    clean = tags("clean")
+    assert clean["git_commit"] == clean["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    assert clean["git_dirty"] == "false"
+    (root / "code.py").write_text("2\n")
+    assert tags("dirty")["git_dirty"] == "true"
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert tags("job")["git_commit"] == "abc"
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])
+def test_a_run_is_found_again_by_its_key_and_goes_on(
+    uri: str, root: Path, settings: Settings, run_id: str, status: str
+) -> None:
+    client = MlflowClient(uri)
+    client.update_run(run_id, status=status)
+    client.set_tag(run_id, "owner_pid", dead_pid())
+    elsewhere = replace(settings, hardware=replace(settings.hardware, num_workers=7))  # parameters cannot change
+
+    assert tracking.open_run(uri, elsewhere, "key", {"num_workers": "7"}, root) == run_id
+    run = client.get_run(run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["owner_pid"] == str(os.getpid())
+    assert run.data.tags["num_workers"] == "7"
+    assert tracking.open_run(uri, settings, "another key", {}, root) != run_id
+
+
+def test_a_run_that_another_process_is_at_work_on_is_refused(
+    uri: str, root: Path, settings: Settings, run_id: str
+) -> None:
+    client = MlflowClient(uri)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        client.set_tag(run_id, "owner_pid", str(other.pid))
+        client.set_tag(run_id, "owner_started", f"{time.time():.0f}")
+        with pytest.raises(ValueError, match=f"running already .process {other.pid}, MLflow run {run_id}.: wait"):
+            tracking.open_run(uri, settings, "key", {}, root)
+        other.communicate(b"\n")
+    assert tracking.open_run(uri, settings, "key", {}, root) == run_id
+
+
+def test_a_deleted_experiment_is_an_error_that_says_what_to_do(
+    uri: str, root: Path, settings: Settings, run_id: str
+) -> None:
+    client = MlflowClient(uri)
+    client.delete_experiment(client.get_run(run_id).info.experiment_id)
+    with pytest.raises(ValueError, match="'transformer', which was deleted in MLflow: restore it"):
+        tracking.open_run(uri, settings, "key", {}, root)
+
+
+def test_reconcile_ends_the_runs_of_this_machine_that_nobody_runs(uri: str, root: Path, settings: Settings) -> None:
+    client = MlflowClient(uri)
+    names = ("mine", "dead", "pid used again", "elsewhere", "finished")
+    runs = {name: tracking.open_run(uri, settings, name, {}, root) for name in names}
+    client.set_tag(runs["dead"], "owner_pid", dead_pid())
+    client.set_tag(runs["pid used again"], "owner_started", "1")
+    client.set_tag(runs["elsewhere"], "owner_pid", dead_pid())
+    client.set_tag(runs["elsewhere"], "owner_host", "elsewhere")
+    tracking.finish(uri, runs["finished"])
+
+    assert set(tracking.reconcile(uri, EXPERIMENT)) == {runs["dead"], runs["pid used again"]}
+    statuses = {name: client.get_run(run).info.status for name, run in runs.items()}
+    assert statuses == {
+        "mine": "RUNNING",
+        "dead": "KILLED",
+        "pid used again": "KILLED",
+        "elsewhere": "RUNNING",
+        "finished": "FINISHED",
+    }
+    assert tracking.reconcile(uri, "no such experiment") == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "error", "expected"),
+    [
+        (lambda: 1 / 0, ZeroDivisionError, "FAILED"),
+        (lambda: sys.exit("train: the disk is full"), SystemExit, "FAILED"),
+        (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, "KILLED"),
+        (lambda: signal.raise_signal(signal.SIGTERM), SystemExit, "KILLED"),
+    ],
+)
+def test_the_guard_marks_a_run_that_does_not_come_to_its_end(uri, run_id, ending, error, expected) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error), tracking.run_guard(uri, run_id):
+        ending()
+    assert MlflowClient(uri).get_run(run_id).info.status == expected
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_guard_leaves_a_good_end_for_finish_to_say(uri: str, run_id: str) -> None:
+    with tracking.run_guard(uri, run_id):
+        pass
+    assert MlflowClient(uri).get_run(run_id).info.status == "RUNNING"
+    tracking.finish(uri, run_id)
+    assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_curves_arrive_whole_and_in_order(uri: str, run_id: str, tmp_path: Path) -> None:
+    writer = MetricWriter(uri, run_id, tmp_path / "waiting")
+    for step in range(1, 1501):  # more than MLflow takes at once
+        writer.log({"train_loss": 1 / step, "learning_rate": step}, step)
+    writer.log({"train_loss": float("nan")}, 1501)
+    assert writer.close()
+    points = curve(uri, run_id, "train_loss")
+    assert points[:-1] == [(step, 1 / step) for step in range(1, 1501)]
+    assert curve(uri, run_id, "learning_rate")[-1] == (1500, 1500)
+    assert len(points) == 1501
+    assert not list((tmp_path / "waiting").iterdir())
+
+
+def test_steps_taken_again_after_a_resume_are_not_drawn_twice(uri: str, run_id: str, tmp_path: Path) -> None:
+    for first, last in ((1, 55), (51, 90)):  # killed at 55, continued from the checkpoint at 50
+        writer = MetricWriter(uri, run_id, tmp_path)
+        for step in range(first, last + 1):
+            writer.log({"train_loss": step}, step)
+            if step % 10 == 0:
+                writer.log({"valid_loss": step}, step)
+        assert writer.close()
+    assert curve(uri, run_id, "train_loss") == [(step, step) for step in range(1, 91)]
+    assert curve(uri, run_id, "valid_loss") == [(step, step) for step in range(10, 91, 10)]
+
+
+def test_a_lost_answer_does_not_double_a_point(
+    uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def lose_the_first_answer(*arguments: object, **named: object) -> None:
+        log_batch(*arguments, **named)
+        calls.append(1)
+        if len(calls) == 1:
+            raise ConnectionResetError
+
+    monkeypatch.setattr(MlflowClient, "log_batch", lose_the_first_answer)
+    writer = MetricWriter(uri, run_id, tmp_path)
+    writer.log({"train_loss": 3.0}, 1)
+    writer.log({"train_loss": 2.0}, 2)
+    assert writer.close()
+    assert len(calls) == 2
+    assert curve(uri, run_id, "train_loss") == [(1, 3.0), (2, 2.0)]
+
+
+def test_points_of_a_killed_process_are_delivered_by_the_next(uri: str, run_id: str, tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib\n"
+        "from pipeline.tracking import MetricWriter\n"
+        "writer = MetricWriter('http://127.0.0.1:9', sys.argv[1], pathlib.Path(sys.argv[2]))\n"
+        "for step in range(1, 8): writer.log({'train_loss': step}, step)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, run_id, str(tmp_path / "waiting")], cwd=REPOSITORY)
+    (journal,) = (tmp_path / "waiting").iterdir()
+    with journal.open("a") as file:
+        file.write('{"step": 8, "ti')  # cut short by the kill
+    writer = MetricWriter(uri, run_id, tmp_path / "waiting")
+    writer.log({"train_loss": 8}, 8)
+    assert writer.close()
+    assert curve(uri, run_id, "train_loss") == [(step, step) for step in range(1, 9)]
+
+
+def test_a_run_deleted_in_mid_training_is_one_warning(
+    uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    MlflowClient(uri).delete_run(run_id)
+    writer = MetricWriter(uri, run_id, tmp_path)
+    writer.log({"train_loss": 1}, 1)
+    assert not writer.close()
+    refused, left = (record.message for record in caplog.records)
+    assert refused.startswith(f"MLflow refuses the metrics of run {run_id}: ")
+    assert left == f"1 points for MLflow are left in {tmp_path}/metrics-{run_id}.jsonl."
+
+
+class Server:
+    """`mlflow server` over a store, on one port of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.root = root
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        arguments = ["server", "--backend-store-uri", f"sqlite:///{self.root / 'mlflow.db'}", "--workers", "1"]
+        arguments += ["--artifacts-destination", str(self.root / "served"), "--port", str(self.port)]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+        with (self.root / "server.log").open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *arguments],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while not tracking._answers(self.uri):
+            assert time.monotonic() < deadline, (self.root / "server.log").read_text()
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def server(root: Path) -> Iterator[Server]:
+    server = Server(root)
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_while_the_server_is_away_training_goes_on_and_afterwards_mlflow_has_every_point_once(
+    server: Server, root: Path, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = tracking.open_run(server.uri, settings, "key", {}, root)
+    writer = MetricWriter(server.uri, run_id, root / "waiting")
+    seconds: list[float] = []
+
+    def ours() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "pipeline.tracking"]
+
+    def train(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            began = time.perf_counter()
+            writer.log({"train_loss": step, "tokens_per_s": 2 * step}, step)
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.01)
+
+    train(1, 150)
+    server.stop()
+    train(151, 450)
+    while not ours():
+        time.sleep(0.1)
+    server.start()
+    train(451, 500)
+    assert writer.close(timeout_s=30)
+
+    assert curve(server.uri, run_id, "train_loss") == [(step, step) for step in range(1, 501)]
+    assert curve(server.uri, run_id, "tokens_per_s") == [(step, 2 * step) for step in range(1, 501)]
+    assert sorted(seconds)[int(0.99 * len(seconds))] < 0.01
+    assert max(seconds) < 1  # a busy machine may hold any call up; a server that is away, none
+    away, back = ours()
+    assert "is away" in away
+    assert "is back" in back
+
+    tracking.finish(server.uri, run_id)
+    assert MlflowClient(server.uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_does_not_answer_is_an_error_before_anything_starts(
+    root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 1000, 6)).__next__)
+    with pytest.raises(ConnectionError, match=r"server http://127.0.0.1:9 does not answer: start"):
+        tracking.open_run("http://127.0.0.1:9", settings, "key", {}, root)
+
+
+def evaluate(uri: str, root: Path, settings: Settings, bleu: float, key: str = "key") -> str:
+    translations = root / "translations.tsv"
+    translations.write_text("Ein Mann\tA man\n")
+    return tracking.log_evaluation(
+        uri,
+        settings,
+        tracking.training_run(uri, settings, key, root),
+        step=600,
+        metrics={"test_bleu": bleu},
+        tags={"bleu_signature": "nrefs:1"},
+        files=[translations],
+        samples=[{"source": "a man", "translation": "ein Mann"}],
+    )
+
+
+def test_results_join_the_run_that_trained(uri: str, root: Path, settings: Settings, run_id: str) -> None:
+    tracking.finish(uri, run_id)
+    assert evaluate(uri, root, settings, 41.0) == run_id
+    run = MlflowClient(uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"test_bleu": 41.0}
+    assert run.data.params["beam"] == str(settings.evaluate.beam)
+    assert run.data.tags["bleu_signature"] == "nrefs:1"
+    artifacts = root / "mlartifacts" / run_id / "artifacts" / "evaluation"
+    assert (artifacts / "samples.csv").read_text().splitlines() == ["source,translation", "a man,ein Mann"]
+    assert (artifacts / "translations.tsv").exists()
+
+
+def test_evaluating_once_more_adds_only_what_differs(uri: str, root: Path, settings: Settings, run_id: str) -> None:
+    for bleu in (41.0, 41.0, 40.5):
+        assert evaluate(uri, root, settings, bleu) == run_id
+    assert curve(uri, run_id, "test_bleu") == [(600, 41.0), (600, 40.5)]
+
+
+def test_another_search_has_a_child_run_with_the_parameters_of_training(
+    uri: str, root: Path, settings: Settings, run_id: str
+) -> None:
+    wide = replace(settings, evaluate=replace(settings.evaluate, beam=13))
+    evaluate(uri, root, settings, 41.0)
+    child_id = evaluate(uri, root, wide, 41.5)
+    assert evaluate(uri, root, wide, 41.5) == child_id != run_id
+    client = MlflowClient(uri)
+    parent, child = client.get_run(run_id), client.get_run(child_id)
+    assert parent.data.metrics == {"test_bleu": 41.0}
+    assert child.data.metrics == {"test_bleu": 41.5}
+    assert child.data.tags["mlflow.parentRunId"] == run_id
+    assert child.info.run_name == "grammar mini, seed 1, beam 13, alpha 0.6, max_extra 50"
+    assert child.info.status == "FINISHED"
+    assert child.data.params == {**parent.data.params, "beam": "13"}
+
+
+def test_a_model_trained_in_another_store_gets_a_run_here(uri: str, root: Path, settings: Settings) -> None:
+    run = MlflowClient(uri).get_run(evaluate(uri, root, settings, 39.0, key="pulled"))
+    assert run.data.params["num_heads"] == str(settings.model.num_heads)
+    assert (run.data.metrics, run.info.status) == ({"test_bleu": 39.0}, "FINISHED")

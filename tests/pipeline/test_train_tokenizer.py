@@ -1,0 +1,132 @@
+import random
+from itertools import pairwise
+
+import pytest
+
+from model.config import BOS, EOS, PAD, UNK
+from pipeline import train_tokenizer as stage
+from pipeline.corpus import load_tokenizer
+from pipeline.train_tokenizer import train_tokenizer
+
+
+def write_corpus(folder, num_pairs=400, seed=3):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghiklmnoprstuw", k=rng.randint(2, 8))) for _ in range(150)]
+    paths = folder / "train.en", folder / "train.de"
+    for path, extra in zip(paths, ("th", "äöüß"), strict=True):
+        lines = [" ".join(rng.choices([*words, *extra], k=rng.randint(3, 11))) for _ in range(num_pairs)]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return paths
+
+
+def test_reserved_pieces_have_the_numbers_of_the_model(tmp_path):
+    train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    found = tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()
+    assert found == (PAD, UNK, BOS, EOS)
+
+
+def test_vocab_size_counts_every_piece(tmp_path):
+    train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
+    assert load_tokenizer(tmp_path / "tokenizer").get_piece_size() == 503
+    pieces = (tmp_path / "tokenizer/spm.vocab").read_text(encoding="utf-8").split("\n")
+    assert len(pieces) == 503 + 1
+    assert pieces[:4] == ["<pad>\t0", "<unk>\t0", "<s>\t0", "</s>\t0"]
+
+
+def test_one_encoding_covers_both_languages(tmp_path):
+    train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert not any(tokenizer.is_byte(piece) for piece in tokenizer.encode("th ä ö ü ß"))
+
+
+def test_the_same_texts_give_the_same_bytes_wherever_they_lie(tmp_path):
+    for name in ("one", "another"):
+        (tmp_path / name).mkdir()
+        train_tokenizer(*write_corpus(tmp_path / name), tmp_path / name / "tokenizer", 503)
+    one, another = ((tmp_path / name / "tokenizer/spm.model").read_bytes() for name in ("one", "another"))
+    assert one == another
+
+
+def test_of_many_pairs_so_many_are_taken_at_even_distances(tmp_path, monkeypatch):
+    src, tgt = write_corpus(tmp_path, num_pairs=107)
+    lines = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in (src, tgt)]
+    every = [sentence for pair in zip(*lines, strict=True) for sentence in pair]
+    assert list(stage._sentences(src, tgt, 107)) == every
+    monkeypatch.setattr(stage, "MAX_PAIRS", 25)
+    taken = list(stage._sentences(src, tgt, 107))
+    assert len(taken) == 2 * 25
+    places = [lines[0].index(sentence) for sentence in taken[::2]]
+    assert {after - before for before, after in pairwise(places)} == {4, 5}
+    assert taken[1::2] == [lines[1][place] for place in places]
+
+
+def test_a_vocabulary_too_large_for_the_text_names_the_largest_possible(tmp_path):
+    paths = write_corpus(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"vocab_size is 100000: the training text yields at most \d+ pieces$"
+    ) as error:
+        train_tokenizer(*paths, tmp_path / "tokenizer", 100_000)
+    largest = int(str(error.value).split()[-2])
+    train_tokenizer(*paths, tmp_path / "tokenizer", largest)
+    with pytest.raises(ValueError, match="at most"):
+        train_tokenizer(*paths, tmp_path / "tokenizer", largest + 1)
+
+
+def test_a_vocabulary_too_small_for_the_characters_names_the_smallest_possible(tmp_path):
+    paths = write_corpus(tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size is 31: at least \d+ is needed") as error:
+        train_tokenizer(*paths, tmp_path / "tokenizer", 31)
+    smallest = int(str(error.value).split("at least ")[1].split()[0])
+    train_tokenizer(*paths, tmp_path / "tokenizer", smallest)
+    with pytest.raises(ValueError, match="at least"):
+        train_tokenizer(*paths, tmp_path / "tokenizer", smallest - 1)
+
+
+def test_a_failure_leaves_the_last_tokenizer_alone(tmp_path):
+    paths = write_corpus(tmp_path)
+    train_tokenizer(*paths, tmp_path / "tokenizer", 503)
+    before = (tmp_path / "tokenizer/spm.model").read_bytes()
+    with pytest.raises(ValueError, match="at most"):
+        train_tokenizer(*paths, tmp_path / "tokenizer", 100_000)
+    assert (tmp_path / "tokenizer/spm.model").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "train.de", "train.en"]
+
+
+def test_missing_empty_and_uneven_texts_are_named(tmp_path):
+    src, tgt = write_corpus(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.fr does not exist: run the validate stage first"):
+        train_tokenizer(src, tmp_path / "train.fr", tmp_path / "tokenizer", 503)
+    with open(tgt, "a", encoding="utf-8") as file:
+        file.write("one more\n")
+    with pytest.raises(ValueError, match=r"train\.en has 400 lines and .*train\.de 401"):
+        train_tokenizer(src, tgt, tmp_path / "tokenizer", 503)
+    for path in (src, tgt):
+        path.write_text("")
+    with pytest.raises(ValueError, match=r"train\.en is empty"):
+        train_tokenizer(src, tgt, tmp_path / "tokenizer", 503)
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_sentencepiece_stays_silent(tmp_path, capfd):
+    train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert [line.split(":")[0] for line in captured.err.replace("\r", "\n").split("\n") if line][-1] == (
+        "learning the encoding ..."
+    )
+    assert "trainer_interface" not in captured.err
+
+
+@pytest.mark.usefixtures("project")
+def test_the_command_says_in_one_line_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_tokenizer"])
+    with pytest.raises(SystemExit, match=r"^tokenize: data/clean/train\.en does not exist: run the validate stage"):
+        stage.main()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, request):
+    (tmp_path / "conf").symlink_to(request.config.rootpath / "conf")
+    (tmp_path / "params.yaml").symlink_to(request.config.rootpath / "params.yaml")
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,120 @@
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from model.config import BOS, EOS, PAD, UNK, TransformerConfig
+from model.decoding import beam_search
+from model.transformer import Transformer
+from pipeline.params import Evaluate
+from pipeline.translation import batches_by_length, translate
+
+MAX_LENGTH = 13
+SETTINGS = Evaluate(beam=3, alpha=0.6, max_extra=2, batch_tokens=29, num_samples=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> sentencepiece.SentencePieceProcessor:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ein Mann singt im Haus", "eine Frau liest das Buch", "das Kind malt"]),
+        model_writer=model, model_type="bpe", vocab_size=41, minloglevel=2,
+        pad_id=PAD, unk_id=UNK, bos_id=BOS, eos_id=EOS,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(11)
+    config = TransformerConfig(
+        vocab_size=41, num_layers=2, d_model=14, d_ff=17, num_heads=3, d_k=6, d_v=5, dropout=0.0,
+        positions="sinusoidal", norm="post", max_length=MAX_LENGTH,
+    )  # fmt: skip
+    return Transformer(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[np.ndarray]:
+    generator = np.random.default_rng(7)
+    return [generator.integers(4, 41, length).astype(np.uint16) for length in (5, 0, 11, 3, 7, 2, 5, 12, 1)]
+
+
+def with_(**changes: float) -> Evaluate:
+    return Evaluate(**{**vars(SETTINGS), **changes})
+
+
+def test_each_sentence_gets_its_own_best_output(model, tokenizer, sources):
+    found = translate(model, tokenizer, sources, SETTINGS, progress=False)
+    assert len(found) == len(sources)
+    for source, translation in zip(sources, found, strict=True):
+        src = torch.tensor([[*source.tolist(), EOS]])
+        limit = torch.tensor([min(len(source) + 2, MAX_LENGTH - 1)])
+        with torch.inference_mode():
+            [[best]] = beam_search(model.start(src), limit, beam=3, alpha=0.6, num_best=1)
+        assert translation.text == " ".join(tokenizer.decode(best.tokens).split())
+        assert translation.score == pytest.approx(best.score, abs=1e-4)
+        assert translation.finished == best.finished
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 17, 10_000])
+def test_the_size_of_the_batches_changes_no_translation(model, tokenizer, sources, batch_tokens: int):
+    expected = translate(model, tokenizer, sources, SETTINGS, progress=False)
+    found = translate(model, tokenizer, sources, with_(batch_tokens=batch_tokens), progress=False)
+    assert [best.text for best in found] == [best.text for best in expected]
+    assert [best.score for best in found] == pytest.approx([best.score for best in expected], abs=1e-4)
+
+
+def test_an_output_has_at_most_max_extra_pieces_more_than_its_source(model, tokenizer, sources, monkeypatch):
+    limits = []
+
+    def spy(decoder, max_lengths, **options):
+        limits.extend(max_lengths.tolist())
+        return beam_search(decoder, max_lengths, **options)
+
+    monkeypatch.setattr("pipeline.translation.beam_search", spy)
+    translate(model, tokenizer, sources, with_(max_extra=5), progress=False)
+    assert sorted(limits) == sorted(min(len(source) + 5, MAX_LENGTH - 1) for source in sources)
+
+
+def test_a_source_longer_than_the_model_takes_is_cut(model, tokenizer):
+    long = np.random.default_rng(3).integers(4, 41, 31)
+    found = translate(model, tokenizer, [long, long[: MAX_LENGTH - 1]], SETTINGS, progress=False)
+    assert found[0].text == found[1].text
+
+
+def test_no_sentences_give_no_translations(model, tokenizer):
+    assert translate(model, tokenizer, [], SETTINGS, progress=False) == []
+
+
+def test_a_translation_is_one_line(model, tokenizer, sources):
+    class Breaking:
+        def decode(self, tokens: list[int]) -> str:
+            return "ein \n Mann\tsingt "
+
+    found = translate(model, Breaking(), sources[:2], SETTINGS, progress=False)
+    assert found[0].text == "ein Mann singt"
+
+
+def test_progress_is_counted_in_sentences(model, tokenizer, sources, capsys):
+    translate(model, tokenizer, sources, SETTINGS)
+    assert "translating: 100%" in capsys.readouterr().err
+    translate(model, tokenizer, sources, SETTINGS, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_batches_hold_every_sentence_once_longest_first_within_the_budget():
+    lengths = np.random.default_rng(5).integers(0, 37, 203)
+    batches = list(batches_by_length(lengths, 101))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(203))
+    assert all(len(indices) * (lengths[indices].max() + 1) <= 101 for indices in batches)
+    longest = [lengths[indices].max() for indices in batches]
+    assert longest == sorted(longest, reverse=True)
+    padded = sum(len(indices) * (lengths[indices].max() + 1) for indices in batches)
+    assert padded < 1.1 * (lengths + 1).sum()
+
+
+def test_a_sentence_longer_than_the_budget_stands_alone():
+    assert [batch.tolist() for batch in batches_by_length(np.array([3, 50, 2]), 10)] == [[1], [0, 2]]
