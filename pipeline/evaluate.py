@@ -70,9 +70,9 @@ def evaluate(
     seconds = time.perf_counter() - started
     outputs = [translation.text for translation in translations]
     scores = {
-        "sacrebleu": scoring.sacre_bleu(outputs, test.references),
-        "paper_bleu": scoring.paper_bleu(outputs, test.references, tgt),
-        "lowercase_bleu": scoring.lowercase_bleu(outputs, test.references, tgt),
+        "bleu": scoring.sacre_bleu(outputs, test.references),
+        "bleu_paper": scoring.paper_bleu(outputs, test.references, tgt),
+        "bleu_lowercase": scoring.lowercase_bleu(outputs, test.references, tgt),
         "chrf": scoring.chrf(outputs, test.references),
     }
     test_metrics: dict[str, Any] = {"sentences": len(outputs)}
@@ -188,9 +188,9 @@ def write_reports(evaluation: Evaluation, test: Split, folder: Path) -> list[Pat
 
 
 LABELS = {
-    "sacrebleu": "sacreBLEU (detokenised; compare with others' sacreBLEU)",
-    "paper_bleu": "the paper's BLEU (Moses tokens, German compounds split)",
-    "lowercase_bleu": "Multi30k papers' BLEU (Moses tokens, lower-cased)",
+    "bleu": "sacreBLEU (detokenised; compare with others' sacreBLEU)",
+    "bleu_paper": "the paper's BLEU (Moses tokens, German compounds split)",
+    "bleu_lowercase": "Multi30k papers' BLEU (Moses tokens, lower-cased)",
     "chrf": "chrF2",
 }
 

@@ -126,11 +126,8 @@ def train(
         state.step, state.position = state.step + 1, step.position
         elapsed = time.perf_counter() - started
         state.tokens, state.seconds = state.tokens + step.num_tokens, state.seconds + elapsed
-        loss_sum, tokens, seconds = (
-            loss_sum + loss * step.num_tokens,
-            tokens + step.num_tokens,
-            seconds + elapsed,
-        )
+        loss_sum, tokens, seconds = loss_sum + loss * step.num_tokens, tokens + step.num_tokens, seconds + elapsed
+        progress(state, loss)
 
         last = state.step >= recipe.max_steps
         if state.step % recipe.log_every == 0 or last:

@@ -1,7 +1,8 @@
 """How good translations are: two kinds of BLEU that must not be mixed, chrF, lengths.
 
 sacreBLEU (detokenised text, its own tokenisation 13a) is the number to compare across papers. The paper's BLEU
-and that of the Multi30k papers are counted on Moses tokens; the same output scores about half a point higher.
+and that of the Multi30k papers are counted on Moses tokens: for the same output they are other, mostly higher,
+numbers, and compare with those papers alone.
 """
 
 import math

@@ -96,6 +96,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         run_id = tracking.open_run(uri, settings, key, tags, root)
         with tracking.run_guard(uri, run_id):
             state = _fit(Job(settings, root / ENCODED, run_folder, uri, run_id, cpus), gpu)
+            tracking.MetricWriter(uri, run_id, run_folder).close()  # points that a worker had to leave behind
             metrics = _write_results(settings, state, run_folder, root)
             run = {"run_key": key, "mlflow_run_id": run_id, "tracking_uri": uri, "step": state.step}
             write_json(root / FINAL / "run.json", run)

@@ -95,7 +95,7 @@ def validate(languages: Download, limits: Validate) -> dict[str, dict[str, Any]]
 
 
 def read_split(split: str, src: str, tgt: str) -> pl.DataFrame:
-    """One row a pair: index; src, tgt, trees (if there are); words; whether spaces changed; the source's key.
+    """One row a pair: index; src, tgt and trees (if there are); words; whether spaces changed.
 
     Every run of white space becomes one space, and none stays at the edges. Raises ValueError for hard faults.
     """

@@ -132,9 +132,9 @@ def test_the_metrics_are_the_scores_of_the_translations(project: Path, settings:
     outputs = [translation.text for translation in found.translations]
     references = [reference for _, reference in SPLITS["test"]]
     expected = {
-        "sacrebleu": scoring.sacre_bleu(outputs, references),
-        "paper_bleu": scoring.paper_bleu(outputs, references, "de"),
-        "lowercase_bleu": scoring.lowercase_bleu(outputs, references, "de"),
+        "bleu": scoring.sacre_bleu(outputs, references),
+        "bleu_paper": scoring.paper_bleu(outputs, references, "de"),
+        "bleu_lowercase": scoring.lowercase_bleu(outputs, references, "de"),
         "chrf": scoring.chrf(outputs, references),
     }
     metrics = found.metrics["test"]
@@ -168,10 +168,10 @@ def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: 
     ]  # fmt: skip
 
     assert (mlflow["run_id"], mlflow["step"]) == ("run of abc", 600)
-    assert mlflow["metrics"]["test_sacrebleu"] == found.metrics["test"]["sacrebleu"]
+    assert mlflow["metrics"]["test_bleu"] == found.metrics["test"]["bleu"]
     assert mlflow["metrics"]["valid_averaged_ppl"] == found.metrics["valid"]["averaged_ppl"]
     assert all(isinstance(value, (int, float)) for value in mlflow["metrics"].values())
-    assert mlflow["tags"]["test_sacrebleu_signature"] == found.metrics["test"]["sacrebleu_signature"]
+    assert mlflow["tags"]["test_bleu_signature"] == found.metrics["test"]["bleu_signature"]
     assert sorted(mlflow["files"]) == sorted(reports.iterdir())
     assert len(mlflow["samples"]) == 5
     for sample in mlflow["samples"]:
@@ -184,7 +184,7 @@ def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: 
     )
 
     shown = capsys.readouterr().out
-    for name in ("sacrebleu", "paper_bleu", "lowercase_bleu", "chrf"):
+    for name in ("bleu", "bleu_paper", "bleu_lowercase", "chrf"):
         assert f"{found.metrics['test'][name]:.2f}" in shown
         assert found.metrics["test"][f"{name}_signature"] in shown
 

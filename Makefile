@@ -1,0 +1,50 @@
+# Two commands: `make repro` runs the pipeline on the embedded corpus, `make test` runs the tests.
+# Both make .venv first and install the pinned dependencies into it.
+SHELL := /bin/bash
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help repro test lint ui clean
+
+help:
+	@echo "make repro   run the pipeline: download, validate, tokenize, train, evaluate"
+	@echo "make test    run the default test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make ui      open the MLflow UI on http://127.0.0.1:5000"
+	@echo "make clean   delete what runs have made, and .venv"
+
+repro: .venv/installed
+	dvc repro
+	@echo
+	@echo "Scores:        reports/evaluation.json   (dvc metrics show)"
+	@echo "Translations:  reports/translations.tsv"
+	@echo "Curves:        dvc plots show"
+	@echo "Model:         models/final"
+	@echo "MLflow:        make ui, then open http://127.0.0.1:5000"
+	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
+
+test: .venv/installed
+	python -m pytest
+
+lint: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+ui: .venv/installed
+	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db data/raw data/clean data/tokenizer data/encoded models
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) found. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing the pinned dependencies into .venv: a few minutes, once."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --constraint constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
