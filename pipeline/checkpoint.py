@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,17 +59,20 @@ def save(
     keep: int,
 ) -> Path:
     """Write step_<n>, then delete all but the last `keep`. On an error (a full disk, say) nothing is left of it,
-    those before it stand, and OSError says so."""
+    those before it stand, and OSError says so. Later ones are deleted too: training goes on from before them only
+    if they are damaged."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     target = folder_of(run_folder, state.step)
     temporary = run_folder / f".{target.name}.{os.getpid()}"
     run_folder.mkdir(parents=True, exist_ok=True)
+    for leftover in run_folder.glob(".step_*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir()
         path = temporary / "tensors.safetensors"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+        _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
         content = {"sha256": _sha256(path), "state": asdict(state), "settings": settings}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         for file in (path, temporary / "state.json", temporary):
@@ -83,8 +87,10 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in folders(run_folder)[:-keep]:
-        shutil.rmtree(old)
+    found = folders(run_folder)
+    last = found.index(target) + 1
+    for folder in (*found[: max(0, last - keep)], *found[last:]):
+        shutil.rmtree(folder)
     return target
 
 
@@ -107,7 +113,7 @@ def load(folder: Path) -> Checkpoint:
         state = State(**content["state"])
         state.position = (state.position[0], state.position[1])
         return Checkpoint(folder, load_file(path), state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, DamagedCheckpointError):
             raise
         raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
@@ -144,24 +150,35 @@ def average(run_folder: Path, count: int, warn: Callable[[str], None]) -> tuple[
 
 
 def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConfig) -> None:
-    """Write weights.safetensors and config.json."""
-    save_file(weights, folder / "weights.safetensors")
+    """Write weights.safetensors and config.json. Raises OSError."""
+    _save_tensors(weights, folder / "weights.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path) -> Transformer:
-    """The model of `save_model`, in evaluation mode. Raises ValueError that names what is missing."""
+    """The model of `save_model`, in evaluation mode. Raises ValueError that names what is missing or damaged."""
     for name in ("weights.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} does not exist: run the train stage first (dvc repro train)")
-    config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model = Transformer(config)
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    try:
+        config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model = Transformer(config)
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): run the train stage again (dvc repro -f train)") from error
     return model.eval()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' own error, of a full disk for example, is no OSError."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _sha256(path: Path) -> str:

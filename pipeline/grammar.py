@@ -14,8 +14,9 @@ The German is a function of the English: wherever German offers a choice, one ru
 
 The test split holds combinations that training never saw. A word pair (adjective, noun), (subject, verb) or
 (verb, object) is held out when the CRC-32 of its English lemmas is divisible by HELD_OUT_EVERY. Training
-and validation contain none of these pairs, each test sentence at least one, while every word of the test split
-(names and numbers apart) occurs in training in other company.
+and validation contain none of these pairs, each test sentence at least one; the words themselves (names and
+numbers apart) all occur in training, in other company. Of a test sentence's pairs one is drawn by lot and must be
+held out: "any of them" would make the test split one of long sentences.
 """
 
 import random
@@ -46,6 +47,7 @@ TIME = 0.4
 ADVERB = 0.25
 FRONTED = 0.4  # of the main clauses with an adverbial of time or place
 LARGE_NUMBER = 0.1  # of three digits; the others are below 100
+LONG_NAME = 0.2  # of three syllables; the others have two
 HELD_OUT_EVERY = 10
 
 Case = Literal["nom", "acc", "dat", "gen"]
@@ -676,8 +678,11 @@ class Sampler:
         return 100 + int(self.rng.random() * 900) if self.chance(LARGE_NUMBER) else 2 + int(self.rng.random() * 98)
 
     def name(self) -> Name:
-        count = 2 if self.chance(0.5) else 3
-        return Name("".join(self.pick(SYLLABLES) for _ in range(count)).capitalize())
+        count = 3 if self.chance(LONG_NAME) else 2
+        syllables = [self.pick(SYLLABLES)]
+        while len(syllables) < count:
+            syllables.append(self.pick([syllable for syllable in SYLLABLES if syllable not in syllables]))
+        return Name("".join(syllables).capitalize())
 
     def sentence(self) -> Sentence:
         self.past = self.chance(PAST)
@@ -878,7 +883,6 @@ def corpus(*, seed: int, train_pairs: int, valid_pairs: int, test_pairs: int) ->
             sentence = sampler.sentence()
             pairs = list(combinations(sentence))
             if split == "test":
-                # One pair, drawn by lot, must be held out: any pair would do, but would favour long sentences.
                 if not pairs or not held_out(sampler.pick(pairs)):
                     continue
             elif any(held_out(pair) for pair in pairs):

@@ -6,6 +6,8 @@ prints all values with the file that each comes from.
 """
 
 import argparse
+import math
+import re
 import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -18,6 +20,15 @@ from model.config import Norm, Positions, TransformerConfig
 from model.schedule import learning_rate
 
 PRESETS = ("data", "model", "hardware")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-09 as a number, as YAML 1.2 does, and DVC, whose `-S` writes it so; YAML 1.1 wants 1.0e-09."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -88,7 +99,10 @@ class Model:
     max_length: int
 
     def __post_init__(self) -> None:
-        self.config(vocab_size=1_000)  # for its checks
+        try:
+            self.config(vocab_size=1_000)  # for its checks
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
 
     def config(self, vocab_size: int) -> TransformerConfig:
         return TransformerConfig(vocab_size=vocab_size, **asdict(self))
@@ -193,6 +207,9 @@ class Settings:
     evaluate: Evaluate
     tracking: Tracking
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 up to 2^63 - 1")
+
     def learning_rate(self) -> Callable[[int], float]:
         """The rate of step 1, 2, ... (section 5.3)."""
         t = self.train
@@ -228,15 +245,18 @@ def load_settings(root: Path = Path()) -> Settings:
             )
         sections |= _sections(preset, _read(preset), SECTIONS[kind])
     names = {f"{kind}_name": params[kind] for kind in PRESETS}
-    return Settings(seed=params["seed"], **names, **sections)
+    try:
+        return Settings(seed=params["seed"], **names, **sections)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run from the project's root folder") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: sections of `key: value` lines are needed")
@@ -279,9 +299,10 @@ def _check_type(path: Path, key: str, value: object, kind: Any) -> None:
     elif _optional(kind):
         return _check_type(path, key, value, get_args(kind)[0])
     elif kind is float:
-        fits, allowed = type(value) in (int, float), "a number"
+        fits, allowed = type(value) is int or (type(value) is float and math.isfinite(value)), "a number"
     else:
-        fits, allowed = type(value) is kind, {int: "a whole number", bool: "true or false"}.get(kind, "text")
+        names = {int: "a whole number", bool: "true or false", str: "text (in quotes)"}
+        fits, allowed = type(value) is kind, names[kind]
     if not fits:
         raise ValueError(f"{path}: {key} is {value!r}: {allowed} is needed")
 

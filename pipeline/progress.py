@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,11 +18,15 @@ INTERVAL_S = 0.5
 
 
 class Reporter:
-    """The worker's side. Writing the file is cheap, and done twice a second at most."""
+    """The worker's side. Writing the file is cheap, and done twice a second at most; a full disk does not stop it.
+
+    A worker that takes a dead one's place adds to what that one said.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.written = path, 0.0
-        self.said: list[str] = []
+        news = _read(path)
+        self.said: list[str] = news["said"] if news else []
         self.step, self.text = 0, ""
 
     def progress(self, step: int, text: str) -> None:
@@ -34,7 +39,8 @@ class Reporter:
         self.flush()
 
     def flush(self) -> None:
-        write_json(self.path, {"step": self.step, "text": self.text, "said": self.said})
+        with suppress(OSError):
+            write_json(self.path, {"step": self.step, "text": self.text, "said": self.said})
         self.written = time.monotonic()
 
 
@@ -58,9 +64,8 @@ def _show(path: Path, total: int, name: str, done: threading.Event) -> None:
     ended = False
     while not ended:
         ended = done.wait(INTERVAL_S)  # and once more after the end
-        try:
-            news = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        news = _read(path)
+        if news is None:
             continue
         for line in news["said"][num_said:]:
             tqdm.write(f"{name}: {line}", file=sys.stderr)
@@ -72,3 +77,10 @@ def _show(path: Path, total: int, name: str, done: threading.Event) -> None:
             bar.update(news["step"] - bar.n)
     if bar:
         bar.close()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -29,7 +29,7 @@ from pipeline.grammar import (
 SETTINGS = yaml.safe_load((Path(__file__).parents[2] / "conf/data/grammar.yaml").read_text())["download"]
 SIZES = {key: SETTINGS[key] for key in ("seed", "train_pairs", "valid_pairs", "test_pairs")}
 # To renew after a change that is meant: the figure that the failing test prints.
-CHECKSUM = "PINNED"
+CHECKSUM = "89c39d1030af09dc807e3a0e703118103ac2d7f40f8d0cdf8b73e494ecc54ac8"
 
 NOUN_LIST = [noun for nouns in NOUNS.values() for noun in nouns]
 VERB_LIST = [verb for verbs in VERBS.values() for verb in verbs]
@@ -367,6 +367,7 @@ def test_a_preposition_has_the_accusative_where_the_english_says_into_and_else_t
             if match["preposition"] and match["before"] in ARTICLES
         ]
         assert all(len(case) == 1 for case in cases), german
+        assert not re.search(r"\bin dem ", lower_first(german)), german  # but im
         directions = len(re.findall(r"\binto (?![A-Z])", english))  # in Mila's house: no article to judge by
         assert cases.count({"acc"}) == directions, german
 
