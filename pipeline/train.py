@@ -137,8 +137,15 @@ def _ray_cluster(hardware: Hardware) -> Iterator[None]:
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         cpus = max(len(os.sched_getaffinity(0)), hardware.num_workers)
-        options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    # Without a dashboard, one of Ray's helpers warns once a second that it cannot ask it anything.
+        options = {
+            "address": "local",  # never the cluster that somebody started with `ray start` on this machine
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got no answer,
+        # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
+        os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
     ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
     try:
         yield
