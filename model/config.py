@@ -39,7 +39,7 @@ class TransformerConfig:
         for name, allowed in (("positions", get_args(Positions)), ("norm", get_args(Norm))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)} is needed")
-        if self.vocab_size <= EOS:
+        if self.vocab_size <= EOS + 1:
             raise ValueError(f"vocab_size is {self.vocab_size}: more than the {EOS + 1} reserved pieces are needed")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model is {self.d_model}: sinusoidal positions need an even number")

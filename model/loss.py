@@ -16,11 +16,12 @@ def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: fl
     x: [..., d_model], the decoder's output; weight: [vocab, d_model]; target: [...]. Equal to torch's
     cross_entropy(logits, target, ignore_index=PAD, label_smoothing=smoothing, reduction="sum"), but the logits
     are made, used for loss and gradient, and dropped chunk by chunk: the whole [tokens, vocab] matrix, by far
-    the largest of a small model's step, never exists.
+    the largest of a small model's step, never exists. Sums are taken in single precision at least.
     """
     x, target = x.flatten(0, -2), target.flatten()
     real = (target != PAD).nonzero()[:, 0]
-    return _ProjectionLoss.apply(x[real], weight, target[real], smoothing)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _ProjectionLoss.apply(x[real], weight, target[real], smoothing, needs_grad)
 
 
 class _ProjectionLoss(torch.autograd.Function):
@@ -32,32 +33,36 @@ class _ProjectionLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:  # type: ignore[no-untyped-def]
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, needs_grad: bool
+    ) -> Tensor:
+        at_least_single = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), dtype=at_least_single, device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         rows = max(1, CHUNK_LOGITS // len(weight))
         for x_chunk, target_chunk, grad_chunk in zip(
             x.split(rows), target.split(rows), grad_x.split(rows), strict=True
         ):
-            logits = (x_chunk @ weight.T).float()  # [rows, vocab]
+            logits = (x_chunk @ weight.T).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
             largest = logits.amax(1, keepdim=True)
             exp = logits.sub_(largest).exp_()
             exp_sum = exp.sum(1, keepdim=True)
             loss += (largest + exp_sum.log() - (1 - smoothing) * at_target).sum()
-            if any(ctx.needs_input_grad):
+            if needs_grad:
                 exp = exp.to(x.dtype)
                 grad_chunk.copy_((exp @ weight) / exp_sum - (1 - smoothing) * weight[target_chunk])
                 grad_weight += exp.T @ (x_chunk / exp_sum).to(x.dtype)
-        grad_weight.index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
         uniform, weight_sum, x_sum = smoothing / len(weight), weight.sum(0), x.sum(0)
-        loss -= uniform * (x_sum.float() @ weight_sum.float())
-        grad_x -= uniform * weight_sum
-        grad_weight -= uniform * x_sum
-        ctx.save_for_backward(grad_x, grad_weight)
+        loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
+        if needs_grad:
+            grad_weight.index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
+            grad_x -= uniform * weight_sum
+            grad_weight -= uniform * x_sum
+            ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None, None
+        return grad_x * grad, grad_weight * grad, None, None, None

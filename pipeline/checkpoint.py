@@ -1,7 +1,7 @@
 """Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
 
-A run's folder holds step_00000100/{tensors.safetensors, state.json}, ...: weights, Adam's moments, the loop's
-State, and the settings. There is no random state: loop.py derives it from seed and step. A checkpoint is written
+A run's folder holds step_00000100/ and so on: tensors.safetensors (weights, Adam's moments), state.json (the loop's
+State, the settings), SHA256SUMS. There is no random state: loop.py derives it from seed and step. A checkpoint is written
 under another name, flushed to disk and renamed, so one that has its name is whole; its checksum is verified on
 load all the same, and a damaged one is passed over for the one before it.
 """
@@ -25,6 +25,7 @@ from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.loop import State
 
+FILES, SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -73,9 +74,11 @@ def save(
         temporary.mkdir()
         path = temporary / "tensors.safetensors"
         _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-        content = {"sha256": _sha256(path), "state": asdict(state), "settings": settings}
+        content = {"state": asdict(state), "settings": settings}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
-        for file in (path, temporary / "state.json", temporary):
+        sums = [f"{_sha256(temporary / name)}  {name}\n" for name in FILES]
+        (temporary / SUMS).write_text("".join(sums), encoding="utf-8")  # as sha256sum writes and checks them
+        for file in (*temporary.iterdir(), temporary):
             _flush(file)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
         temporary.rename(target)
@@ -106,13 +109,15 @@ def folders(run_folder: Path) -> list[Path]:
 def load(folder: Path) -> Checkpoint:
     """Read and verify one. Raises DamagedCheckpointError."""
     try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in map(str.split, lines)}
+        for name in FILES:
+            if _sha256(folder / name) != sums[name]:
+                raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        path = folder / "tensors.safetensors"
-        if _sha256(path) != content["sha256"]:
-            raise DamagedCheckpointError(f"{path} is damaged: its checksum is not the one in state.json")
         state = State(**content["state"])
         state.position = (state.position[0], state.position[1])
-        return Checkpoint(folder, load_file(path), state)
+        return Checkpoint(folder, load_file(folder / "tensors.safetensors"), state)
     except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, DamagedCheckpointError):
             raise
@@ -165,7 +170,8 @@ def load_model(folder: Path) -> Transformer:
         model = Transformer(config)
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): run the train stage again (dvc repro -f train)") from error
+        reason = " ".join(str(error).split())[:200]  # torch names every tensor, each on a line
+        raise ValueError(f"{folder} is damaged ({reason}): run the train stage again (dvc repro -f train)") from error
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from pipeline.batching import BatchPlan, MicroBatch, collate
 from pipeline.checkpoint import load_model
 from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, EncodedSplit, load_tokenizer
 from pipeline.files import write_json, write_text
-from pipeline.loop import cross_entropy
+from pipeline.loop import cross_entropy, perplexity
 from pipeline.params import Evaluate, Settings, load_settings
 from pipeline.translation import Translation, translate
 
@@ -113,11 +113,7 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
     total, num_pieces = cross_entropy(model, collated())
     if not math.isfinite(total):
         raise ValueError(f"{label}: the model's loss is {total}; train it anew with a lower train.lr_scale")
-    return _exp(total / num_pieces), _exp(total / max(1, num_words))
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # an untrained model's perplexity per word overflows
+    return perplexity(total, num_pieces), perplexity(total, max(1, num_words))
 
 
 def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:

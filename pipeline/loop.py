@@ -62,6 +62,9 @@ class State:
     best_valid_loss: float = math.inf
     stale_validations: int = 0  # since the best one
     finished: bool = False
+    since_loss: float = 0.0  # summed since the last point of the training curve, as are the next two
+    since_tokens: int = 0
+    since_seconds: float = 0.0
     training_curve: list[dict[str, float]] = field(default_factory=list)
     validation_curve: list[dict[str, float]] = field(default_factory=list)
 
@@ -117,39 +120,41 @@ def train(
     """
     gradients = FlatGradients(model)
     forward = torch.compile(model, dynamic=True) if recipe.compile else model
-    loss_sum, tokens, seconds = 0.0, 0, 0.0  # since the last report
     while not state.finished:
         started = time.perf_counter()
         step = next(steps)
         rate = recipe.learning_rate(state.step + 1)
         loss, grad_norm = train_step(model, forward, optimizer, gradients, step, rate, recipe, state)
-        state.step, state.position = state.step + 1, step.position
         elapsed = time.perf_counter() - started
+        state.step, state.position = state.step + 1, step.position
         state.tokens, state.seconds = state.tokens + step.num_tokens, state.seconds + elapsed
-        loss_sum, tokens, seconds = loss_sum + loss * step.num_tokens, tokens + step.num_tokens, seconds + elapsed
+        state.since_loss += loss * step.num_tokens
+        state.since_tokens += step.num_tokens
+        state.since_seconds += elapsed
         progress(state, loss)
 
-        last = state.step >= recipe.max_steps
-        if state.step % recipe.log_every == 0 or last:
-            metrics = {
-                "train_loss": loss_sum / tokens,
-                "learning_rate": rate,
-                "grad_norm": grad_norm,
-                "tokens_per_second": tokens / seconds,
-            }
-            state.training_curve.append({"step": state.step, **metrics})
-            report(metrics, state.step)
-            loss_sum, tokens, seconds = 0.0, 0, 0.0
-        if state.step % recipe.validate_every == 0 or last:
+        state.finished = state.step >= recipe.max_steps
+        if state.step % recipe.validate_every == 0 or state.finished:
             metrics = validate()
-            state.validation_curve.append({"step": state.step, **metrics})
+            if not math.isfinite(metrics["valid_loss"]):
+                raise NotFiniteError(f"step {state.step}: the validation loss is {metrics['valid_loss']}. {ADVICE}")
             better = metrics["valid_loss"] < state.best_valid_loss
             state.stale_validations = 0 if better else state.stale_validations + 1
             state.best_valid_loss = min(metrics["valid_loss"], state.best_valid_loss)
+            state.finished = state.finished or 0 < recipe.patience <= state.stale_validations
+            state.validation_curve.append({"step": state.step, **metrics})
             report({**metrics, "tokens": state.tokens, "epoch": state.position[0]}, state.step)
-            last = last or 0 < recipe.patience <= state.stale_validations
-        state.finished = last
-        if state.step % recipe.checkpoint_every == 0 or last:
+        if state.step % recipe.log_every == 0 or state.finished:
+            metrics = {
+                "train_loss": state.since_loss / state.since_tokens,
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": state.since_tokens / state.since_seconds,
+            }
+            state.since_loss, state.since_tokens, state.since_seconds = 0.0, 0, 0.0
+            state.training_curve.append({"step": state.step, **metrics})
+            report(metrics, state.step)
+        if state.step % recipe.checkpoint_every == 0 or state.finished:
             save(state)
     return state
 
@@ -194,6 +199,11 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     return loss_value, norm_value
+
+
+def perplexity(nats: float, count: int) -> float:
+    """exp(nats / count); of an untrained model, whose perplexity per word no float holds, a very large number."""
+    return math.exp(min(nats / count, 700.0))
 
 
 @torch.no_grad()

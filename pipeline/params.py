@@ -9,7 +9,6 @@ import argparse
 import math
 import re
 import types
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -17,7 +16,6 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from model.config import Norm, Positions, TransformerConfig
-from model.schedule import learning_rate
 
 PRESETS = ("data", "model", "hardware")
 
@@ -210,11 +208,6 @@ class Settings:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 up to 2^63 - 1")
 
-    def learning_rate(self) -> Callable[[int], float]:
-        """The rate of step 1, 2, ... (section 5.3)."""
-        t = self.train
-        return lambda step: learning_rate(step, self.model.d_model, t.warmup_steps, t.lr_scale)
-
 
 SECTIONS: dict[str, dict[str, type]] = {
     "data": {"download": Download, "validate": Validate, "tokenize": Tokenize},
@@ -237,12 +230,13 @@ def load_settings(root: Path = Path()) -> Settings:
     _check_type(path, "seed", params["seed"], int)
     sections = _sections(path, {key: params[key] for key in SECTIONS["params"]}, SECTIONS["params"])
     for kind in PRESETS:
-        preset = root / "conf" / kind / f"{params[kind]}.yaml"
-        if not preset.is_file():
-            known = ", ".join(sorted(file.stem for file in preset.parent.glob("*.yaml")))
+        folder = root / "conf" / kind
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        if params[kind] not in known:
             raise ValueError(
-                f"{path}: {kind} is {params[kind]!r}: one of {known} is needed (files of {preset.parent})"
+                f"{path}: {kind} is {params[kind]!r}: one of {', '.join(known)} is needed (files of {folder})"
             )
+        preset = folder / f"{params[kind]}.yaml"
         sections |= _sections(preset, _read(preset), SECTIONS[kind])
     names = {f"{kind}_name": params[kind] for kind in PRESETS}
     try:

@@ -36,7 +36,7 @@ from pipeline.corpus import CorpusInfo
 from pipeline.files import replace_folder, write_json, write_text
 from pipeline.loop import NotFiniteError, State
 from pipeline.params import Hardware, Settings, load_settings
-from pipeline.worker import train_rank
+from pipeline.worker import rate_of_step, train_rank
 
 ENCODED, CHECKPOINTS, FINAL, REPORTS = (
     Path("data/encoded"),
@@ -134,6 +134,7 @@ def _say_how_it_starts(run_folder: Path) -> None:
 def _ray_cluster(hardware: Hardware) -> Iterator[None]:
     """The cluster of RAY_ADDRESS or of this job, else Ray on this machine for as long as training takes."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches cloud nodes
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # from 2 s: the end of training waits for it
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         cpus = max(len(os.sched_getaffinity(0)), hardware.num_workers)
@@ -188,7 +189,7 @@ def _fit(job: Job, gpu: bool) -> State:
             name=job.run_folder.name,
             storage_path=str(job.run_folder.parent),
             failure_config=FailureConfig(max_failures=hardware.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )
     try:
@@ -215,14 +216,12 @@ def work(config: dict[str, Any]) -> str | None:
     torch.set_num_threads(job.cpus)
     logging.getLogger("pipeline").setLevel(logging.WARNING)
     writer = tracking.MetricWriter(job.tracking_uri, job.run_id, job.run_folder) if rank == 0 else None
-    learning_rate = job.settings.learning_rate()
+    learning_rate = rate_of_step(job.settings)
     reporter = progress.Reporter(job.progress_file) if rank == 0 else None
 
     def report(metrics: dict[str, float], step: int) -> None:
-        if writer:
+        if writer:  # not to Ray: it would hold the loop until its controller looks, and print a line for each point
             writer.log(metrics, step)
-        if "valid_loss" in metrics:
-            ray.train.report({"step": step, **metrics})
 
     def show(state: State, loss: float) -> None:
         if reporter:

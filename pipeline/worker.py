@@ -1,6 +1,5 @@
 """What one worker (rank) of a training run does: data, model and checkpoints around the loop. No Ray, no MLflow."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -8,11 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from model.schedule import learning_rate
 from model.transformer import Transformer
 from pipeline import checkpoint
 from pipeline.batching import BatchPlan, MicroBatch, Position, collate
 from pipeline.corpus import CorpusInfo, EncodedSplit
-from pipeline.loop import Recipe, State, Step, adam, cross_entropy, train
+from pipeline.loop import Recipe, State, Step, adam, cross_entropy, perplexity, train
 from pipeline.params import Settings
 
 
@@ -52,8 +52,8 @@ def train_rank(
         total, tokens = cross_entropy(model, mine, bf16)
         return {
             "valid_loss": total / tokens,
-            "valid_ppl": math.exp(total / tokens),
-            "valid_ppl_word": math.exp(total / info.words["valid"]["tgt"]),
+            "valid_ppl": perplexity(total, tokens),
+            "valid_ppl_word": perplexity(total, info.words["valid"]["tgt"]),
         }
 
     def save(state: State) -> None:
@@ -63,7 +63,7 @@ def train_rank(
     recipe = Recipe(
         seed=settings.seed,
         max_steps=t.max_steps,
-        learning_rate=settings.learning_rate(),
+        learning_rate=rate_of_step(settings),
         label_smoothing=t.label_smoothing,
         max_grad_norm=t.max_grad_norm,
         validate_every=t.validate_every,
@@ -77,6 +77,12 @@ def train_rank(
     return train(
         model, optimizer, steps, recipe, state, validate=validate, save=save, report=report, progress=progress
     )
+
+
+def rate_of_step(settings: Settings) -> Callable[[int], float]:
+    """The learning rate of step 1, 2, ... (section 5.3)."""
+    t = settings.train
+    return lambda step: learning_rate(step, settings.model.d_model, t.warmup_steps, t.lr_scale)
 
 
 def _plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPlan:

@@ -61,7 +61,6 @@ def test_sizes_may_be_odd_where_nothing_is_halved(positions):
     TransformerConfig(**SMALL | {"positions": positions, "d_model": 13, "d_k": 5})
 
 
-@pytest.mark.xfail(strict=True, reason="the check lets a vocabulary of the 4 reserved pieces alone through")
 def test_a_vocabulary_must_hold_a_piece_beside_the_reserved_ones():
     with pytest.raises(ValueError, match="vocab_size is 4"):
         TransformerConfig(**SMALL | {"vocab_size": 4})

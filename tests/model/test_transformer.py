@@ -44,7 +44,7 @@ def shifted(tgt: Tensor) -> Tensor:
 
 
 def torch_twin(model: Transformer) -> nn.Transformer:
-    """torch's own Transformer with the weights of ours; its biases of the attention, which the paper has not, are 0."""
+    """torch's own Transformer with the weights of ours; the biases of its attention, which the paper lacks, are 0."""
     c = model.config
     pre = c.norm == "pre"
     norms = [nn.LayerNorm(c.d_model) if pre else None for _ in range(2)]
@@ -53,7 +53,10 @@ def torch_twin(model: Transformer) -> nn.Transformer:
         c.d_model,
         c.num_heads,
         custom_encoder=nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(c.d_model, c.num_heads, **sizes), c.num_layers, norms[0], enable_nested_tensor=False
+            nn.TransformerEncoderLayer(c.d_model, c.num_heads, **sizes),
+            c.num_layers,
+            norms[0],
+            enable_nested_tensor=False,
         ),
         custom_decoder=nn.TransformerDecoder(
             nn.TransformerDecoderLayer(c.d_model, c.num_heads, **sizes), c.num_layers, norms[1]
@@ -237,7 +240,9 @@ def test_logits_of_rotary_and_relative_attention_depend_on_offsets_only(position
     logits = attention_logits(attention, torch.randn(1, 1, 26, dtype=torch.float64).expand(1, 37, 26))
     for offset in range(-36, 37):
         along = logits.diagonal(offset, dim1=-2, dim2=-1)
-        torch.testing.assert_close(along, along[..., :1].expand_as(along), atol=1e-12 if positions == "relative" else 1e-5, rtol=0)
+        torch.testing.assert_close(
+            along, along[..., :1].expand_as(along), atol=1e-12 if positions == "relative" else 1e-5, rtol=0
+        )
     first_row = logits[0, 0, 20]
     assert (first_row[20:30] - first_row[20]).abs().max() > 1e-3  # and they do depend on them
 

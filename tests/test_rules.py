@@ -1,0 +1,174 @@
+"""Rules between files: which way imports point, what dvc.yaml lists, pinned versions, no machine's paths."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = {"download", "validate", "train_tokenizer", "encode", "train", "evaluate"}
+"""Modules of pipeline/ that are a stage's command."""
+
+BY_PATH = {"pipeline/evaluate.py": ["pipeline/served_model.py"]}
+"""Files that a file has MLflow run, which no import shows."""
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Full names of all modules that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides which way it points"
+            assert node.module is not None
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def project_files(path: Path) -> set[str]:
+    """Files of this project that a file imports, directly."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        candidates = ["/".join(parts) + ".py"] + [
+            "/".join(parts[: i + 1]) + "/__init__.py" for i in range(len(parts))
+        ]
+        found |= {file for file in candidates if (REPOSITORY / file).is_file()}
+    return found
+
+
+def reached(files: list[str]) -> set[str]:
+    """These files, and all of the project that they import or run, directly or not."""
+    seen: set[str] = set()
+    todo = list(files)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += [*project_files(REPOSITORY / file), *BY_PATH.get(file, [])]
+    return seen
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((REPOSITORY / folder).glob("*.py"))
+
+
+MODEL, PIPELINE = modules("model"), modules("pipeline")
+
+
+@pytest.mark.parametrize("path", MODEL, ids=lambda path: path.stem)
+def test_the_model_imports_torch_and_itself_alone(path):
+    assert packages(path) <= {"model", "torch", *sys.stdlib_module_names}
+
+
+def test_the_loop_imports_torch_and_the_model_alone():
+    assert packages(REPOSITORY / "pipeline/loop.py") <= {"model", "torch", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
+def test_the_pipeline_imports_neither_sweeps_nor_tests(path):
+    assert not packages(path) & {"sweeps", "tests"}
+
+
+@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
+def test_no_module_imports_a_stage(path):
+    assert not {name for name in STAGES if f"pipeline.{name}" in imports(path)}
+
+
+def test_only_tracking_and_the_served_model_import_mlflow():
+    assert {path.stem for path in PIPELINE if "mlflow" in packages(path)} == {"tracking", "served_model"}
+
+
+def test_only_the_train_stage_imports_ray():
+    assert {path.stem for path in PIPELINE if "ray" in packages(path)} == {"train"}
+
+
+def stages() -> dict[str, dict]:
+    return yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def commands(stage: dict) -> list[str]:
+    """The files that a stage runs."""
+    lines = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
+    found = [re.findall(r"python -m pipeline\.(\w+)", line) for line in lines]
+    return [f"pipeline/{name}.py" for names in found for name in names]
+
+
+def test_the_stages_are_those_of_the_pipeline_and_their_modules_are_known_here():
+    assert list(stages()) == ["download", "validate", "tokenize", "train", "evaluate"]
+    assert {Path(file).stem for stage in stages().values() for file in commands(stage)} == STAGES
+
+
+@pytest.mark.parametrize("name", stages())
+def test_every_project_file_that_a_stage_runs_is_in_its_deps(name):
+    stage = stages()[name]
+    deps = set(stage["deps"])
+    needed = reached(commands(stage))
+    assert needed
+    missing = {file for file in needed if file not in deps and not deps & {str(p) for p in Path(file).parents}}
+    assert not missing, f"dvc.yaml: deps of {name} lack {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", stages())
+def test_no_stage_depends_on_code_that_it_does_not_run(name):
+    stage = stages()[name]
+    code = {dep for dep in stage["deps"] if dep.endswith(".py")}
+    assert code <= reached(commands(stage)), "a change there would rerun it for nothing"
+
+
+def test_versions_are_pinned_exactly():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        pins += extra
+    assert len(pins) > 10
+    loose = [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==\d[\w.]*( *;.*)?", pin)]
+    assert not loose
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    paths = [REPOSITORY / name for name in done.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file() and path.stat().st_size < 1_000_000]
+
+
+# Put together here, so that this file does not hold what it looks for.
+HOSTS = [
+    "pypi" + ".org",
+    "python" + "hosted",
+    "conda" + ".anaconda",
+    "docker" + ".io",
+    "gh" + "cr.io",
+    "quay" + ".io",
+]
+MACHINE_PATH = re.compile(rb"(?<![\w.}/-])/(?:work|root|tmp/w)(?:/|\b)(?![\w-]*\()")
+
+
+def test_no_tracked_file_names_a_package_registry():
+    found = [(path, host) for path in tracked() for host in HOSTS if host.encode() in path.read_bytes()]
+    assert not found
+
+
+def test_no_tracked_file_names_a_path_of_one_machine():
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.decode(errors='replace').strip()}"
+        for path in tracked()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found
