@@ -144,7 +144,7 @@ def _ray_cluster(hardware: Hardware) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got no answer,
+        # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
         # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
         os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
     ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
