@@ -45,6 +45,6 @@ clean:
 		{ echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) found. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Installing the pinned dependencies into .venv: a few minutes, once."
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --constraint constraints.txt torch==2.13.0
-	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
 	@touch $@
