@@ -1,9 +1,9 @@
 """Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
 
 A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
-(the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step. A
-checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; its checksums
-are verified on load all the same, and a damaged one is passed over for the one before it.
+(the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
+A checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; its
+checksums are verified on load all the same, and a damaged one is passed over for the one before it.
 """
 
 import hashlib
