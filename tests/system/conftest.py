@@ -1,0 +1,217 @@
+"""Throw-away copies of the project, with a miniature corpus and model, driven through the real command lines.
+
+A start of Ray costs more than all that such a copy computes: `trained` is made once and shared.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+SOURCES = (
+    ".dvc",
+    ".dvcignore",
+    ".gitignore",
+    ".rayignore",
+    "conf",
+    "data/own/.gitignore",
+    "dvc.yaml",
+    "model",
+    "params.yaml",
+    "pipeline",
+)
+PATIENCE_S = 900
+
+CORPUS = {
+    "download": dict(corpus="grammar", src="en", tgt="de", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23),
+    "validate": dict(max_words=50, max_length_ratio=4.0, max_dropped_share=0.2),
+    "tokenize": dict(vocab_size=400),
+}
+MODEL = {
+    "model": dict(num_layers=1, d_model=16, d_ff=24, num_heads=2, d_k=8, d_v=8, dropout=0.1)
+    | dict(positions="sinusoidal", norm="post", max_length=256),
+    "train": dict(label_smoothing=0.1, batch_tokens=700, max_steps=400, warmup_steps=50, lr_scale=1.0)
+    | dict(beta1=0.9, beta2=0.98, eps=1e-9, max_grad_norm=0.0, log_every=5, validate_every=100, patience=0)
+    | dict(checkpoint_every=10, keep_checkpoints=100, average_checkpoints=2),
+}
+HARDWARE = {
+    "hardware": dict(num_workers=1, device="cpu", cpus_per_worker=1, precision="fp32", compile=False)
+    | dict(micro_batch_tokens=256, max_failures=3)
+}
+EVALUATE = {"beam": 2, "alpha": 0.6, "max_extra": 3, "batch_tokens": 1024, "num_samples": 3}
+
+
+class Project:
+    """A copy of the project in `root`, and the command lines in it; `ray` is the folder of its own Ray sessions."""
+
+    def __init__(self, root: Path, ray: Path):
+        self.root, self.ray = root, ray
+        self.output = ""  # of `dvc repro`, for `trained`
+
+    def copy(self, root: Path, without: tuple[str, ...]) -> "Project":
+        """The same elsewhere; MLflow's store, which names absolute paths, stays behind."""
+        shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts", *without))
+        return Project(root, self.ray)
+
+    def untrained_copy(self, root: Path) -> "Project":
+        """The same with its corpus encoded, and no trace of training: not in DVC's lock and run cache either."""
+        copy = self.copy(root, without=("checkpoints", "models", "runs", "tmp", "train.json", "evaluation.json"))
+        lock = yaml.safe_load((root / "dvc.lock").read_text())
+        del lock["stages"]["train"], lock["stages"]["evaluate"]
+        copy.write_yaml("dvc.lock", lock)
+        return copy
+
+    @property
+    def environment(self):
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_"))}
+        for name in ("CORPUS_MIRROR", "GIT_COMMIT", "PYTHONPATH", "VIRTUAL_ENV"):
+            ours.pop(name, None)
+        identity = {
+            f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        patient = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}  # on a machine that has other work
+        return ours | identity | patient | {"PATH": path, "RAY_TMPDIR": str(self.ray)}
+
+    def run(self, *command, code=0, **environment):
+        """What the command prints, both streams together; its exit code must be `code`."""
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == code, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    @contextmanager
+    def started(self, *command):
+        """The running command; `log` has its output. It and all that it started are gone at the end of the block."""
+        with (self.root / "log.txt").open("w") as out:
+            process = psutil.Popen(command, cwd=self.root, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                for ours in (*process.children(recursive=True), process):
+                    with suppress(psutil.NoSuchProcess):
+                        ours.kill()
+            process.wait()
+
+    def log(self):
+        return (self.root / "log.txt").read_text()
+
+    def write(self, path, text):
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+    def edit(self, path, key, value):
+        """Set "section.key" of a YAML file."""
+        values = yaml.safe_load((self.root / path).read_text())
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        section[name] = value
+        self.write_yaml(path, values)
+
+    def write_yaml(self, path, values):
+        self.write(path, yaml.safe_dump(values, sort_keys=False))
+
+    def commit(self):
+        self.run("git", "add", ".")
+        self.run("git", "commit", "--quiet", "--message", "a miniature")
+
+    def json(self, path):
+        return json.loads((self.root / path).read_text())
+
+    def experiments(self):
+        """{branch or experiment: values of params.yaml}, as `dvc exp show` lists them."""
+        baselines = json.loads(self.run("dvc", "exp", "show", "--json"))
+        revisions = baselines + [r for b in baselines for e in b["experiments"] or () for r in e["revs"]]
+        return {r["name"]: r["data"]["params"]["params.yaml"]["data"] for r in revisions if r["name"]}
+
+    def checkpoints(self):
+        return sorted(self.root.glob("checkpoints/*/step_*"))
+
+    def weights(self):
+        """The bytes of the final weights, and those of the last checkpoint with Adam's moments."""
+        last = self.checkpoints()[-1] / "tensors.safetensors"
+        return (self.root / "models/final/weights.safetensors").read_bytes(), last.read_bytes()
+
+    @property
+    def tracking_uri(self):
+        return f"sqlite:///{self.root}/mlflow.db"
+
+    def only_run(self):
+        """The one MLflow run that this project has left."""
+        client = MlflowClient(self.tracking_uri)
+        experiment = client.get_experiment_by_name("transformer")
+        (run,) = client.search_runs([experiment.experiment_id])
+        return run
+
+    def curve(self, metric):
+        """(step, value) of each point in MLflow, in the order of arrival."""
+        run_id = self.only_run().info.run_id
+        return [
+            (point.step, point.value) for point in MlflowClient(self.tracking_uri).get_metric_history(run_id, metric)
+        ]
+
+
+def make_project(root: Path, ray: Path) -> Project:
+    """A new one, committed to a Git of its own. Python finds its model/ and pipeline/ first in the current folder."""
+    root.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source, root / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+            )
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, root / name)
+    project = Project(root, ray)
+    for kind, values in (("data", CORPUS), ("model", MODEL), ("hardware", HARDWARE)):
+        project.write_yaml(f"conf/{kind}/micro.yaml", values)
+        project.edit("params.yaml", kind, "micro")
+    project.edit("params.yaml", "evaluate", EVALUATE)
+    project.run("git", "init", "--quiet", "--initial-branch", "main")
+    project.commit()
+    return project
+
+
+@pytest.fixture(scope="session")
+def ray_folder() -> Iterator[Path]:
+    """A short path, for the sockets below it."""
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def new_project(ray_folder: Path, tmp_path: Path) -> Project:
+    return make_project(tmp_path / "project", ray_folder)
+
+
+@pytest.fixture(scope="session")
+def trained(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """From raw text to BLEU by one undisturbed `dvc repro`, committed. Only to be read: `copy` it to change it."""
+    project = make_project(tmp_path_factory.mktemp("trained") / "project", ray_folder)
+    project.output = project.run("dvc", "repro")
+    project.commit()
+    return project

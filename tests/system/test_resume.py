@@ -1,0 +1,76 @@
+"""Training that is killed, in several ways, ends with the weights that it would have had."""
+
+import time
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+PATIENCE_S = 900
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{PATIENCE_S} s, and still no {what}"
+        time.sleep(0.05)
+    return found
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    with project.started("python", "-m", "pipeline.train") as training:
+        wait_for(project.checkpoints, "checkpoint")
+        ours = training.children(recursive=True)
+        (worker,) = (process for process in ours if title(process).startswith("ray::RayTrainWorker"))
+        worker.kill()
+        assert training.wait(PATIENCE_S) == 0, project.log()
+    assert "continuing from the checkpoint of step" in project.log()
+    assert project.weights() == trained.weights()
+    assert project.only_run().info.status == "FINISHED"
+    assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_killed_repro_is_continued_by_the_next_and_the_weights_are_the_same(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    with project.started("dvc", "repro", "train") as repro:
+        wait_for(project.checkpoints, "checkpoint")
+        orphans = repro.children(recursive=True)
+        repro.kill()
+    output = project.run("dvc", "repro", "train")
+    assert "continuing from the checkpoint of step" in output
+    assert not [title(process) for process in orphans if process.is_running()]
+    assert project.weights() == trained.weights()
+    assert project.only_run().info.status == "FINISHED"
+    assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_other_settings_start_anew_and_a_loss_that_is_not_finite_stops(trained, tmp_path):
+    project = trained.copy(tmp_path / "project", without=())
+    before = project.checkpoints()
+    project.edit("conf/model/micro.yaml", "train.lr_scale", 1e30)
+    output = project.run("python", "-m", "pipeline.train", code=1)
+    assert f"differ from those of {before[-1].parent.name}, the last run: training starts anew" in output
+    assert "train: step 2 (epoch 0, batch 1 of it): the loss is nan" in output
+    assert "lower train.lr_scale" in output
+    assert "Traceback" not in output
+    assert project.checkpoints() == before
+    assert project.only_run().info.status == "FAILED"
+
+
+def test_two_workers_train_to_the_weights_of_one(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 2)
+    project.edit("conf/model/micro.yaml", "train.max_steps", 20)
+    project.run("python", "-m", "pipeline.train")
+    (theirs,) = trained.root.glob("checkpoints/*/step_00000020")
+    (ours,) = project.root.glob("checkpoints/*/step_00000020")
+    expected, found = (load_file(folder / "tensors.safetensors") for folder in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
