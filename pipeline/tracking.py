@@ -69,6 +69,7 @@ def _client(uri: str) -> MlflowClient:
     # MLflow's own seven retries hold a caller for minutes; who can wait does so in _await_server.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it counts local files, three times
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
     return MlflowClient(uri)
 
 

@@ -42,7 +42,7 @@ MODEL = {
     "model": dict(num_layers=1, d_model=16, d_ff=24, num_heads=2, d_k=8, d_v=8, dropout=0.1)
     | dict(positions="sinusoidal", norm="post", max_length=256),
     "train": dict(label_smoothing=0.1, batch_tokens=700, max_steps=400, warmup_steps=50, lr_scale=1.0)
-    | dict(beta1=0.9, beta2=0.98, eps=1e-9, max_grad_norm=0.0, log_every=5, validate_every=100, patience=0)
+    | dict(beta1=0.9, beta2=0.98, eps=1e-9, max_grad_norm=0.0, log_every=7, validate_every=100, patience=0)
     | dict(checkpoint_every=10, keep_checkpoints=100, average_checkpoints=2),
 }
 HARDWARE = {
