@@ -35,7 +35,7 @@ lint: .venv/installed
 	mypy
 
 ui: .venv/installed
-	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
 	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db data/raw data/clean data/tokenizer data/encoded models
