@@ -19,7 +19,7 @@ from pipeline.files import replace_folder
 from pipeline.params import load_settings
 
 MAX_PAIRS = 1_000_000
-"""More pairs teach the encoding nothing; memory (about 1.4 GB at this number) stops growing here."""
+"""More pairs teach the encoding nothing; memory stops growing here."""
 
 
 def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int) -> None:
