@@ -5,7 +5,8 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,28 +189,31 @@ def test_nothing_is_unpickled(tmp_path):
 # --- a disk that is full
 
 
-@pytest.fixture
-def almost_full_disk() -> Any:
-    """No file may be larger than 20 KB: the system refuses further bytes, as a full disk does."""
+@contextmanager
+def almost_full_disk() -> Iterator[None]:
+    """No file may be larger than 20 KB: the system refuses further bytes, as a full disk does.
+
+    Not a fixture: pytest writes its own report, which may be a larger file, before it tears fixtures down."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it_and_nothing_else(tmp_path, request):
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it_and_nothing_else(tmp_path):
     save(tmp_path, 3)
     save(tmp_path, 5)
     before = files(tmp_path)
-    request.getfixturevalue("almost_full_disk")
     message = (
         rf"^checkpoint of step 7 not written to {re.escape(str(tmp_path))}: .*the ones before it stand: make room"
     )
-    with pytest.raises(OSError, match=message):
+    with almost_full_disk(), pytest.raises(OSError, match=message):
         save(tmp_path, 7, keep=1)
     assert files(tmp_path) == before
     assert checkpoint.load_latest(tmp_path, pytest.fail).state.step == 5  # type: ignore[union-attr]
@@ -236,10 +240,9 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_checkpoi
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000003", "step_00000005"}
 
 
-def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path, request):
+def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path):
     model, _ = trained(1)
-    request.getfixturevalue("almost_full_disk")
-    with pytest.raises(OSError, match=r"weights\.safetensors: "):
+    with almost_full_disk(), pytest.raises(OSError, match=r"weights\.safetensors: "):
         checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
 
 
