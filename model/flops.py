@@ -1,0 +1,35 @@
+"""What training costs, from the sizes alone."""
+
+from model.config import TransformerConfig
+from model.transformer import MAX_RELATIVE_DISTANCE
+
+
+def training_flops(config: TransformerConfig, batch: int, src: int, tgt: int) -> int:
+    """FLOPs (2 a multiply-add) of the forward and backward pass of model and loss over `batch` sentence pairs,
+    padded to `src` and `tgt` positions: of the matrix products in the paper's formulas, and of nothing else.
+
+    Attention counts as whole squares, where the causal mask hides half; what a fused kernel computes once more in
+    its backward pass does not count. The pre-softmax projection counts at every target position: the loss leaves
+    padding out, so a micro-batch really takes 6 d_model vocab_size less for each padded one.
+    """
+    batch, src, tgt = int(batch), int(src), int(tgt)  # numpy's int32 would overflow
+    c = config
+    heads_width = c.num_heads * (c.d_k + c.d_v)
+    offsets = 2 * MAX_RELATIVE_DISTANCE + 1 if c.positions == "relative" else 0
+
+    # Multiply-adds of one sentence pair, forward.
+    def attention(queries: int, keys: int) -> int:
+        projections = (queries + keys) * c.d_model * heads_width  # W^Q and W^O, W^K and W^V
+        return projections + queries * keys * heads_width  # Q K^T, and its softmax times V
+
+    def self_attention(length: int) -> int:
+        return attention(length, length) + length * offsets * c.num_heads * c.d_k
+
+    def feed_forward(length: int) -> int:
+        return length * 2 * c.d_model * c.d_ff
+
+    encoder_layer = self_attention(src) + feed_forward(src)
+    decoder_layer = self_attention(tgt) + attention(tgt, src) + feed_forward(tgt)
+    projection = tgt * c.d_model * c.vocab_size
+    forward = batch * (c.num_layers * (encoder_layer + decoder_layer) + projection)
+    return 2 * 3 * forward  # backward: a product for the gradient of each of the two factors
