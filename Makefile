@@ -10,7 +10,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: help repro test lint ui clean
 
 help:
-	@echo "make repro   run the pipeline: download, validate, tokenize, train, evaluate"
+	@echo "make repro   run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
 	@echo "make test    run the default test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make ui      open the MLflow UI on http://127.0.0.1:5000"
@@ -21,6 +21,7 @@ repro: .venv/installed
 	@echo
 	@echo "Scores:        reports/evaluation.json   (dvc metrics show)"
 	@echo "Translations:  reports/translations.tsv"
+	@echo "Table 3:       reports/table3.html, .md, .csv, .png"
 	@echo "Curves:        dvc plots show"
 	@echo "Model:         models/final"
 	@echo "MLflow:        make ui, then open http://127.0.0.1:5000"
@@ -38,7 +39,7 @@ ui: .venv/installed
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
-	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db data/raw data/clean data/tokenizer data/encoded models
+	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db data/raw data/clean data/tokenizer data/encoded data/sweep models
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -133,13 +133,16 @@ def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
     return Split(name, pieces, *texts)
 
 
-def run(settings: Settings, root: Path = Path()) -> Evaluation:
-    """The stage: read, evaluate, write the reports, print them, tell MLflow. Raises ValueError with one line."""
-    model, tokenizer = load_model(root / FINAL), load_tokenizer(root / TOKENIZER)
-    trained_on = read_run(root / FINAL)
+def run(
+    settings: Settings, root: Path = Path(), final: Path = FINAL, reports: Path = REPORTS, progress: bool = True
+) -> Evaluation:
+    """The stage: read the model in `root` / `final`, evaluate, write the reports, tell MLflow. Raises ValueError with
+    one line."""
+    model, tokenizer = load_model(root / final), load_tokenizer(root / TOKENIZER)
+    trained_on = read_run(root / final)
     if tokenizer.get_piece_size() != model.config.vocab_size:
         raise ValueError(
-            f"{root / TOKENIZER} has {tokenizer.get_piece_size()} pieces, {root / FINAL} was trained with "
+            f"{root / TOKENIZER} has {tokenizer.get_piece_size()} pieces, {root / final} was trained with "
             f"{model.config.vocab_size}: run the train stage again"
         )
     languages = settings.download.src, settings.download.tgt
@@ -149,10 +152,9 @@ def run(settings: Settings, root: Path = Path()) -> Evaluation:
         say(f"{too_long} test sentences have {model.config.max_length} pieces (model.max_length) or more and are cut")
     if torch.cuda.is_available():
         model = model.cuda()
-    evaluation = evaluate(model, tokenizer, test, valid, settings.download.tgt, settings.evaluate)
-    files = write_reports(evaluation, test, root / REPORTS)
-    print(table(evaluation.metrics))
-    log(evaluation, test, files, settings, trained_on, root)
+    evaluation = evaluate(model, tokenizer, test, valid, settings.download.tgt, settings.evaluate, progress)
+    files = write_reports(evaluation, test, root / reports)
+    log(evaluation, test, files, settings, trained_on, root, root / final)
     return evaluation
 
 
@@ -213,12 +215,13 @@ def log(
     settings: Settings,
     trained_on: dict[str, Any],
     root: Path,
+    final: Path,
 ) -> None:
     """Add the model, the scores and some translations to the MLflow run that trained."""
     uri = tracking.tracking_uri(root)
     run_id = tracking.training_run(uri, settings, trained_on["run_key"], root)
     search = {key: getattr(settings.evaluate, key) for key in tracking.SEARCH}
-    tracking.log_model(uri, run_id, root / FINAL, root / TOKENIZER / "spm.model", search)
+    tracking.log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):
         flat |= {f"{split}_{name}": value for name, value in evaluation.metrics[split].items()}
@@ -251,7 +254,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        run(load_settings())
+        print(table(run(load_settings()).metrics))
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate: {error}") from None
 

@@ -189,6 +189,49 @@ class Tracking:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which rows of Table 3 (and others) run with which seeds, on which base model; see sweeps/."""
+
+    model: str  # a preset of conf/model
+    rows: list[str]
+    seeds: list[int]
+    free: dict[str, list[object]]
+    scheduler: Literal["grid", "asha"]
+    average_checkpoints: int
+    cpus_per_worker: int
+    num_workers: dict[str, int]
+    flops_per_second: float
+    price_per_device_hour: float
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.seeds)
+            and len(set(self.seeds)) == len(self.seeds)
+            and 0 <= min(self.seeds) <= max(self.seeds) < 2**63,
+            "sweep.seeds",
+            self.seeds,
+            "a list of different numbers from 0 up to 2^63 - 1",
+        )
+        _require(bool(self.rows or self.free), "sweep.rows", self.rows, "at least one row, or sweep.free,")
+        for key, values in self.free.items():
+            _require(bool(values), f"sweep.free.{key}", values, "a list of one value or more")
+        asha = self.scheduler == "asha"
+        _require(
+            not (asha and self.rows),
+            "sweep.rows",
+            self.rows,
+            "an empty list with sweep.scheduler asha, which ends trials early: rows of a table must be comparable. "
+            "It is for sweep.free, and an empty list",
+        )
+        _require(self.average_checkpoints >= 1, "sweep.average_checkpoints", self.average_checkpoints, "1 or more")
+        _require(self.cpus_per_worker >= 0, "sweep.cpus_per_worker", self.cpus_per_worker, "0 or more")
+        for row, workers in self.num_workers.items():
+            _require(workers >= 1, f"sweep.num_workers.{row}", workers, "a number from 1 up")
+        for key in ("flops_per_second", "price_per_device_hour"):
+            _require(getattr(self, key) >= 0, f"sweep.{key}", getattr(self, key), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All of them. `data_name`, `model_name` and `hardware_name` are the presets' names."""
 
@@ -204,6 +247,7 @@ class Settings:
     hardware: Hardware
     evaluate: Evaluate
     tracking: Tracking
+    sweep: Sweep
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 up to 2^63 - 1")
@@ -213,13 +257,14 @@ SECTIONS: dict[str, dict[str, type]] = {
     "data": {"download": Download, "validate": Validate, "tokenize": Tokenize},
     "model": {"model": Model, "train": Train},
     "hardware": {"hardware": Hardware},
-    "params": {"evaluate": Evaluate, "tracking": Tracking},
+    "params": {"evaluate": Evaluate, "tracking": Tracking, "sweep": Sweep},
 }
 """The sections that each kind of file holds."""
 
 
-def load_settings(root: Path = Path()) -> Settings:
-    """Read `root`/params.yaml and the presets that it names.
+def load_settings(root: Path = Path(), model: str | None = None) -> Settings:
+    """Read `root`/params.yaml and the presets that it names; `model` is another preset of conf/model, that
+    of sweep.model.
 
     Raises ValueError that names file, key, value and what is allowed, for one that is
     unknown, missing or impossible.
@@ -227,20 +272,23 @@ def load_settings(root: Path = Path()) -> Settings:
     path = root / "params.yaml"
     params = _read(path)
     _check_keys(path, "", params, {*PRESETS, "seed", *SECTIONS["params"]})
-    _check_type(path, "seed", params["seed"], int)
+    check_type(path, "seed", params["seed"], int)
+    if model is not None:
+        params["model"] = model
     sections = _sections(path, {key: params[key] for key in SECTIONS["params"]}, SECTIONS["params"])
     for kind in PRESETS:
         folder = root / "conf" / kind
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         if params[kind] not in known:
+            key = "sweep.model" if kind == "model" and model is not None else kind
             raise ValueError(
-                f"{path}: {kind} is {params[kind]!r}: one of {', '.join(known)} is needed (files of {folder})"
+                f"{path}: {key} is {params[kind]!r}: one of {', '.join(known)} is needed (files of {folder})"
             )
         preset = folder / f"{params[kind]}.yaml"
         sections |= _sections(preset, _read(preset), SECTIONS[kind])
-    names = {f"{kind}_name": params[kind] for kind in PRESETS}
+    presets = {f"{kind}_name": params[kind] for kind in PRESETS}
     try:
-        return Settings(seed=params["seed"], **names, **sections)
+        return Settings(seed=params["seed"], **presets, **sections)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -269,7 +317,7 @@ def _section(path: Path, name: str, values: Any, section: type) -> Any:
     required = {key for key, field in known.items() if not _optional(field.type)}
     _check_keys(path, f"{name}.", values, set(known), required)
     for key, value in values.items():
-        _check_type(path, f"{name}.{key}", value, known[key].type)
+        check_type(path, f"{name}.{key}", value, known[key].type)
     try:
         return section(**values)
     except ValueError as error:
@@ -287,11 +335,21 @@ def _check_keys(path: Path, prefix: str, values: dict, known: set[str], required
         raise ValueError(f"{path}: {prefix}{key} is missing")
 
 
-def _check_type(path: Path, key: str, value: object, kind: Any) -> None:
+def check_type(path: Path, key: str, value: object, kind: Any) -> None:
     if get_origin(kind) is Literal:
         fits, allowed = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
     elif _optional(kind):
-        return _check_type(path, key, value, get_args(kind)[0])
+        return check_type(path, key, value, get_args(kind)[0])
+    elif get_origin(kind) is list:
+        fits, allowed = type(value) is list, "a list"
+        for item in value if type(value) is list else ():
+            check_type(path, key, item, get_args(kind)[0])
+    elif get_origin(kind) is dict:
+        fits, allowed = type(value) is dict, "`name: value` lines, or {},"
+        for name, item in value.items() if type(value) is dict else ():
+            check_type(path, f"{key}.{name}", item, get_args(kind)[1])
+    elif kind is object:
+        return
     elif kind is float:
         fits, allowed = type(value) is int or (type(value) is float and math.isfinite(value)), "a number"
     else:

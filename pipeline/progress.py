@@ -79,6 +79,12 @@ def _show(path: Path, total: int, name: str, done: threading.Event) -> None:
         bar.close()
 
 
+def step(path: Path) -> int:
+    """How far the run of this path is."""
+    news = _read(path)
+    return int(news["step"]) if news else 0
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -215,6 +215,42 @@ def reconcile(uri: str, experiment: str) -> list[str]:
     return dead
 
 
+def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
+    """Mark KILLED every child of the run that is RUNNING; returns their ids. For the driver of a sweep alone, which
+    knows that none of them is: unlike `reconcile`, this holds for children on other machines too."""
+    _await_server(uri, patience_s=10)
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{parent_id}'"
+    running = client.search_runs([found.experiment_id], query, max_results=10_000) if found else []
+    for run in running:
+        client.set_terminated(run.info.run_id, "KILLED")
+    return [run.info.run_id for run in running]
+
+
+def end_as(uri: str, run_key: str, experiment: str, status: str, reason: str) -> None:
+    """End a trial's run in its place, for its process was ended from outside."""
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    run = _find(client, found.experiment_id, run_key) if found else None
+    if run is not None:
+        client.set_tag(run.info.run_id, "ended", reason)
+        client.set_terminated(run.info.run_id, status)
+
+
+def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
+    """Add files and figures to a run, in place of those of the same name. Raises ConnectionError when the server
+    stays away."""
+    _await_server(uri, patience_s=600)
+    client = _client(uri)
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    now_ms = time.time_ns() // 1_000_000
+    known = client.get_run(run_id).data.metrics
+    changed = {key: value for key, value in metrics.items() if known.get(key) != value}
+    client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()])
+
+
 def _experiment(client: MlflowClient, name: str, root: Path) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:

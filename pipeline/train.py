@@ -19,8 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from pipeline.corpus import CorpusInfo
 from pipeline.files import replace_folder, write_json, write_text
 from pipeline.loop import NotFiniteError, State
 from pipeline.params import Hardware, Settings, load_settings
+from pipeline.usage import Meter
 from pipeline.worker import rate_of_step, train_rank
 
 ENCODED, CHECKPOINTS, FINAL, REPORTS = (
@@ -66,43 +67,80 @@ class Job:
     tracking_uri: str
     run_id: str
     cpus: int
+    gpu: bool
+    reports_to_ray: bool
 
     @property
     def progress_file(self) -> Path:
         return self.run_folder / "progress.json"
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run that has come to its last step."""
+
+    key: str
+    run_id: str
+    run_folder: Path
+    state: State
+    tracking_uri: str
+
+
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
-    """Train, average the last checkpoints into models/final, write the reports; returns the metrics.
+    """The stage: train, average the last checkpoints into models/final, write the reports; returns the metrics.
 
     Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
     """
     started = time.perf_counter()
     root = root.resolve()
-    key = run_key(settings, root)
-    run_folder = root / CHECKPOINTS / f"{settings.data_name}-{settings.model_name}-{settings.seed}-{key}"
-    _say_how_it_starts(run_folder)
-    uri = tracking.tracking_uri(root)
-    tracking.reconcile(uri, settings.tracking.experiment)
-    with _ray_cluster(settings.hardware):
-        gpu, cpus = _share_of_each_worker(settings.hardware)
-        tags = {
-            "workers": str(settings.hardware.num_workers),
-            "device": "gpu" if gpu else "cpu",
-            "cpus_per_worker": str(cpus),
-            "nodes": str(sum(node["Alive"] for node in ray.nodes())),
-            "versions": f"python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
-        }
-        run_id = tracking.open_run(uri, settings, key, tags, root)
-        with tracking.run_guard(uri, run_id):
-            state = _fit(Job(settings, root / ENCODED, run_folder, uri, run_id, cpus), gpu)
-            tracking.MetricWriter(uri, run_id, run_folder).close()  # points that a worker had to leave behind
-            metrics = _write_results(settings, state, run_folder, root)
-            run = {"run_key": key, "mlflow_run_id": run_id, "tracking_uri": uri, "step": state.step}
-            write_json(root / FINAL / "run.json", run)
-    tracking.finish(uri, run_id)
+    _say_how_it_starts(run_folder(settings, root))
+    tracking.reconcile(tracking.tracking_uri(root), settings.tracking.experiment)
+    with ray_cluster(settings.hardware), training(settings, root) as run:
+        metrics = write_model(run, settings, root, root / FINAL)
+        write_json(root / REPORTS / "train.json", metrics)
+        for name in ("training", "validation"):
+            write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(run.state, f"{name}_curve")))
     _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
+
+
+@contextmanager
+def training(
+    settings: Settings,
+    root: Path,
+    tags: Mapping[str, str] | None = None,
+    show: bool = True,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> Iterator[Trained]:
+    """Train to the end on the Ray cluster at hand, then run the block; the MLflow run is open until the block ends.
+
+    `tags` go to that run; `show` draws a progress bar. With `callbacks`, Ray gets the metrics of every validation.
+    Raises as `train`.
+    """
+    key, folder = run_key(settings, root), run_folder(settings, root)
+    uri = tracking.tracking_uri(root)
+    gpu, cpus = share_of_each_worker(settings.hardware)
+    all_tags = {
+        "workers": str(settings.hardware.num_workers),
+        "device": "gpu" if gpu else "cpu",
+        "cpus_per_worker": str(cpus),
+        "nodes": str(sum(node["Alive"] for node in ray.nodes())),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
+        **(tags or {}),
+    }
+    run_id = tracking.open_run(uri, settings, key, all_tags, root)
+    with tracking.run_guard(uri, run_id):
+        job = Job(settings, root / ENCODED, folder, uri, run_id, cpus, gpu, reports_to_ray=bool(callbacks))
+        state = _fit(job, show, list(callbacks))
+        _complete_curves(uri, run_id, folder, state)
+        yield Trained(key, run_id, folder, state, uri)
+    tracking.finish(uri, run_id)
+
+
+def run_folder(settings: Settings, root: Path) -> Path:
+    """Where the checkpoints of this run are."""
+    name = f"{settings.data_name}-{settings.model_name}-{settings.seed}-{run_key(settings, root)}"
+    return root.resolve() / CHECKPOINTS / name
 
 
 def run_key(settings: Settings, root: Path) -> str:
@@ -121,18 +159,19 @@ def run_key(settings: Settings, root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _say_how_it_starts(run_folder: Path) -> None:
-    others = [path for path in run_folder.parent.glob("*") if path != run_folder and checkpoint.folders(path)]
-    if checkpoint.folders(run_folder):
-        _say(f"settings, data and code are those of {run_folder.name}")
+def _say_how_it_starts(folder: Path) -> None:
+    others = [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
+    if checkpoint.folders(folder):
+        _say(f"settings, data and code are those of {folder.name}")
     elif others:
         last = max(others, key=lambda path: path.stat().st_mtime)
         _say(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
 
 
 @contextmanager
-def _ray_cluster(hardware: Hardware) -> Iterator[None]:
-    """The cluster of RAY_ADDRESS or of this job, else Ray on this machine for as long as training takes."""
+def ray_cluster(hardware: Hardware, dashboard: bool = False) -> Iterator[None]:
+    """The cluster of RAY_ADDRESS or of this job, else Ray on this machine for as long as the block takes; with
+    `dashboard`, which takes memory, but which Ray needs to clean up after trials that a scheduler ends."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches cloud nodes
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # from 2 s: the end of training waits for it
     options: dict[str, Any] = {}
@@ -141,12 +180,13 @@ def _ray_cluster(hardware: Hardware) -> Iterator[None]:
         options = {
             "address": "local",  # never the cluster that somebody started with `ray start` on this machine
             "num_cpus": cpus,
-            "include_dashboard": False,
+            "include_dashboard": dashboard,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
         # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
         # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
-        os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
+        if not dashboard:
+            os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
     ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
     try:
         yield
@@ -154,7 +194,7 @@ def _ray_cluster(hardware: Hardware) -> Iterator[None]:
         ray.shutdown()
 
 
-def _share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
+def share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
     """Whether each worker gets a GPU, and its number of CPUs. Raises ValueError if there are not enough."""
     cluster = ray.cluster_resources()
     num_cpus, num_gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
@@ -173,27 +213,32 @@ def _share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
     return gpu, cpus
 
 
-def _fit(job: Job, gpu: bool) -> State:
+def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State:
     """Run the workers until training is done, starting dead ones again; the state of the last checkpoint."""
     last = checkpoint.load_latest(job.run_folder, _say)
     if last is not None and last.state.finished:
-        _say(f"trained already, to step {last.state.step}; to train again, delete {job.run_folder}")
+        if show:
+            _say(f"trained already, to step {last.state.step}; to train again, delete {job.run_folder}")
         return last.state
     hardware = job.settings.hardware
-    resources = {"CPU": job.cpus} | ({"GPU": 1} if gpu else {})
+    resources = {"CPU": job.cpus} | ({"GPU": 1} if job.gpu else {})
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # mypy sees the classes of Ray Train v1 here and below
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=hardware.num_workers, use_gpu=gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=hardware.num_workers, use_gpu=job.gpu, resources_per_worker=resources
+        ),
         run_config=RunConfig(
             name=job.run_folder.name,
             storage_path=str(job.run_folder.parent),
             failure_config=FailureConfig(max_failures=hardware.max_failures),
+            callbacks=callbacks,  # type: ignore[arg-type]
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )
+    shown = progress.shown(job.progress_file, job.settings.train.max_steps, "train") if show else nullcontext()
     try:
-        with progress.shown(job.progress_file, job.settings.train.max_steps, "train"):
+        with shown:
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
@@ -207,6 +252,14 @@ def _fit(job: Job, gpu: bool) -> State:
     return last.state
 
 
+def _complete_curves(uri: str, run_id: str, folder: Path, state: State) -> None:
+    """Points that a worker had to leave behind; and all, if this MLflow run is new to training that was done."""
+    writer = tracking.MetricWriter(uri, run_id, folder)
+    for point in sorted([*state.training_curve, *state.validation_curve], key=lambda point: point["step"]):
+        writer.log({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+    writer.close()
+
+
 def work(config: dict[str, Any]) -> str | None:
     """One worker: the loop, with Ray's ranks, a progress bar, and curves to MLflow from rank 0. Returns what
     stopped it if every further attempt would stop there too; other errors are Ray's, which starts again."""
@@ -218,13 +271,18 @@ def work(config: dict[str, Any]) -> str | None:
     writer = tracking.MetricWriter(job.tracking_uri, job.run_id, job.run_folder) if rank == 0 else None
     learning_rate = rate_of_step(job.settings)
     reporter = progress.Reporter(job.progress_file) if rank == 0 else None
+    devices = context.get_world_size() * (1 if job.gpu else job.cpus)
+    meter = Meter(job.run_folder, devices) if rank == 0 else None
 
     def report(metrics: dict[str, float], step: int) -> None:
-        if writer:  # not to Ray: it would hold the loop until its controller looks, and print a line for each point
+        if writer:
             writer.log(metrics, step)
+        if job.reports_to_ray and "valid_loss" in metrics:  # it holds the loop until Ray's controller looks
+            ray.train.report({"step": step, **metrics})
 
     def show(state: State, loss: float) -> None:
-        if reporter:
+        if reporter and meter:
+            meter.step()
             valid = f"valid ppl {state.validation_curve[-1]['valid_ppl']:.2f}, " if state.validation_curve else ""
             speed, rate = state.tokens / state.seconds, learning_rate(state.step)
             reporter.progress(state.step, f"loss {loss:.3f}, {valid}{speed:,.0f} tokens/s, rate {rate:.1e}")
@@ -243,21 +301,34 @@ def work(config: dict[str, Any]) -> str | None:
         )
     except (NotFiniteError, ValueError) as error:
         return str(error)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {_last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
     finally:
-        if reporter and writer:
+        if reporter and writer and meter:
             reporter.flush()
+            meter.write()
             writer.close()
     return None
 
 
-def _write_results(settings: Settings, state: State, run_folder: Path, root: Path) -> dict[str, Any]:
-    """models/final, and the metrics and curves of reports/."""
-    weights, steps = checkpoint.average(run_folder, settings.train.average_checkpoints, _say)
+def write_model(run: Trained, settings: Settings, root: Path, target: Path) -> dict[str, Any]:
+    """Write the final model, the average of the last checkpoints, to the folder `target`; the run's metrics."""
+    weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, _say)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
-    with replace_folder(root / FINAL) as folder:
+    state = run.state
+    with replace_folder(target) as folder:
         checkpoint.save_model(folder, weights, config)
+        write_json(
+            folder / "run.json",
+            {
+                "run_key": run.key,
+                "mlflow_run_id": run.run_id,
+                "tracking_uri": run.tracking_uri,
+                "step": state.step,
+            },
+        )
     last = state.validation_curve[-1]
-    metrics = {
+    return {
         "steps": state.step,
         "epochs": state.position[0],
         "tokens": state.tokens,
@@ -270,10 +341,6 @@ def _write_results(settings: Settings, state: State, run_folder: Path, root: Pat
         "parameters": sum(value.numel() for value in weights.values()),
         "averaged_steps": steps,
     }
-    write_json(root / REPORTS / "train.json", metrics)
-    for name in ("training", "validation"):
-        write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(state, f"{name}_curve")))
-    return metrics
 
 
 def _csv(rows: list[dict[str, float]]) -> str:
@@ -292,7 +359,7 @@ def _say(line: str) -> None:
     print(f"train: {line}", file=sys.stderr, flush=True)
 
 
-def _end_with_dvc() -> None:
+def end_with_dvc() -> None:
     """Under DVC, end when it does. `kill -9` of `dvc repro` would otherwise leave training running unseen, in the
     way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent."""
     parent = os.getppid()
@@ -308,7 +375,7 @@ def _end_with_dvc() -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    _end_with_dvc()
+    end_with_dvc()
     try:
         train(load_settings())
     except (ValueError, OSError, TrainingError) as error:

@@ -41,7 +41,7 @@ def train_rank(
     optimizer = adam(model, t.beta1, t.beta2, t.eps)
     state = _resume(run_folder, model, optimizer, rank, device, say)
 
-    plan = _plan(train_split, settings, settings.train.batch_tokens)
+    plan = batch_plan(train_split, settings, settings.train.batch_tokens)
     if plan.num_skipped and rank == 0:
         say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
     valid_batches = _all_batches(valid_split, settings)
@@ -85,7 +85,8 @@ def rate_of_step(settings: Settings) -> Callable[[int], float]:
     return lambda step: learning_rate(step, settings.model.d_model, t.warmup_steps, t.lr_scale)
 
 
-def _plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPlan:
+def batch_plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPlan:
+    """The micro-batches of every step, the same on all ranks."""
     return BatchPlan(
         split.src.lengths,
         split.tgt.lengths,
@@ -98,7 +99,7 @@ def _plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPl
 
 def _all_batches(split: EncodedSplit, settings: Settings) -> list:
     """Micro-batches of a split that is only read."""
-    plan = _plan(split, settings, settings.hardware.micro_batch_tokens)
+    plan = batch_plan(split, settings, settings.hardware.micro_batch_tokens)
     if plan.num_skipped:
         raise ValueError(
             f"{plan.num_skipped} validation pairs have more than {settings.model.max_length} pieces on one side: "

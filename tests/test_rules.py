@@ -14,6 +14,8 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 STAGES = {"download", "validate", "train_tokenizer", "encode", "train", "evaluate"}
 """Modules of pipeline/ that are a stage's command."""
+SWEEP_STAGES = {"run", "report"}
+"""Those of sweeps/."""
 
 BY_PATH = {"pipeline/evaluate.py": ["pipeline/served_model.py"]}
 """Files that a file has MLflow run, which no import shows."""
@@ -65,7 +67,7 @@ def modules(folder: str) -> list[Path]:
     return sorted((REPOSITORY / folder).glob("*.py"))
 
 
-MODEL, PIPELINE = modules("model"), modules("pipeline")
+MODEL, PIPELINE, SWEEPS = modules("model"), modules("pipeline"), modules("sweeps")
 
 
 @pytest.mark.parametrize("path", MODEL, ids=lambda path: path.stem)
@@ -87,12 +89,18 @@ def test_no_module_imports_a_stage(path):
     assert not {name for name in STAGES if f"pipeline.{name}" in imports(path)}
 
 
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_no_module_of_the_sweeps_imports_a_stage_of_theirs_or_the_tests(path):
+    assert not {name for name in SWEEP_STAGES if f"sweeps.{name}" in imports(path)}
+    assert "tests" not in packages(path)
+
+
 def test_only_tracking_and_the_served_model_import_mlflow():
-    assert {path.stem for path in PIPELINE if "mlflow" in packages(path)} == {"tracking", "served_model"}
+    assert {path.stem for path in (*PIPELINE, *SWEEPS) if "mlflow" in packages(path)} == {"tracking", "served_model"}
 
 
-def test_only_the_train_stage_imports_ray():
-    assert {path.stem for path in PIPELINE if "ray" in packages(path)} == {"train"}
+def test_only_the_train_stage_and_the_sweep_import_ray():
+    assert {path.stem for path in (*PIPELINE, *SWEEPS) if "ray" in packages(path)} == {"train", "run"}
 
 
 def stages() -> dict[str, dict]:
@@ -102,13 +110,13 @@ def stages() -> dict[str, dict]:
 def commands(stage: dict) -> list[str]:
     """The files that a stage runs."""
     lines = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
-    found = [re.findall(r"python -m pipeline\.(\w+)", line) for line in lines]
-    return [f"pipeline/{name}.py" for names in found for name in names]
+    found = [re.findall(r"python -m (pipeline|sweeps)\.(\w+)", line) for line in lines]
+    return [f"{package}/{name}.py" for names in found for package, name in names]
 
 
 def test_the_stages_are_those_of_the_pipeline_and_their_modules_are_known_here():
-    assert list(stages()) == ["download", "validate", "tokenize", "train", "evaluate"]
-    assert {Path(file).stem for stage in stages().values() for file in commands(stage)} == STAGES
+    assert list(stages()) == ["download", "validate", "tokenize", "train", "evaluate", "sweep", "report"]
+    assert {Path(file).stem for stage in stages().values() for file in commands(stage)} == STAGES | SWEEP_STAGES
 
 
 @pytest.mark.parametrize("name", stages())

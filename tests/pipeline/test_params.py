@@ -71,17 +71,51 @@ def test_a_missing_value_is_named_with_its_file(root, kind, section, key, of_typ
 
 
 ALLOWED = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)"}
+COLLECTIONS = {list: "a list", dict: "`name: value` lines, or {},"}
 
 
 @pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
 def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(root, kind, section, key, of_type):
     if get_origin(of_type) is Literal:
         allowed = f"one of {', '.join(get_args(of_type))}"
+    elif get_origin(of_type) in COLLECTIONS:
+        allowed = COLLECTIONS[get_origin(of_type)]
     else:
         allowed = ALLOWED[of_type if of_type in ALLOWED else get_args(of_type)[0]]
     for value in ([3], None, {"a": 1}, 2.5 if of_type is not float else "2.5", "x" if of_type is not str else 7):
+        if type(value) is get_origin(of_type):
+            continue  # of what is in it: the next test
         path = edit(root, kind, section, key, value)
         refused(root, f"{path}: {section}.{key} is {value!r}: {allowed} is needed")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("rows", ["heads", 3], "sweep.rows is 3: text (in quotes)"),
+        ("rows", [None], "sweep.rows is None: text (in quotes)"),
+        ("seeds", [2, "3"], "sweep.seeds is '3': a whole number"),
+        ("seeds", [2, 3.0], "sweep.seeds is 3.0: a whole number"),
+        ("seeds", [True], "sweep.seeds is True: a whole number"),
+        ("free", {"model.d_ff": 64}, "sweep.free.model.d_ff is 64: a list"),
+        ("free", {"model.d_k": [5], "model.d_ff": {"a": 64}}, "sweep.free.model.d_ff is {'a': 64}: a list"),
+        ("num_workers", {"heads": 2, "big": "4"}, "sweep.num_workers.big is '4': a whole number"),
+        ("num_workers", {"big": [4]}, "sweep.num_workers.big is [4]: a whole number"),
+    ],
+)
+def test_what_is_of_the_wrong_type_inside_a_list_or_section_is_named(root, key, value, fault):
+    path = edit(root, "params", "sweep", key, value)
+    refused(root, f"{path}: {fault} is needed")
+
+
+def test_lists_and_sections_arrive_with_values_of_every_type(root):
+    edit(root, "params", "sweep", "seeds", [5, 3])
+    edit(root, "params", "sweep", "rows", [])
+    free = {"model.d_ff": [64, 256], "model.positions": ["none"], "train.beta1": [0.5]}
+    edit(root, "params", "sweep", "free", free)
+    edit(root, "params", "sweep", "num_workers", {"big": 3})
+    sweep = load_settings(root).sweep
+    assert (sweep.seeds, sweep.rows, sweep.free, sweep.num_workers) == ([5, 3], [], free, {"big": 3})
 
 
 @pytest.mark.parametrize(("kind", "section"), [(kind, section) for kind in SECTIONS for section in SECTIONS[kind]])
@@ -106,6 +140,7 @@ def test_a_section_that_is_unknown_missing_or_no_section_is_named(root, kind):
 FROM_1 = "a number from 1 up"
 FROM_0 = "0 or more"
 SHARE = "a number from 0 up to, not including, 1"
+DIFFERENT = "a list of different numbers from 0 up to 2^63 - 1"
 IMPOSSIBLE = [
     ("data", "download", "train_pairs", 0, FROM_1),
     ("data", "download", "valid_pairs", -2, FROM_1),
@@ -144,6 +179,12 @@ IMPOSSIBLE = [
     ("params", "evaluate", "alpha", -0.6, FROM_0),
     ("params", "evaluate", "max_extra", -1, FROM_0),
     ("params", "evaluate", "num_samples", -1, FROM_0),
+    *[("params", "sweep", "seeds", seeds, DIFFERENT) for seeds in ([], [3, 5, 3], [2, -1])],
+    ("params", "sweep", "rows", [], "at least one row, or sweep.free,"),  # where sweep.free is {}
+    ("params", "sweep", "average_checkpoints", 0, "1 or more"),
+    ("params", "sweep", "cpus_per_worker", -1, FROM_0),
+    ("params", "sweep", "flops_per_second", -1.0, FROM_0),
+    ("params", "sweep", "price_per_device_hour", -0.5, FROM_0),
     ("params", "", "seed", -1, "a number from 0 up to 2^63 - 1"),
     ("params", "", "seed", 2**63, "a number from 0 up to 2^63 - 1"),
     ("params", "", "seed", "one", "a whole number"),
@@ -156,6 +197,27 @@ IMPOSSIBLE = [
 def test_an_impossible_value_is_named_with_its_file_and_what_is_allowed(root, kind, section, key, value, allowed):
     path = edit(root, kind, section, key, value)
     refused(root, f"{path}: {section}{'.' if section else ''}{key} is {value!r}: {allowed} is needed")
+
+
+def test_a_row_cannot_have_no_workers_nor_a_setting_no_values(root):
+    path = edit(root, "params", "sweep", "num_workers", {"heads": 2, "d_k": 0})
+    refused(root, f"{path}: sweep.num_workers.d_k is 0: a number from 1 up is needed")
+    edit(root, "params", "sweep", "num_workers", {})
+    edit(root, "params", "sweep", "free", {"model.d_k": [5], "model.d_ff": []})
+    refused(root, f"{path}: sweep.free.model.d_ff is []: a list of one value or more is needed")
+
+
+def test_trials_of_a_table_are_not_ended_early_those_of_free_may_be(root):
+    edit(root, "params", "sweep", "rows", ["heads"])
+    edit(root, "params", "sweep", "free", {"model.d_ff": [64]})
+    path = edit(root, "params", "sweep", "scheduler", "asha")
+    refused(
+        root,
+        f"{path}: sweep.rows is ['heads']: an empty list with sweep.scheduler asha, which ends trials early: rows of "
+        "a table must be comparable. It is for sweep.free, and an empty list is needed",
+    )
+    edit(root, "params", "sweep", "rows", [])
+    assert load_settings(root).sweep.scheduler == "asha"
 
 
 @pytest.mark.parametrize(("kind", "section", "key"), [f[:3] for f in FIELDS if f[3] is float])
@@ -218,6 +280,19 @@ def test_every_preset_loads(root, kind, name):
     assert getattr(load_settings(root), f"{kind}_name") == name
 
 
+def test_another_model_than_that_of_params_yaml_can_be_asked_for(root):
+    edit(root, "params", "", "model", "tiny")
+    own, other = load_settings(root), load_settings(root, model="nano")
+    values = yaml.safe_load((root / "conf/model/nano.yaml").read_text())
+    assert (flatten(other.model), flatten(other.train)) == (values["model"], values["train"])
+    assert (own.model_name, other.model_name) == ("tiny", "nano")
+    assert replace(other, model_name="tiny", model=own.model, train=own.train) == own
+    with pytest.raises(
+        ValueError, match=re.escape(f"is 'huge': one of base, big, mini, nano, tiny is needed (files of {root}")
+    ):
+        load_settings(root, model="huge")
+
+
 def test_every_folder_of_presets_is_a_kind():
     assert sorted(path.name for path in (REPOSITORY / "conf").iterdir()) == sorted(PRESETS)
 
@@ -276,7 +351,7 @@ def attributes_read(folders: tuple[str, ...]) -> set[str]:
 
 
 def test_every_setting_is_read_by_the_code():
-    read = attributes_read(("model", "pipeline"))
+    read = attributes_read(("model", "pipeline", "sweeps"))
     keys = {key for _, _, key, _ in FIELDS} | {"seed"}
     assert keys <= read, f"no code reads {sorted(keys - read)}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Reporter, shown
+from pipeline.progress import Reporter, shown, step
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +100,15 @@ def test_the_display_ends_with_the_block_though_it_raises(tmp_path):
     with pytest.raises(KeyError), shown(Path(tmp_path / "p.json"), total=3, name="train"):
         raise KeyError
     assert not [thread for thread in progress.threading.enumerate() if thread.name.endswith("(_show)")]
+
+
+def test_how_far_a_run_is_can_be_asked_from_outside(tmp_path):
+    path = tmp_path / "run" / "progress.json"
+    assert step(path) == 0  # not begun
+    reporter = Reporter(path)
+    for number in (3, 17):
+        reporter.progress(number, "loss 1.234")
+        reporter.flush()
+        assert step(path) == number
+    path.write_text('{"step": 1')
+    assert step(path) == 0

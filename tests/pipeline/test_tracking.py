@@ -187,6 +187,49 @@ def test_reconcile_ends_the_runs_of_this_machine_that_nobody_runs(uri: str, root
     assert tracking.reconcile(uri, "no such experiment") == []
 
 
+def test_end_children_ends_the_running_children_of_one_parent_alone(
+    uri: str, root: Path, settings: Settings, run_id: str
+) -> None:
+    client = MlflowClient(uri)
+
+    def child(key: str, parent: str) -> str:
+        return tracking.open_run(uri, settings, key, {"mlflow.parentRunId": parent}, root)
+
+    other_parent = tracking.open_run(uri, settings, "other parent", {}, root)
+    names = ("running", "elsewhere", "failed", "finished")
+    runs = {name: child(name, run_id) for name in names} | {"of the other": child("of the other", other_parent)}
+    client.set_tag(runs["elsewhere"], "owner_host", "elsewhere")
+    tracking.finish(uri, runs["failed"], "FAILED")
+    tracking.finish(uri, runs["finished"])
+
+    assert set(tracking.end_children(uri, EXPERIMENT, run_id)) == {runs["running"], runs["elsewhere"]}
+    statuses = {name: client.get_run(run).info.status for name, run in runs.items()}
+    assert statuses == {
+        "running": "KILLED",
+        "elsewhere": "KILLED",
+        "failed": "FAILED",
+        "finished": "FINISHED",
+        "of the other": "RUNNING",
+    }
+    assert [client.get_run(parent).info.status for parent in (run_id, other_parent)] == ["RUNNING", "RUNNING"]
+    assert tracking.end_children(uri, EXPERIMENT, run_id) == []
+    assert tracking.end_children(uri, "no such experiment", run_id) == []
+
+
+def test_a_trials_run_can_be_ended_by_its_key_with_the_reason(
+    uri: str, root: Path, settings: Settings, run_id: str
+) -> None:
+    other = tracking.open_run(uri, settings, "another key", {}, root)
+    tracking.end_as(uri, "key", EXPERIMENT, "KILLED", "ended early")
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "ended early")
+    assert client.get_run(other).info.status == "RUNNING"
+    tracking.end_as(uri, "unknown key", EXPERIMENT, "KILLED", "")  # it had not come to a run
+    tracking.end_as(uri, "another key", "no such experiment", "KILLED", "")
+    assert client.get_run(other).info.status == "RUNNING"
+
+
 @pytest.mark.parametrize(
     ("ending", "error", "expected"),
     [
@@ -408,6 +451,20 @@ def test_evaluating_once_more_adds_only_what_differs(uri: str, root: Path, setti
     for bleu in (41.0, 41.0, 40.5):
         assert evaluate(uri, root, settings, bleu) == run_id
     assert curve(uri, run_id, "test_bleu") == [(600, 41.0), (600, 40.5)]
+
+
+def test_a_report_adds_files_and_figures_and_once_more_only_what_differs(uri: str, root: Path, run_id: str) -> None:
+    report, table = root / "report.md", root / "table.csv"
+    table.write_text("row,bleu\n")
+    for text, seconds in (("first", 7.0), ("first", 7.0), ("second", 11.0)):
+        report.write_text(text)
+        tracking.log_report(uri, run_id, [report, table], {"rows": 13, "seconds": seconds})
+    artifacts = root / "mlartifacts" / run_id / "artifacts"
+    assert (artifacts / "report.md").read_text() == "second"
+    assert (artifacts / "table.csv").read_text() == "row,bleu\n"
+    assert curve(uri, run_id, "rows") == [(0, 13)]
+    assert sorted(curve(uri, run_id, "seconds")) == [(0, 7.0), (0, 11.0)]
+    assert MlflowClient(uri).get_run(run_id).data.metrics == {"rows": 13, "seconds": 11.0}
 
 
 def test_another_search_has_a_child_run_with_the_parameters_of_training(

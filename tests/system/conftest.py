@@ -30,6 +30,7 @@ SOURCES = (
     "model",
     "params.yaml",
     "pipeline",
+    "sweeps",
 )
 PATIENCE_S = 900
 
@@ -50,6 +51,9 @@ HARDWARE = {
     | dict(micro_batch_tokens=256, max_failures=3)
 }
 EVALUATE = {"beam": 2, "alpha": 0.6, "max_extra": 3, "batch_tokens": 1024, "num_samples": 3}
+SWEEP = dict(model="micro", rows=["dropout"], seeds=[3], free={}, scheduler="grid", average_checkpoints=2) | dict(
+    cpus_per_worker=1, num_workers={}, flops_per_second=1e9, price_per_device_hour=0.5
+)
 
 
 class Project:
@@ -190,6 +194,7 @@ def make_project(root: Path, ray: Path) -> Project:
         project.write_yaml(f"conf/{kind}/micro.yaml", values)
         project.edit("params.yaml", kind, "micro")
     project.edit("params.yaml", "evaluate", EVALUATE)
+    project.edit("params.yaml", "sweep", SWEEP)
     project.run("git", "init", "--quiet", "--initial-branch", "main")
     project.commit()
     return project
@@ -212,6 +217,6 @@ def new_project(ray_folder: Path, tmp_path: Path) -> Project:
 def trained(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """From raw text to BLEU by one undisturbed `dvc repro`, committed. Only to be read: `copy` it to change it."""
     project = make_project(tmp_path_factory.mktemp("trained") / "project", ray_folder)
-    project.output = project.run("dvc", "repro")
+    project.output = project.run("dvc", "repro", "evaluate")
     project.commit()
     return project

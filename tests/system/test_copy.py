@@ -51,7 +51,13 @@ def test_model_learns_to_copy_and_to_reverse(new_project):
         "conf/hardware/micro.yaml:hardware.micro_batch_tokens=2048",
     )
     new_project.run(
-        "dvc", "exp", "run", "--name", "both", *(part for key in settings for part in ("--set-param", key))
+        "dvc",
+        "exp",
+        "run",
+        "--name",
+        "both",
+        "evaluate",
+        *(part for key in settings for part in ("--set-param", key)),
     )
 
     assert new_project.json("reports/evaluation.json")["test"]["ppl"] <= 1.05, f"seed {seed}"

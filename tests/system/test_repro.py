@@ -86,7 +86,7 @@ def test_logged_model_translates_in_a_process_of_its_own(trained, tmp_path):
 
 
 def test_second_repro_does_nothing(trained):
-    output = trained.run("dvc", "repro")
+    output = trained.run("dvc", "repro", "evaluate")
     assert "Running" not in output
     assert "Data and pipelines are up to date" in output
 
@@ -103,7 +103,7 @@ def test_metrics_and_plots_show(trained, tmp_path):
 
 def test_experiment_with_another_beam_evaluates_and_no_more(trained, tmp_path):
     project = trained.copy(tmp_path / "project", without=("checkpoints",))
-    output = project.run("dvc", "exp", "run", "--name", "narrow", "--set-param", "evaluate.beam=1")
+    output = project.run("dvc", "exp", "run", "--name", "narrow", "--set-param", "evaluate.beam=1", "evaluate")
     assert [stage for stage in STAGES if f"Running stage '{stage}'" in output] == ["evaluate"]
     beams = {name: params["evaluate"]["beam"] for name, params in project.experiments().items()}
     assert (beams["main"], beams["narrow"]) == (2, 1)

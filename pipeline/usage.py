@@ -1,0 +1,69 @@
+"""What a run has taken, over all attempts of its workers: one that was killed has cost its time too.
+
+Each attempt keeps a small file of the run's folder up to date; `usage` adds them up."""
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.files import write_json
+
+INTERVAL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
+    `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
+    (seconds since the epoch; None: it took none)."""
+
+    attempts: int = 0
+    device_seconds: float = 0.0
+    steps: int = 0
+    first_step_at: float | None = None
+
+
+class Meter:
+    """Rank 0's side, of one attempt. At most the last INTERVAL_S of a killed attempt are lost."""
+
+    def __init__(self, run_folder: Path, devices: int) -> None:
+        self.started = time.time()
+        self.path = run_folder / "usage" / f"{time.time_ns()}.json"
+        self.devices, self.steps, self.written = devices, 0, 0.0
+        self.first_step_at: float | None = None
+        self.write()
+
+    def step(self) -> None:
+        """After each step."""
+        self.steps += 1
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        if time.monotonic() - self.written > INTERVAL_S:
+            self.write()
+
+    def write(self) -> None:
+        seconds = time.time() - self.started
+        values = {
+            "seconds": seconds,
+            "devices": self.devices,
+            "steps": self.steps,
+            "first_step_at": self.first_step_at,
+        }
+        with suppress(OSError):  # a full disk does not stop training for it
+            write_json(self.path, values)
+        self.written = time.monotonic()
+
+
+def usage(run_folder: Path) -> Usage:
+    """The sum over the attempts that the folder knows."""
+    attempts = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((run_folder / "usage").glob("[0-9]*.json"))
+    ]
+    return Usage(
+        attempts=len(attempts),
+        device_seconds=sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
+        steps=sum(attempt["steps"] for attempt in attempts),
+        first_step_at=attempts[-1]["first_step_at"] if attempts else None,
+    )

@@ -1,0 +1,329 @@
+"""Stage: run the rows of Table 3 that params.yaml asks for, each with every seed, by Ray Tune over Ray Train.
+
+    python -m sweeps.run
+
+A trial is the train stage's own function, then the evaluate stage's own function. What it comes to stands in the
+folder of its checkpoints, named after all that decides it. So the same command goes on after `kill -9`: finished
+trials are kept, others continue from their checkpoints, failed ones are tried again, and rows or seeds that were
+added run. Results go to data/sweep; `python -m sweeps.report` makes the table. With RAY_ADDRESS set, or inside
+`ray job submit`, it uses that cluster.
+"""
+
+import argparse
+import logging
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import torch
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from tqdm import tqdm
+
+from pipeline import checkpoint, evaluate, progress, tracking
+from pipeline.corpus import CLEAN
+from pipeline.files import replace_folder, write_json, write_text
+from pipeline.params import flatten
+from pipeline.train import TrainingError, end_with_dvc, ray_cluster, share_of_each_worker, training, write_model
+from pipeline.usage import usage
+from sweeps.plan import flops_per_step, is_done, text
+from sweeps.trials import Sweep, Trial, load_sweep
+
+RESULTS = Path("data/sweep")
+REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
+INTERVAL_S = 1.0
+
+
+def run(root: Path) -> None:
+    """Raises ValueError or OSError with one line for what a user can mend."""
+    started = time.time()
+    sweep = load_sweep(root)
+    to_run = [trial for trial in sweep.trials if not is_done(trial)]
+    uri = tracking.tracking_uri(root)
+    experiment = sweep.base.tracking.experiment
+    title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
+    parent = tracking.open_run(uri, sweep.base, sweep.key, {"mlflow.runName": title, "row": "all"}, root)
+    with tracking.run_guard(uri, parent):
+        tracking.end_children(uri, experiment, parent)  # of a driver that was killed
+        if to_run:
+            asha = sweep.base.sweep.scheduler == "asha"
+            with ray_cluster(sweep.base.hardware, dashboard=asha):
+                slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
+                devices = max(slots[need] * _devices(need) for need in slots)
+                plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots))
+                print(plan, flush=True)
+                write_text(root / "checkpoints" / "plan.md", plan + "\n")
+                tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
+                try:
+                    with _progress(sweep.trials):
+                        for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
+                            _tune(list(group), slots[need], root, parent, asha)
+                finally:
+                    tracking.end_children(uri, experiment, parent)  # whose process was killed
+        _write_results(sweep, root, parent, (time.time() - started) / 60)
+    tracking.finish(uri, parent)
+
+
+Need = tuple[bool, int, int]
+"""What a trial takes: whether GPUs, CPUs of each worker, number of workers."""
+
+
+def _need(trial: Trial) -> Need:
+    gpu, cpus = share_of_each_worker(trial.settings.hardware)
+    return gpu, cpus, trial.settings.hardware.num_workers
+
+
+def _slots(need: Need) -> int:
+    """How many trials of this need run at once. Ray does not count a trial's workers as the trial's, so that Tune
+    would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
+    gpu, cpus, num_workers = need
+    workers = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            free = node["Resources"]
+            workers += int(min(free.get("CPU", 0) // cpus, free.get("GPU", 0) if gpu else math.inf))
+    if workers < num_workers:
+        raise ValueError(
+            f"a trial wants {num_workers} workers of {cpus} CPUs{' and a GPU' if gpu else ''}, and the nodes of the "
+            f"cluster have room for {workers}: lower sweep.cpus_per_worker, hardware.num_workers or sweep.num_workers"
+        )
+    return workers // num_workers
+
+
+def _devices(need: Need) -> int:
+    gpu, cpus, num_workers = need
+    return num_workers * (1 if gpu else cpus)
+
+
+def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) -> None:
+    """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
+    by_id = {trial.id: trial for trial in trials}
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # CSV, JSON and TensorBoard files that nobody reads
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is evaluated only reports nothing
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would go on as if all trials had come to their end
+    scheduler = None
+    if asha:
+        # Not by Tune's count of reports, which begins anew after a kill. The last trials are not ended at their last
+        # step: they still have to be evaluated.
+        train = trials[0].settings.train
+        max_steps = max(trial.settings.train.max_steps for trial in trials)
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            metric="valid_loss",
+            mode="min",
+            grace_period=train.validate_every,
+            max_t=max_steps,
+            reduction_factor=REDUCTION,
+            stop_last_trials=False,
+        )
+    # The driver of a trial takes no CPU: its workers could not start beside it. {"CPU": 0} is refused as empty.
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, trials=by_id, root=root, parent=parent, asha=asha), {"memory": 1}
+    )
+    folder = root / "checkpoints" / ".tune"
+    results = ray.tune.Tuner(
+        trainable,
+        param_space={"trial": ray.tune.grid_search(list(by_id))},
+        tune_config=ray.tune.TuneConfig(max_concurrent_trials=slots, scheduler=scheduler),
+        run_config=ray.tune.RunConfig(name=folder.name, storage_path=str(folder.parent), verbose=0),
+    ).fit()
+    for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
+        trial = by_id[result.config["trial"]]  # type: ignore[index]
+        if trial.record() is None:
+            _end(trial, result, root)
+    shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: what counts stands in the trials' folders
+
+
+def _end(trial: Trial, result: ray.tune.Result, root: Path) -> None:
+    """The record of a trial whose process was ended from outside: by the scheduler, or by its own death."""
+    last = result.metrics or {}
+    if result.error is None and "valid_ppl" in last:
+        status = "stopped"
+        reason = f"ended by ASHA at step {last['step']}, validation perplexity {last['valid_ppl']:.2f}"
+    else:
+        status = "failed"
+        reason = f"the trial's process died: {str(result.error or 'no reason given').splitlines()[-1]}"
+    trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
+    run_key = trial.folder.name.rpartition("-")[2]
+    mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
+    tracking.end_as(tracking.tracking_uri(root), run_key, trial.settings.tracking.experiment, mlflow_status, reason)
+
+
+def run_trial(config: dict[str, Any], trials: dict[str, Trial], root: Path, parent: str, asha: bool) -> None:
+    """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
+    has tried again already."""
+    trial = trials[config["trial"]]
+    logging.getLogger("pipeline").setLevel(logging.ERROR)
+    started = time.time()
+    tags = {
+        "mlflow.runName": trial.name,
+        "mlflow.parentRunId": parent,
+        "row": trial.row.id,
+        "axis": trial.row.axis,
+        "seed": str(trial.seed),
+    }
+    (trial.folder / "trial.json").unlink(missing_ok=True)
+    if asha:  # what an earlier attempt reported, so that the scheduler compares the same points
+        last = checkpoint.load_latest(trial.folder, lambda line: None)
+        for point in last.state.validation_curve if last else ():
+            ray.tune.report(point)
+    try:
+        callbacks = [TuneReportCallback()] if asha else []
+        with training(trial.settings, root, tags, show=False, callbacks=callbacks) as run:
+            trained = write_model(run, trial.settings, root, trial.folder / "model")
+            gpu, cpus, _ = need = _need(trial)
+            # Not in the trial's own placement group, which holds no CPU.
+            outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+            task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
+            begun = time.time()
+            metrics = ray.get(task.remote(trial, root, cpus))
+            cost = _cost(trial, root) | {"evaluation_device_hours": (time.time() - begun) * cpus / 3600}
+            record = {
+                "status": "finished",
+                "error": None,
+                "device": "gpu" if gpu else "cpu",
+                "parameters": trained["parameters"],
+                "steps": trained["steps"],
+                "tokens": trained["tokens"],
+                "tokens_per_second": trained["tokens_per_second"] / _devices(need),
+                "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
+                "mlflow_run_id": run.run_id,
+                "seconds": time.time() - started,
+                "seconds_to_first_step": max(0.0, (usage(trial.folder).first_step_at or 0.0) - started),
+            }
+            trial.write_record(cost | record)
+            for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
+                shutil.rmtree(folder)  # the weights of the result stay
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
+        trial.write_record(_cost(trial, root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}})
+
+
+@ray.remote
+def evaluate_trial(trial: Trial, root: Path, cpus: int) -> dict[str, float]:
+    """The evaluate stage's function in a place of its own, on the devices that training has left; the metrics."""
+    torch.set_num_threads(cpus)
+    found = evaluate.run(trial.settings, root, trial.folder / "model", trial.folder, progress=False).metrics
+    flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
+    return flat
+
+
+def _cost(trial: Trial, root: Path) -> dict[str, Any]:
+    """What training has taken, killed attempts too."""
+    used = usage(trial.folder)
+    return {
+        "attempts": used.attempts,
+        "device_hours": used.device_seconds / 3600,
+        "flops": used.steps * flops_per_step(trial.settings, root),
+    }
+
+
+@contextmanager
+def _progress(trials: Sequence[Trial]) -> Iterator[None]:
+    """One bar over the steps of all trials, with how many of them are done, running and failed."""
+    over = threading.Event()
+    thread = threading.Thread(target=_show, args=(trials, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _show(trials: Sequence[Trial], over: threading.Event) -> None:
+    started = time.time()
+    bar: tqdm | None = None
+    while True:
+        ended = over.wait(INTERVAL_S)
+        records = [trial.record() for trial in trials]
+        running, steps = 0, 0
+        for trial, record in zip(trials, records, strict=True):
+            step = trial.settings.train.max_steps if record else progress.step(trial.folder / "progress.json")
+            steps += step
+            running += record is None and _touched_since(trial.folder / "usage", started)
+        statuses = [record["status"] for record in records if record]
+        if bar is None:
+            total = sum(trial.settings.train.max_steps for trial in trials)
+            bar = tqdm(total=total, initial=steps, desc="sweep", unit="step", dynamic_ncols=True)
+        num_done = len(statuses) - statuses.count("failed")
+        bar.set_postfix_str(
+            f"trials: {num_done} done, {running} running, {statuses.count('failed')} failed, {len(trials)} in all",
+            refresh=False,
+        )
+        bar.update(steps - bar.n)
+        if ended:
+            bar.close()
+            return
+
+
+def _touched_since(folder: Path, moment: float) -> bool:
+    return folder.exists() and folder.stat().st_mtime >= moment
+
+
+def _write_results(sweep: Sweep, root: Path, parent: str, minutes: float) -> None:
+    """data/sweep: trials.json, the references, and the translations of every trial that is finished."""
+    settings = sweep.base
+    trials = []
+    with replace_folder(root / RESULTS) as folder:
+        shutil.copy(root / CLEAN / f"test.{settings.download.tgt}", folder / "references.txt")
+        signature = ""
+        for trial in sweep.trials:
+            record = trial.record() or {"status": "unfinished", "error": "was interrupted", "metrics": {}}
+            metrics = record["metrics"]
+            signature = metrics.get("test_bleu_signature", signature)
+            translations = None
+            if record["status"] == "finished":
+                translations = f"{trial.id}.txt"
+                lines = (trial.folder / "translations.tsv").read_text(encoding="utf-8").splitlines()[1:]
+                write_text(folder / translations, "".join(line.split("\t")[2] + "\n" for line in lines))
+            numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+            identity = {"row": trial.row.id, "seed": trial.seed, "name": trial.name}
+            trials.append(identity | record | {"metrics": numbers, "translations": translations})
+        write_json(
+            folder / "trials.json",
+            {
+                "experiment": settings.tracking.experiment,
+                "data": settings.data_name,
+                "model": settings.model_name,
+                "seeds": settings.sweep.seeds,
+                "price_per_device_hour": settings.sweep.price_per_device_hour,
+                "device": next((trial["device"] for trial in trials if "device" in trial), settings.hardware.device),
+                "bleu_signature": signature,
+                "mlflow_parent": parent,
+                "tracking_uri": tracking.tracking_uri(root),
+                "minutes": minutes,
+                "base": flatten(settings),
+                "rows": [asdict(row) for row in sweep.rows],
+                "trials": trials,
+            },
+        )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    end_with_dvc()
+    try:
+        run(Path().resolve())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"sweep: {error}") from None
+    except KeyboardInterrupt:
+        print("sweep: interrupted; the same command goes on where this one was", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

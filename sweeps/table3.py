@@ -1,0 +1,228 @@
+"""Table 3 of the paper as data, and its rows at the size at hand.
+
+A row is what it changes from base. On a base of another size every number is scaled by the ratio that it has in the
+paper (1 head of 8 is x 1/8), so that on conf/model/base.yaml the rows are exactly the paper's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import Model, Settings, Train, check_type, flatten
+
+Value = int | float | str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper prints: perplexity per word-piece and BLEU on newstest2013, and millions of parameters, which
+    it leaves blank (None) where they are those of base."""
+
+    ppl: float
+    bleu: float
+    params: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """`changes` are the settings that differ from base; `skipped` is why the row cannot be run, None if it can."""
+
+    id: str  # unique, and safe in a file's name
+    group: str  # base, A, B, C, D, E, big; beyond (the paper); free (the user's own)
+    axis: str  # base, heads, d_k, layers, d_model, d_ff, dropout, label_smoothing, positions, norm, big, free
+    label: str
+    changes: Mapping[str, Value]
+    published: Published | None = None
+    skipped: str | None = None
+
+
+def _named(key: str, value: Value) -> str:
+    match key.partition(".")[2]:
+        case "num_heads" | "num_layers" as name:
+            noun = name.removeprefix("num_")
+            return f"{value} {noun.removesuffix('s') if value == 1 else noun}"
+        case "positions":
+            return "no positions" if value == "none" else f"{value} positions"
+        case "label_smoothing":
+            return f"label smoothing {value}"
+        case name:
+            return f"{name} {value}"
+
+
+def _label(group: str, changes: Mapping[str, Value]) -> str:
+    if group in ("base", "big"):
+        return group
+    named = [_named(key, value) for key, value in changes.items()]
+    if group == "free":
+        return f"free: {', '.join(named)}"
+    return named[0] if group == "beyond" else f"{group}: {named[0]}"  # in the paper the others follow from the first
+
+
+def _row(
+    id: str,
+    group: str,
+    axis: str,
+    changes: Mapping[str, Value],
+    ppl: float | None = None,
+    bleu: float | None = None,
+    params: int | None = None,
+) -> Row:
+    published = Published(ppl, bleu, params) if ppl and bleu else None
+    return Row(id, group, axis, _label(group, changes), changes, published)
+
+
+BASE: Mapping[str, int | float] = {
+    "model.num_layers": 6,
+    "model.d_model": 512,
+    "model.d_ff": 2048,
+    "model.num_heads": 8,
+    "model.d_k": 64,
+    "model.d_v": 64,
+    "model.dropout": 0.1,
+    "train.label_smoothing": 0.1,
+    "train.max_steps": 100_000,
+}
+"""The numbers of Table 3's first row, which all others are relative to."""
+
+BIG: Mapping[str, Value] = {
+    "model.d_model": 1024,
+    "model.d_ff": 4096,
+    "model.num_heads": 16,
+    "model.dropout": 0.3,
+    "train.max_steps": 300_000,
+}
+
+TABLE_3 = (
+    _row("base", "base", "base", {}, 4.92, 25.8, 65),
+    _row("A-h1", "A", "heads", {"model.num_heads": 1, "model.d_k": 512, "model.d_v": 512}, 5.29, 24.9),
+    _row("A-h4", "A", "heads", {"model.num_heads": 4, "model.d_k": 128, "model.d_v": 128}, 5.00, 25.5),
+    _row("A-h16", "A", "heads", {"model.num_heads": 16, "model.d_k": 32, "model.d_v": 32}, 4.91, 25.8),
+    _row("A-h32", "A", "heads", {"model.num_heads": 32, "model.d_k": 16, "model.d_v": 16}, 5.01, 25.4),
+    _row("B-dk16", "B", "d_k", {"model.d_k": 16}, 5.16, 25.1, 58),
+    _row("B-dk32", "B", "d_k", {"model.d_k": 32}, 5.01, 25.4, 60),
+    _row("C-N2", "C", "layers", {"model.num_layers": 2}, 6.11, 23.7, 36),
+    _row("C-N4", "C", "layers", {"model.num_layers": 4}, 5.19, 25.3, 50),
+    _row("C-N8", "C", "layers", {"model.num_layers": 8}, 4.88, 25.5, 80),
+    _row("C-dmodel256", "C", "d_model", {"model.d_model": 256, "model.d_k": 32, "model.d_v": 32}, 5.75, 24.5, 28),
+    _row(
+        "C-dmodel1024", "C", "d_model", {"model.d_model": 1024, "model.d_k": 128, "model.d_v": 128}, 4.66, 26.0, 168
+    ),
+    _row("C-dff1024", "C", "d_ff", {"model.d_ff": 1024}, 5.12, 25.4, 53),
+    _row("C-dff4096", "C", "d_ff", {"model.d_ff": 4096}, 4.75, 26.2, 90),
+    _row("D-dropout0.0", "D", "dropout", {"model.dropout": 0.0}, 5.77, 24.6),
+    _row("D-dropout0.2", "D", "dropout", {"model.dropout": 0.2}, 4.95, 25.5),
+    _row("D-ls0.0", "D", "label_smoothing", {"train.label_smoothing": 0.0}, 4.67, 25.3),
+    _row("D-ls0.2", "D", "label_smoothing", {"train.label_smoothing": 0.2}, 5.47, 25.7),
+    _row("E-learned", "E", "positions", {"model.positions": "learned"}, 4.92, 25.7),
+    _row("big", "big", "big", BIG, 4.33, 26.4, 213),
+)
+
+BEYOND = tuple(
+    _row(f"positions-{kind}", "beyond", "positions", {"model.positions": kind})
+    for kind in ("none", "relative", "rotary", "alibi")
+)
+
+NAMES = (
+    *("A", "B", "C", "D", "E", "big"),
+    *("heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing", "positions", "norm"),
+)
+"""What rows can be asked for by: their group in the paper, or their axis."""
+
+SECTIONS: Mapping[str, type] = {"model": Model, "train": Train}
+"""The settings in which rows may differ."""
+
+
+def rows(settings: Settings, chosen: Sequence[str], free: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """Base, the rows of these groups and axes in the order of the paper, and every combination of `free`'s values.
+
+    `settings` are the base at hand. `free`: "model.d_ff" or the like -> values; of the combinations those are left
+    out that are base or another row. A row that has no whole number of something, that is refused by the settings'
+    own checks, or that is base itself, is there, with the reason in `skipped`.
+
+    Raises ValueError that names sweep.rows or sweep.free for what is unknown or of the wrong type.
+    """
+    for name in chosen:
+        if name not in NAMES:
+            raise ValueError(f"sweep.rows has {name!r}: one of {', '.join(NAMES)} is needed")
+    other_norm = "pre" if settings.model.norm == "post" else "post"
+    norm = _row(f"norm-{other_norm}", "beyond", "norm", {"model.norm": other_norm})
+    wanted = {"base", *chosen}
+    found = [_scaled(settings, row) for row in (*TABLE_3, *BEYOND, norm) if wanted & {row.group, row.axis}]
+    for row in _free_rows(settings, free):
+        if all(row.changes != other.changes for other in found):
+            found.append(row)
+    return found
+
+
+def apply(settings: Settings, row: Row) -> Settings:
+    """The settings with the row's changes. Raises ValueError where their own checks refuse them."""
+    changes: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    for key, value in row.changes.items():
+        section, name = key.split(".")
+        changes[section][name] = value
+    model, train = replace(settings.model, **changes["model"]), replace(settings.train, **changes["train"])
+    return replace(settings, model=model, train=train)
+
+
+def _scaled(settings: Settings, row: Row) -> Row:
+    """The paper's row on the base at hand."""
+    at_hand = _values(settings)
+    changes: dict[str, Value] = {}
+    skipped = None
+    for key, value in row.changes.items():
+        if isinstance(value, str):
+            changes[key] = value
+            continue
+        ratio = _exact(value) / _exact(BASE[key])
+        number = _exact(at_hand[key]) * ratio
+        if isinstance(value, float):
+            changes[key] = float(number)
+        elif number.denominator == 1:
+            changes[key] = int(number)
+        else:
+            changes[key] = round(float(number), 3)
+            skipped = skipped or f"{_named(key, at_hand[key])} x {ratio} is {_named(key, changes[key])}"
+    row = replace(row, label=_label(row.group, changes), changes=changes)
+    return replace(row, skipped=skipped or _refused(settings, row))
+
+
+def _free_rows(settings: Settings, free: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+    """Named after what differs from base, so that more values or settings, or another order, rename no row."""
+    at_hand = _values(settings)
+    types = {f"{name}.{field.name}": field.type for name, cls in SECTIONS.items() for field in fields(cls)}
+    for key, values in free.items():
+        if str(key).partition(".")[0] not in SECTIONS:
+            raise ValueError(
+                f"sweep.free has {key!r}: settings of model and train alone are possible (model.d_ff, "
+                "train.warmup_steps, ...), for all rows share data, hardware and search"
+            )
+        if key not in types:
+            raise ValueError(f"sweep.free has {key!r}: one of {', '.join(types)} is needed")
+        for value in values:
+            check_type(Path("sweep.free"), key, value, types[key])
+    keys = [key for key in types if key in free]
+    lists = [[float(value) if types[key] is float else value for value in free[key]] for key in keys]
+    for combination in product(*lists):
+        changes = {key: value for key, value in zip(keys, combination, strict=True) if value != at_hand[key]}
+        name = "-".join(["free", *(f"{key.partition('.')[2]}{value}" for key, value in changes.items())])
+        row = Row(name, "free", "free", _label("free", changes), changes)
+        yield replace(row, skipped=_refused(settings, row))
+
+
+def _refused(settings: Settings, row: Row) -> str | None:
+    try:
+        same = apply(settings, row) == settings
+    except ValueError as error:
+        return str(error)
+    return "is the base itself" if same and row.group != "base" else None
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    return flatten(settings.model, "model.") | flatten(settings.train, "train.")
+
+
+def _exact(number: float) -> Fraction:
+    return Fraction(str(number))  # as it is written: 3 x 0.1 is 0.3

@@ -1,0 +1,121 @@
+"""The trials of a sweep: every row with every seed, each with all that it runs with, and what it has left."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpus import CLEAN
+from pipeline.files import write_json
+from pipeline.params import Settings, load_settings
+from pipeline.train import run_folder, run_key
+from sweeps import table3
+from sweeps.table3 import Row
+
+EVALUATION_CODE = ("pipeline/checkpoint.py", "pipeline/evaluate.py", "pipeline/scoring.py", "pipeline/translation.py")
+"""What decides the scores beside data, settings and checkpoints."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row with one seed: a training run and its evaluation, which leave `record` in the run's folder.
+
+    `key` stands for all that decides the result; a record with another key counts for nothing.
+    """
+
+    row: Row
+    seed: int
+    settings: Settings
+    folder: Path
+    key: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.row.id}.{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.label}, seed {self.seed}"
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        write_json(self.folder / "trial.json", {"key": self.key, **record})
+
+    def record(self) -> dict[str, Any] | None:
+        """What the trial came to, {"status", "error", "metrics", ...}; None if it has come to nothing yet."""
+        try:
+            record = json.loads((self.folder / "trial.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and record.get("key") == self.key else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All rows, those too that are left out (`skipped` says why), and the trials of the others.
+
+    `key` stands for data, code and base: rows and seeds may be added to a sweep, and it stays the same.
+    """
+
+    base: Settings
+    rows: list[Row]
+    trials: list[Trial]
+    key: str
+
+
+def load_sweep(root: Path) -> Sweep:
+    """The sweep that params.yaml asks for. Raises ValueError that names the setting."""
+    settings = load_settings(root, model=load_settings(root).sweep.model)
+    sweep = settings.sweep
+    base = replace(
+        settings,
+        tracking=replace(settings.tracking, experiment=f"table3-{settings.data_name}-{settings.model_name}"),
+        train=replace(
+            settings.train,
+            average_checkpoints=sweep.average_checkpoints,
+            keep_checkpoints=sweep.average_checkpoints + 1,
+        ),
+        hardware=replace(
+            settings.hardware, cpus_per_worker=sweep.cpus_per_worker or settings.hardware.cpus_per_worker
+        ),
+    )
+    rows = table3.rows(base, sweep.rows, sweep.free)
+    kept: list[Row] = []
+    trials: list[Trial] = []
+    labels: dict[str, str] = {}
+    for row in rows:
+        of_row = [] if row.skipped else [_trial(base, row, seed, root) for seed in sweep.seeds]
+        if of_row and of_row[0].key in labels:  # both would train in one folder
+            row, of_row = replace(row, skipped=f"is the same as {labels[of_row[0].key]}"), []
+        labels |= {trial.key: row.label for trial in of_row}
+        kept.append(row)
+        trials += of_row
+    _check_num_workers(sweep.num_workers)
+    return Sweep(base, kept, trials, run_key(replace(base, seed=0), root))
+
+
+def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
+    workers = base.sweep.num_workers
+    named = [workers[name] for name in (row.axis, row.group) if name in workers]
+    num_workers = named[0] if named else base.hardware.num_workers
+    settings = table3.apply(base, row)
+    settings = replace(settings, seed=seed, hardware=replace(settings.hardware, num_workers=num_workers))
+    return Trial(row, seed, settings, run_folder(settings, root), _result_key(settings, root))
+
+
+def _check_num_workers(num_workers: Mapping[str, int]) -> None:
+    for name in num_workers:
+        if name not in table3.NAMES:
+            raise ValueError(f"sweep.num_workers has {name!r}: one of {', '.join(table3.NAMES)} is needed")
+
+
+def _result_key(settings: Settings, root: Path) -> str:
+    e = settings.evaluate
+    decisive = [run_key(settings, root), e.beam, e.alpha, e.max_extra]
+    digest = hashlib.sha256(json.dumps(decisive).encode())
+    languages = settings.download.src, settings.download.tgt
+    texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]
+    for path in (*map(Path, EVALUATION_CODE), *texts):
+        digest.update((root / path).read_bytes())
+    return digest.hexdigest()[:12]

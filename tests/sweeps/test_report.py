@@ -1,0 +1,443 @@
+import base64
+import csv
+import json
+import random
+import re
+import statistics
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from sacrebleu.metrics import BLEU
+
+from sweeps import report
+from sweeps.report import assess, draw_panel, main, read_sweep, run, write_report
+from sweeps.significance import holm, paired_p, seed_interval, sentence_interval
+
+NUM_SENTENCES = 41
+SEEDS = [1, 2, 5]
+
+
+def published(bleu: float, ppl: float, params: int | None = None) -> dict[str, Any]:
+    return {"bleu": bleu, "ppl": ppl, "params": params}
+
+
+ROWS = [  # id, axis, label, changes, the paper's, our share of wrong words
+    ("base", "base", "base", {}, published(25.8, 4.92, 65), 0.1),
+    ("A-h1", "heads", "A: 1 head", {"model.num_heads": 1, "model.d_k": 64}, published(24.9, 5.29), 0.3),
+    ("A-h16", "heads", "A: 8 heads", {"model.num_heads": 8}, published(25.8, 4.91), 0.02),
+    ("B-dk32", "d_k", "B: d_k 8", {"model.d_k": 8}, published(25.4, 5.01, 60), 0.1),
+    ("D-dropout0.0", "dropout", "D: dropout 0.0", {"model.dropout": 0.0}, published(24.6, 5.77), 0.02),
+    ("positions-alibi", "positions", "alibi positions", {"model.positions": "alibi"}, None, 0.35),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fewer_shuffles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweeps.significance.SHUFFLES", 500)
+        patch.setattr("sweeps.significance.RESAMPLES", 200)
+        yield
+
+
+def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object] = lambda sweep: None) -> Path:
+    """What a sweep leaves behind, after `change`."""
+    folder.mkdir(parents=True)
+    chance = random.Random(3)
+    references = [" ".join(chance.choices("abcdefghijklm", k=chance.randint(6, 11))) for _ in range(NUM_SENTENCES)]
+    (folder / "references.txt").write_text("\n".join(references) + "\n", encoding="utf-8")
+    rows, trials = [], []
+    for id, axis, label, changes, paper, wrong in ROWS:
+        rows.append({"id": id, "group": id[0], "axis": axis, "label": label, "changes": changes,
+                     "published": paper, "skipped": None})  # fmt: skip
+        for seed in seeds:
+            chance = random.Random(f"{wrong} {seed}")  # rows that are wrong as often are wrong alike
+            texts = [" ".join("x" if chance.random() < wrong else w for w in line.split()) for line in references]
+            (folder / f"{id}.{seed}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+            bleu = BLEU(force=True).corpus_score(texts, [references]).score
+            trials.append({
+                "row": id, "seed": seed, "name": f"{label}, seed {seed}", "status": "finished", "error": None,
+                "parameters": 123_457, "steps": 400, "flops": seed * 1.1e18, "device_hours": seed / 7, "attempts": 1,
+                "tokens_per_second": 7_001.0, "evaluation_device_hours": 0.01,
+                "metrics": {"test_bleu": bleu, "valid_averaged_ppl": 1 + wrong + seed / 100},
+                "translations": f"{id}.{seed}.txt", "mlflow_run_id": "r",
+            })  # fmt: skip
+    sweep = {
+        "experiment": "table3-grammar-nano", "data": "grammar", "model": "nano", "device": "cpu", "minutes": 8.13,
+        "price_per_device_hour": 0.0, "bleu_signature": "nrefs:1|case:mixed", "mlflow_parent": "parent",
+        "tracking_uri": "sqlite:///x.db", "seeds": seeds, "rows": rows, "trials": trials,
+        "base": {"model.num_heads": 4, "model.d_k": 16, "model.dropout": 0.1, "model.positions": "sinusoidal"},
+    }  # fmt: skip
+    change(sweep)
+    (folder / "trials.json").write_text(json.dumps(sweep), encoding="utf-8")
+    return folder
+
+
+def spoil(sweep: dict, row: str, status: str, error: str, seeds: list[int] = SEEDS) -> None:
+    for trial in sweep["trials"]:
+        if trial["row"] == row and trial["seed"] in seeds:
+            trial.update(status=status, error=error, metrics={}, translations=None)
+
+
+def spoil_some(sweep: dict) -> None:
+    spoil(sweep, "A-h1", "failed", "CUDA out of memory: 2 GiB | `x`\nof <8>")
+    spoil(sweep, "A-h16", "stopped", "by ASHA", [1, 2])
+    spoil(sweep, "D-dropout0.0", "unfinished", "was interrupted", [2])
+    for trial in [trial for trial in sweep["trials"] if trial["row"] == "B-dk32"]:
+        sweep["trials"].remove(trial)
+    sweep["rows"][3]["skipped"] = "8 heads x 1/3 is 2.67 heads"
+    sweep["trials"][-1]["attempts"] = 4
+    sweep["price_per_device_hour"] = 2.5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A sweep in which all went well, and its reports."""
+    root = tmp_path_factory.mktemp("whole")
+    write_report(write_sweep(root / "sweep", SEEDS), root / "reports", progress=False)
+    return root / "sweep", root / "reports"
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("damaged")
+    write_report(write_sweep(root / "sweep", SEEDS, spoil_some), root / "reports", progress=False)
+    return root / "sweep", root / "reports"
+
+
+def table(markdown: str, section: str) -> dict[str, list[str]]:
+    """The cells of a section's table by row."""
+    lines = markdown.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def sheet(reports: Path) -> dict[str, dict[str, str]]:
+    with (reports / "table3.csv").open(encoding="utf-8", newline="") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def trials_of(sweep: Path, row: str) -> list[dict]:
+    return [trial for trial in json.loads((sweep / "trials.json").read_text())["trials"] if trial["row"] == row]
+
+
+def bleus(sweep: Path, row: str) -> list[float]:
+    return [trial["metrics"]["test_bleu"] for trial in trials_of(sweep, row)]
+
+
+def texts(sweep: Path, row: str) -> list[str]:
+    return [
+        line
+        for trial in trials_of(sweep, row)
+        for line in (sweep / trial["translations"]).read_text().split("\n")[:-1]
+    ]
+
+
+def test_the_tables_numbers_are_those_of_the_trials(whole: tuple[Path, Path]):
+    sweep, reports = whole
+    rows = table((reports / "table3.md").read_text(encoding="utf-8"), "BLEU")
+    assert list(rows) == ["row", *(row[2] for row in ROWS)]
+    for id, _, label, *_ in ROWS:
+        mean, deviation, n = rows[label][:3]
+        assert mean == f"{statistics.fmean(bleus(sweep, id)):.2f}"
+        assert deviation == f"{statistics.stdev(bleus(sweep, id)):.2f}"
+        assert n == "3"
+    differences = [ours - base for ours, base in zip(bleus(sweep, "A-h1"), bleus(sweep, "base"), strict=True)]
+    interval = seed_interval(differences)
+    assert rows["A: 1 head"][3:6] == [
+        f"{statistics.fmean(differences):+.2f}", f"{interval.low:+.2f} to {interval.high:+.2f}", "seeds"
+    ]  # fmt: skip
+    assert rows["A: 1 head"][7:] == ["worse", "24.9", "-0.9", "as the paper"]
+    assert rows["base"][3:] == ["", "", "", "", "base", "25.8", "", ""]
+    assert rows["alibi positions"][7:] == ["worse", "", "", ""]
+
+
+def test_the_costs_are_means_of_one_training(whole: tuple[Path, Path]):
+    rows = table((whole[1] / "table3.md").read_text(encoding="utf-8"), "Perplexity, size, cost")
+    assert rows["A: 1 head"] == [
+        "1.327", "+0.200", "5.29", "+0.37", "0.123", "", "400", "0.381", "2.9e18", "7,001"
+    ]  # fmt: skip
+    assert rows["base"][2:6] == ["4.92", "", "0.123", "65"]
+
+
+def test_the_head_says_what_was_run_and_what_all_trials_cost(whole: tuple[Path, Path]):
+    head = (whole[1] / "table3.md").read_text(encoding="utf-8").partition("##")[0]
+    assert "# Table 3 on grammar, model nano\n" in head
+    assert f"grammar, {NUM_SENTENCES} test sentences" in head
+    assert "Base: the preset nano. Updates: 400.\n" in head
+    assert "Seeds: 1, 2, 5;" in head
+    assert "`nrefs:1|case:mixed`" in head
+    hours = 6 * (1 + 2 + 5) / 7
+    assert f"8.1 minutes; {hours:.3g} device-hours (cpu) of training, 0.18 of evaluation; 5.3e19 FLOPs" in head
+    assert "Money" not in head
+
+
+def test_a_price_makes_money_of_all_device_hours(damaged: tuple[Path, Path]):
+    trials = json.loads((damaged[0] / "trials.json").read_text())["trials"]
+    hours = sum(trial["device_hours"] + trial["evaluation_device_hours"] for trial in trials)
+    assert f"Money: {2.5 * hours:.2f} at 2.50 a device-hour." in (damaged[1] / "table3.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_p_is_holms_of_sacrebleus_on_the_translations_of_all_seeds(whole: tuple[Path, Path]):
+    sweep, reports = whole
+    references = (sweep / "references.txt").read_text().split("\n")[:-1] * len(SEEDS)
+    raw = [paired_p(texts(sweep, "base"), texts(sweep, row[0]), references) for row in ROWS[1:]]
+    found = [float(row["p_holm"]) for row in list(sheet(reports).values())[1:]]
+    assert found == pytest.approx(holm(raw))
+    assert found != pytest.approx(raw)
+
+
+def test_a_row_with_bases_own_translations_does_not_differ(whole: tuple[Path, Path]):
+    row = sheet(whole[1])["B-dk32"]
+    assert (row["verdict"], row["p_holm"], row["agreement"]) == ("not significant", "1.0", "open")
+    assert [float(row[key]) for key in ("bleu_difference", "interval_low", "interval_high")] == [0, 0, 0]
+
+
+def test_signs_are_compared_with_the_papers_only_where_both_are_clear(whole: tuple[Path, Path]):
+    rows = sheet(whole[1])
+    found = {id: (row["verdict"], row["paper_bleu_difference"], row["agreement"]) for id, row in rows.items()}
+    assert found == {
+        "base": ("base", "", ""),
+        "A-h1": ("worse", "-0.9", "as the paper"),
+        "A-h16": ("better", "0.0", "open"),
+        "B-dk32": ("not significant", "-0.4", "open"),
+        "D-dropout0.0": ("better", "-1.2", "against the paper"),
+        "positions-alibi": ("worse", "", ""),
+    }
+    said = (whole[1] / "table3.md").read_text(encoding="utf-8")
+    assert "Not significant: this table cannot tell them from base: B: d_k 8.\n" in said
+    assert "Different, with the opposite sign: D: dropout 0.0.\n" in said
+
+
+def test_the_interval_can_overrule_p(tmp_path: Path):
+    def scatter(sweep: dict) -> None:
+        for trial in sweep["trials"]:
+            if trial["row"] == "A-h1":  # seeds that disagree: the translations differ, the interval holds zero
+                trial["metrics"]["test_bleu"] = {1: 10.0, 2: 95.0, 5: 60.0}[trial["seed"]]
+
+    write_report(write_sweep(tmp_path / "sweep", SEEDS, scatter), tmp_path, progress=False)
+    row = sheet(tmp_path)["A-h1"]
+    assert float(row["p_holm"]) < 0.05
+    assert row["verdict"] == "not significant"
+
+
+def test_p_can_overrule_the_interval(tmp_path: Path):
+    def lift(sweep: dict) -> None:
+        for trial in sweep["trials"]:
+            if trial["row"] == "B-dk32":  # base's own translations, whatever the scores say
+                trial["metrics"]["test_bleu"] += 1
+
+    write_report(write_sweep(tmp_path / "sweep", SEEDS, lift), tmp_path, progress=False)
+    row = sheet(tmp_path)["B-dk32"]
+    assert float(row["interval_low"]) > 0.9
+    assert (row["p_holm"], row["verdict"]) == ("1.0", "not significant")
+
+
+def test_with_one_seed_the_interval_is_over_sentences_and_the_report_says_so(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "sweep", [2])
+    write_report(sweep, tmp_path, progress=False)
+    row, said = sheet(tmp_path)["A-h1"], (tmp_path / "table3.md").read_text(encoding="utf-8")
+    references = (sweep / "references.txt").read_text().split("\n")[:-1]
+    expected = sentence_interval(texts(sweep, "base"), texts(sweep, "A-h1"), references)
+    assert (float(row["interval_low"]), float(row["interval_high"])) == (expected.low, expected.high)
+    assert (row["interval_covers"], row["bleu_sd"], row["num_seeds"]) == ("sentences", "", "1")
+    assert "- 95% interval over sentences: paired bootstrap" in said
+    assert "another seed may say otherwise" in said
+    assert "interval over seeds" not in said
+
+
+def test_with_several_seeds_the_report_says_that_the_interval_is_over_them(whole: tuple[Path, Path]):
+    said = (whole[1] / "table3.md").read_text(encoding="utf-8")
+    assert "- 95% interval over seeds: Student's t" in said
+    assert "interval over sentences" not in said
+    assert "another seed may say otherwise" not in said
+
+
+def test_rows_and_trials_without_a_result_say_why(damaged: tuple[Path, Path]):
+    said = (damaged[1] / "table3.md").read_text(encoding="utf-8")
+    rows = table(said, "BLEU")
+    assert rows["A: 1 head"] == ["", "", "", "", "", "", "", "failed", "24.9", "-0.9", ""]
+    assert rows["B: d_k 8"][7] == "skipped"
+    assert "- B: d_k 8: skipped (8 heads x 1/3 is 2.67 heads).\n" in said
+    for seed, hours in ((1, "0.143"), (2, "0.286"), (5, "0.714")):
+        line = (
+            f"- A: 1 head, seed {seed}: failed: `CUDA out of memory: 2 GiB | 'x' of <8>`. {hours} device-hours were"
+        )
+        assert line in said
+    assert "- A: 8 heads, seed 2: stopped: `by ASHA`." in said
+    assert "- D: dropout 0.0, seed 2: unfinished: `was interrupted`." in said
+    assert "- alibi positions, seed 5: 4 attempts, each from the last checkpoint.\n" in said
+    assert "No result: A: 1 head (failed); B: d_k 8 (skipped).\n" in said
+    page = (damaged[1] / "table3.html").read_text(encoding="utf-8")
+    assert "<code>CUDA out of memory: 2 GiB | &#x27;x&#x27; of &lt;8&gt;</code>" in page
+
+
+def test_differences_are_over_the_seeds_that_both_have(damaged: tuple[Path, Path]):
+    sweep, reports = damaged
+    rows = sheet(reports)
+    base = {trial["seed"]: trial["metrics"]["test_bleu"] for trial in trials_of(sweep, "base")}
+    dropout = {
+        trial["seed"]: trial["metrics"]["test_bleu"]
+        for trial in trials_of(sweep, "D-dropout0.0")
+        if trial["status"] == "finished"
+    }
+    assert rows["D-dropout0.0"]["seeds"] == "1 5"
+    assert float(rows["D-dropout0.0"]["bleu_difference"]) == pytest.approx(
+        (dropout[1] - base[1] + dropout[5] - base[5]) / 2
+    )
+    assert (rows["A-h16"]["seeds"], rows["A-h16"]["interval_covers"]) == ("5", "sentences")
+    assert rows["D-dropout0.0"]["interval_covers"] == "seeds"
+
+
+def test_without_base_the_table_comes_out_without_differences(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "sweep", [1, 2], lambda sweep: spoil(sweep, "base", "failed", "loss is nan"))
+    files = write_report(sweep, tmp_path, progress=False)
+    assert all(file.stat().st_size for file in files)
+    row, said = sheet(tmp_path)["A-h1"], files[0].read_text(encoding="utf-8")
+    assert (row["bleu_difference"], row["p_holm"], row["agreement"]) == ("", "", "")
+    assert float(row["bleu"]) == pytest.approx(statistics.fmean(bleus(sweep, "A-h1")))
+    assert "- A: 1 head: not compared (base has no result).\n" in said
+    assert "- base, seed 2: failed: `loss is nan`." in said
+
+
+def test_a_row_without_a_seed_of_bases_is_not_compared(tmp_path: Path):
+    def part(sweep: dict) -> None:
+        spoil(sweep, "base", "failed", "loss is nan", [1])
+        spoil(sweep, "A-h1", "failed", "loss is nan", [2])
+
+    write_report(write_sweep(tmp_path / "sweep", [1, 2], part), tmp_path, progress=False)
+    rows = sheet(tmp_path)
+    assert (rows["A-h1"]["verdict"], rows["A-h1"]["note"]) == (
+        "not compared", "no seed in common with base, which has 2"
+    )  # fmt: skip
+    assert rows["D-dropout0.0"]["interval_covers"] == "sentences"
+
+
+def test_base_alone_is_a_table_too(tmp_path: Path):
+    def only_base(sweep: dict) -> None:
+        sweep.update(rows=sweep["rows"][:1], trials=sweep["trials"][:1])
+
+    files = write_report(write_sweep(tmp_path / "sweep", [1], only_base), tmp_path, progress=False)
+    assert list(table(files[0].read_text(encoding="utf-8"), "BLEU")) == ["row", "base"]
+
+
+def test_the_csv_has_plain_numbers_and_a_row_for_each(whole: tuple[Path, Path]):
+    sweep, reports = whole
+    rows = sheet(reports)
+    assert list(rows) == [row[0] for row in ROWS]
+    assert float(rows["A-h1"]["bleu"]) == statistics.fmean(bleus(sweep, "A-h1"))
+    assert rows["A-h1"]["changes"] == "model.num_heads=1 model.d_k=64"
+    assert float(rows["A-h1"]["params"]) == 123_457
+    assert rows["base"]["paper_params_millions"] == "65"
+
+
+def test_the_figure_is_a_png_of_a_readable_size_and_the_page_holds_it(whole: tuple[Path, Path]):
+    png = (whole[1] / "table3.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", png[16:24])
+    assert 1_200 <= width <= 1_600
+    assert 800 <= height <= 1_400
+    page = (whole[1] / "table3.html").read_text(encoding="utf-8")
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(source) for source in sources] == [png]
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert "](table3.png)" in (whole[1] / "table3.md").read_text(encoding="utf-8")
+
+
+def panel(sweep: Path, axis: str) -> Any:
+    read = read_sweep(sweep)
+    lines = assess(read, sweep, progress=False)
+    axes = Figure().subplots()
+    draw_panel(axes, axis, [lines[0], *(line for line in lines if line.axis == axis)], read["base"])
+    return axes
+
+
+def test_a_panel_has_base_among_its_values_and_our_points_beside_the_papers(whole: tuple[Path, Path]):
+    axes = panel(whole[0], "heads")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4\n(base)", "8"]
+    assert axes.get_xlabel() == "heads h"
+    ours = statistics.fmean(bleus(whole[0], "A-h1")) - statistics.fmean(bleus(whole[0], "base"))
+    heights = {
+        marker: [float(line.get_ydata()[0]) for line in axes.lines if line.get_marker() == marker]
+        for marker in ("o", "D")
+    }
+    assert heights["D"] == [-0.9, 0.0]
+    assert heights["o"][0] == pytest.approx(ours)
+    assert heights["o"][1] == 0
+    assert f"{ours:+.1f}" in [text.get_text() for text in axes.texts]
+
+
+def test_words_stand_after_base_in_a_panel(whole: tuple[Path, Path]):
+    axes = panel(whole[0], "positions")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["sinusoidal\n(base)", "alibi"]
+
+
+def test_a_panel_says_what_has_no_result(damaged: tuple[Path, Path]):
+    assert "failed" in [text.get_text() for text in panel(damaged[0], "heads").texts]
+
+
+def test_the_metrics_file_has_a_few_numbers_for_each_row(whole: tuple[Path, Path]):
+    metrics = json.loads((whole[1] / "table3.json").read_text())
+    assert metrics["rows"]["A-h1"]["test_bleu"] == statistics.fmean(bleus(whole[0], "A-h1"))
+    assert metrics["rows"]["base"]["test_bleu_difference"] is None
+    assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (18, 0)
+    assert (metrics["rows_different_from_base"], metrics["rows_not_significant"]) == (4, 1)
+    assert metrics["training_flops"] == pytest.approx(6 * 8 * 1.1e18)
+
+
+@pytest.mark.parametrize(
+    ("flops", "expected"), [(3.3e18, "3.3e18"), (9.97e5, "1.0e6"), (4.0, "4.0e0"), (2.3e19, "2.3e19")]
+)
+def test_flops_are_written_as_in_the_papers_table_2(flops: float, expected: str, tmp_path: Path):
+    def set_flops(sweep: dict) -> None:
+        sweep.update(rows=sweep["rows"][:1], trials=[sweep["trials"][0] | {"flops": flops}])
+
+    files = write_report(write_sweep(tmp_path / "sweep", [1], set_flops), tmp_path, progress=False)
+    assert table(files[0].read_text(encoding="utf-8"), "Perplexity, size, cost")["base"][8] == expected
+
+
+def test_a_missing_or_damaged_sweep_is_an_error_that_says_what_to_do(tmp_path: Path):
+    path = tmp_path / "sweep/trials.json"
+    with pytest.raises(ValueError, match=rf"^{path} does not exist: run the sweep first \(python -m sweeps.run\)$"):
+        write_report(tmp_path / "sweep", tmp_path)
+    sweep = write_sweep(tmp_path / "sweep", [1])
+    short = sweep / "A-h1.1.txt"
+    short.write_text("x\n")
+    with pytest.raises(
+        ValueError, match=rf"^{short} has 1 lines, references.txt {NUM_SENTENCES}: run the sweep again"
+    ):
+        write_report(sweep, tmp_path, progress=False)
+    short.unlink()
+    with pytest.raises(ValueError, match=rf"^{short} does not exist: run the sweep again \(python -m sweeps.run\)$"):
+        write_report(sweep, tmp_path, progress=False)
+    path.write_text('{"rows": [')
+    with pytest.raises(ValueError, match=rf"^{path} is damaged \(Expecting value.*\): run the sweep again"):
+        write_report(sweep, tmp_path)
+
+
+def test_the_stage_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report"])
+    with pytest.raises(SystemExit, match=r"^report: data/sweep/trials.json does not exist: run the sweep first"):
+        main()
+
+
+def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    told: list = []
+    monkeypatch.setattr(report.tracking, "log_report", lambda *arguments: told.append(arguments), raising=False)
+    run(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
+    [(uri, run_id, files, metrics)] = told
+    assert (uri, run_id) == ("sqlite:///x.db", "parent")
+    assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
+    assert all(file.is_file() for file in files)
+    assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (3, 2)
+    printed = capsys.readouterr().out
+    assert "| alibi positions |" in printed
+    assert "A: 1 head (failed)" in printed

@@ -1,0 +1,379 @@
+"""The rows against the paper's table, written out a second time, and what becomes of them at other sizes."""
+
+import re
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.transformer import Transformer
+from pipeline.params import Model, Settings, Train, flatten, load_settings
+from sweeps.table3 import NAMES, Row, apply, rows
+
+REPOSITORY = Path(__file__).parents[2]
+
+# Every row in full, where the paper leaves blank what is as in base; "-" where it prints no parameters (1e6).
+TABLE = """
+row          N d_model d_ff  h d_k d_v P_drop eps_ls kilosteps  ppl bleu params
+base         6     512 2048  8  64  64    0.1    0.1       100 4.92 25.8     65
+A-h1         6     512 2048  1 512 512    0.1    0.1       100 5.29 24.9      -
+A-h4         6     512 2048  4 128 128    0.1    0.1       100 5.00 25.5      -
+A-h16        6     512 2048 16  32  32    0.1    0.1       100 4.91 25.8      -
+A-h32        6     512 2048 32  16  16    0.1    0.1       100 5.01 25.4      -
+B-dk16       6     512 2048  8  16  64    0.1    0.1       100 5.16 25.1     58
+B-dk32       6     512 2048  8  32  64    0.1    0.1       100 5.01 25.4     60
+C-N2         2     512 2048  8  64  64    0.1    0.1       100 6.11 23.7     36
+C-N4         4     512 2048  8  64  64    0.1    0.1       100 5.19 25.3     50
+C-N8         8     512 2048  8  64  64    0.1    0.1       100 4.88 25.5     80
+C-dmodel256  6     256 2048  8  32  32    0.1    0.1       100 5.75 24.5     28
+C-dmodel1024 6    1024 2048  8 128 128    0.1    0.1       100 4.66 26.0    168
+C-dff1024    6     512 1024  8  64  64    0.1    0.1       100 5.12 25.4     53
+C-dff4096    6     512 4096  8  64  64    0.1    0.1       100 4.75 26.2     90
+D-dropout0.0 6     512 2048  8  64  64    0.0    0.1       100 5.77 24.6      -
+D-dropout0.2 6     512 2048  8  64  64    0.2    0.1       100 4.95 25.5      -
+D-ls0.0      6     512 2048  8  64  64    0.1    0.0       100 4.67 25.3      -
+D-ls0.2      6     512 2048  8  64  64    0.1    0.2       100 5.47 25.7      -
+E-learned    6     512 2048  8  64  64    0.1    0.1       100 4.92 25.7      -
+big          6    1024 4096 16  64  64    0.3    0.1       300 4.33 26.4    213
+"""
+PAPER = [line.split() for line in TABLE.strip().splitlines()[1:]]
+PAPERS_GROUPS = ["A", "B", "C", "D", "E", "big"]
+
+
+@cache
+def preset(name: str) -> Settings:
+    """The project's settings with another model of conf/model."""
+    values = yaml.safe_load((REPOSITORY / "conf/model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return replace(load_settings(REPOSITORY), model=Model(**values["model"]), train=Train(**values["train"]))
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    """Of model, and of train for its label_smoothing."""
+    train = {"label_smoothing": changes.pop("label_smoothing")} if "label_smoothing" in changes else {}
+    return replace(settings, model=replace(settings.model, **changes), train=replace(settings.train, **train))
+
+
+def by_id(settings: Settings, chosen: list[str] | tuple[str, ...] = NAMES, free: Any = None) -> dict[str, Row]:
+    found = rows(settings, chosen, free or {})
+    assert len({row.id for row in found}) == len(found)
+    return {row.id: row for row in found}
+
+
+# --- the paper
+
+
+def test_on_the_papers_base_every_row_is_the_papers():
+    base, found = preset("base"), by_id(preset("base"), PAPERS_GROUPS)
+    assert list(found) == [line[0] for line in PAPER]
+    for name, *sizes, _, _, _ in PAPER:
+        settings = apply(base, found[name])
+        m, t = settings.model, settings.train
+        here = (m.num_layers, m.d_model, m.d_ff, m.num_heads, m.d_k, m.d_v, m.dropout, t.label_smoothing)
+        assert [str(value) for value in (*here, t.max_steps // 1000)] == sizes, name
+        assert m.positions == ("learned" if name == "E-learned" else "sinusoidal")
+        assert found[name].skipped is None
+
+
+def test_big_is_the_preset_big_but_for_what_table_3_does_not_say():
+    big = apply(preset("base"), by_id(preset("base"))["big"])
+    assert big.model == preset("big").model
+    assert (big.train.max_steps, big.train.label_smoothing) == (300_000, 0.1)
+
+
+def test_what_the_paper_prints_is_beside_every_row_of_its():
+    found = by_id(preset("mini"))
+    for name, *_, ppl, bleu, params in PAPER:
+        published = found[name].published
+        assert published is not None
+        here = (
+            f"{published.ppl:.2f}",
+            f"{published.bleu:.1f}",
+            "-" if published.params is None else f"{published.params}",
+        )
+        assert here == (ppl, bleu, params), name
+    assert {row.id for row in found.values() if row.published is None} == {
+        "positions-none", "positions-relative", "positions-rotary", "positions-alibi", "norm-pre",
+    }  # fmt: skip
+
+
+def num_parameters(settings: Settings) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(settings.model.config(vocab_size=37_000)).parameters())
+
+
+def test_parameters_differ_from_base_as_in_table_3():
+    base, count = preset("base"), num_parameters(preset("base"))
+    for row in rows(base, ["B", "layers", "d_ff"], {})[1:]:
+        assert row.published is not None
+        assert row.published.params is not None
+        difference = (num_parameters(apply(base, row)) - count) / 1e6
+        assert difference == pytest.approx(row.published.params - 65, abs=1), row.id  # both are rounded
+    for row in rows(base, ["A", "D"], {}):
+        assert num_parameters(apply(base, row)) == count, row.id
+
+
+# --- at other sizes
+
+
+def test_on_mini_every_row_is_scaled_by_the_papers_ratio():
+    found = by_id(preset("mini"))  # 2 layers, d_model 128, d_ff 256, 4 heads of 32, 900 steps
+    assert {row.label: dict(row.changes) for row in found.values() if row.skipped is None} == {
+        "base": {},
+        "A: 2 heads": {"model.num_heads": 2, "model.d_k": 64, "model.d_v": 64},
+        "A: 8 heads": {"model.num_heads": 8, "model.d_k": 16, "model.d_v": 16},
+        "A: 16 heads": {"model.num_heads": 16, "model.d_k": 8, "model.d_v": 8},
+        "B: d_k 8": {"model.d_k": 8},
+        "B: d_k 16": {"model.d_k": 16},
+        "C: d_model 64": {"model.d_model": 64, "model.d_k": 16, "model.d_v": 16},
+        "C: d_model 256": {"model.d_model": 256, "model.d_k": 64, "model.d_v": 64},
+        "C: d_ff 128": {"model.d_ff": 128},
+        "C: d_ff 512": {"model.d_ff": 512},
+        "D: dropout 0.0": {"model.dropout": 0.0},
+        "D: dropout 0.2": {"model.dropout": 0.2},
+        "D: label smoothing 0.0": {"train.label_smoothing": 0.0},
+        "D: label smoothing 0.2": {"train.label_smoothing": 0.2},
+        "E: learned positions": {"model.positions": "learned"},
+        "big": {
+            "model.d_model": 256,
+            "model.d_ff": 512,
+            "model.num_heads": 8,
+            "model.dropout": 0.3,
+            "train.max_steps": 2700,
+        },
+        "no positions": {"model.positions": "none"},
+        "relative positions": {"model.positions": "relative"},
+        "rotary positions": {"model.positions": "rotary"},
+        "alibi positions": {"model.positions": "alibi"},
+        "norm pre": {"model.norm": "pre"},
+    }
+    assert {row.id: row.skipped for row in found.values() if row.skipped} == {
+        "A-h1": "4 heads x 1/8 is 0.5 heads",
+        "C-N2": "2 layers x 1/3 is 0.667 layers",
+        "C-N4": "2 layers x 2/3 is 1.333 layers",
+        "C-N8": "2 layers x 4/3 is 2.667 layers",
+    }
+
+
+def test_on_tiny_dropout_is_scaled_from_its_own():
+    found = by_id(preset("tiny"))  # dropout 0.3, 8,000 steps
+    assert found["D-dropout0.0"].changes == {"model.dropout": 0.0}
+    assert found["D-dropout0.2"].changes == {"model.dropout": 0.6}
+    assert found["big"].changes["model.dropout"] == 0.9
+    assert found["big"].changes["train.max_steps"] == 24_000
+
+
+@given(st.integers(1, 40), st.integers(1, 99), st.integers(1, 40), st.integers(1, 33))
+def test_a_row_keeps_the_papers_ratios_or_is_skipped(num_heads: int, d_k: int, num_layers: int, hundredths: int):
+    sizes = {"num_heads": num_heads, "d_k": d_k, "num_layers": num_layers, "dropout": hundredths / 100}
+    here = changed(preset("mini"), positions="none", **sizes)
+    paper, papers_base, at_hand = by_id(preset("base"), PAPERS_GROUPS), flatten(preset("base")), flatten(here)
+    for row in rows(here, PAPERS_GROUPS, {}):
+        exact = {
+            key: Fraction(str(at_hand[key])) * Fraction(str(value)) / Fraction(str(papers_base[key]))
+            for key, value in paper[row.id].changes.items()
+            if not isinstance(value, str)
+        }
+        shares = ("model.dropout", "train.label_smoothing")
+        if all(value.denominator == 1 for key, value in exact.items() if key not in shares):
+            assert row.skipped is None
+            assert {key: Fraction(str(row.changes[key])) for key in exact} == exact
+        else:
+            assert " x " in str(row.skipped)
+            with pytest.raises(ValueError, match="a whole number from 1 up is needed"):
+                apply(here, row)
+
+
+@pytest.mark.parametrize(
+    ("changes", "id", "reason"),
+    [
+        ({"num_heads": 1}, "A-h4", "1 head x 1/2 is 0.5 heads"),
+        ({"d_k": 6}, "B-dk16", "d_k 6 x 1/4 is d_k 1.5"),
+        ({"d_v": 7}, "A-h16", "d_v 7 x 1/2 is d_v 3.5"),
+        ({"d_ff": 17}, "C-dff1024", "d_ff 17 x 1/2 is d_ff 8.5"),
+        ({"d_model": 26}, "C-dmodel256", "model.d_model is 13: sinusoidal positions need an even number"),
+        ({"positions": "rotary", "d_k": 12}, "B-dk16", "model.d_k is 3: rotary positions need an even number"),
+        ({"d_k": 7}, "positions-rotary", "model.d_k is 7: rotary positions need an even number"),
+        (
+            {"dropout": 0.5},
+            "D-dropout0.2",
+            "model.dropout is 1.0: a number from 0 up to, not including, 1 is needed",
+        ),
+        ({"dropout": 0.4}, "big", "model.dropout is 1.2: a number from 0 up to, not including, 1 is needed"),
+        (
+            {"label_smoothing": 0.6},
+            "D-ls0.2",
+            "train.label_smoothing is 1.2: a number from 0 up to, not including, 1 is needed",
+        ),
+        ({"positions": "rotary"}, "positions-rotary", "is the base itself"),
+        ({"positions": "learned"}, "E-learned", "is the base itself"),
+        ({"dropout": 0}, "D-dropout0.0", "is the base itself"),
+        ({"dropout": 0.0}, "D-dropout0.2", "is the base itself"),
+    ],
+)
+def test_a_row_that_cannot_be_run_says_why(changes, id, reason):
+    assert by_id(changed(preset("mini"), **changes))[id].skipped == reason
+
+
+@pytest.mark.parametrize("name", ["base", "mini", "tiny"])
+def test_a_row_changes_in_the_settings_what_it_says_and_nothing_else(name):
+    base = preset(name)
+    before = flatten(base)
+    for row in rows(base, NAMES, {"model.max_length": [89], "train.warmup_steps": [7]}):
+        if row.skipped is None:
+            after = flatten(apply(base, row))
+            assert {key: value for key, value in after.items() if value != before[key]} == row.changes, row.id
+
+
+def test_every_row_builds_and_predicts_where_none_is_skipped():
+    torch.manual_seed(1)
+    base = changed(preset("mini"), num_layers=3, num_heads=8)
+    for row in rows(base, NAMES, {}):
+        assert row.skipped is None
+        model = Transformer(apply(base, row).model.config(vocab_size=23))
+        logits = model.logits(model(torch.randint(4, 23, (2, 5)), torch.randint(4, 23, (2, 7))))
+        assert logits.shape == (2, 7, 23)
+        assert logits.isfinite().all(), row.id
+
+
+# --- which rows
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([], ["base"]),
+        (["B"], ["base", "B-dk16", "B-dk32"]),
+        (["big", "d_k"], ["base", "B-dk16", "B-dk32", "big"]),
+        (["d_k", "B", "d_k"], ["base", "B-dk16", "B-dk32"]),
+        (["D"], ["base", "D-dropout0.0", "D-dropout0.2", "D-ls0.0", "D-ls0.2"]),
+        (["label_smoothing"], ["base", "D-ls0.0", "D-ls0.2"]),
+        (["dropout"], ["base", "D-dropout0.0", "D-dropout0.2"]),
+        (["d_model"], ["base", "C-dmodel256", "C-dmodel1024"]),
+        (["E"], ["base", "E-learned"]),
+        (
+            ["positions"],
+            ["base", "E-learned", "positions-none", "positions-relative", "positions-rotary", "positions-alibi"],
+        ),
+        (["norm", "E", "heads"], ["base", "A-h1", "A-h4", "A-h16", "A-h32", "E-learned", "norm-pre"]),
+    ],
+)
+def test_groups_and_axes_choose_rows_in_the_order_of_the_paper(chosen, expected):
+    assert [row.id for row in rows(preset("base"), chosen, {})] == expected
+
+
+def test_group_c_is_its_three_axes():
+    axes = [row.id for row in rows(preset("base"), ["layers", "d_model", "d_ff"], {})]
+    assert [row.id for row in rows(preset("base"), ["C"], {})] == axes
+
+
+def test_norm_is_the_other_norm():
+    found = by_id(changed(preset("base"), norm="pre"), ["norm"])
+    assert found["norm-post"].changes == {"model.norm": "post"}
+    assert found["norm-post"].label == "norm post"
+    assert "norm-pre" not in found
+
+
+@pytest.mark.parametrize("name", ["F", "base", "a", "attention", 3, None])
+def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+    message = (
+        f"sweep.rows has {name!r}: one of A, B, C, D, E, big, heads, d_k, layers, d_model, d_ff, dropout, "
+        "label_smoothing, positions, norm is needed"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rows(preset("mini"), ["A", name], {})
+
+
+# --- rows of one's own
+
+
+def test_every_combination_of_free_values_is_a_row_but_base():
+    found = rows(preset("mini"), [], {"model.d_ff": [64, 256], "model.dropout": [0, 0.1, 0.3]})
+    assert [(row.id, row.label, row.changes) for row in found[1:]] == [
+        (
+            "free-d_ff64-dropout0.0",
+            "free: d_ff 64, dropout 0.0",
+            {"model.d_ff": 64, "model.dropout": 0.0},
+        ),
+        ("free-d_ff64", "free: d_ff 64", {"model.d_ff": 64}),
+        (
+            "free-d_ff64-dropout0.3",
+            "free: d_ff 64, dropout 0.3",
+            {"model.d_ff": 64, "model.dropout": 0.3},
+        ),
+        ("free-dropout0.0", "free: dropout 0.0", {"model.dropout": 0.0}),
+        ("free-dropout0.3", "free: dropout 0.3", {"model.dropout": 0.3}),
+    ]
+    assert {(row.group, row.axis, row.published, row.skipped) for row in found[1:]} == {("free", "free", None, None)}
+
+
+def test_more_free_values_and_settings_in_another_order_rename_no_row():
+    before = by_id(preset("mini"), [], {"train.warmup_steps": [7, 300], "model.d_ff": [64, 512]})
+    after = by_id(
+        preset("mini"), [], {"model.d_ff": [8, 512, 64], "model.d_k": [3, 32], "train.warmup_steps": [7, 300]}
+    )
+    assert len(before) == 1 + 4
+    assert before == {id: after[id] for id in before}
+    assert len(after) == 1 + 3 * 2 * 2
+
+
+def test_a_free_row_that_is_another_row_is_left_out():
+    free = {"model.dropout": [0.2, 0.4, 0.4], "model.positions": ["sinusoidal", "rotary"]}
+    found = [row.id for row in rows(preset("mini"), ["dropout", "positions"], free)]
+    assert found[-3:] == ["free-dropout0.2-positionsrotary", "free-dropout0.4", "free-dropout0.4-positionsrotary"]
+    assert found[:-3] == [row.id for row in rows(preset("mini"), ["dropout", "positions"], {})]
+
+
+def test_a_combination_that_is_refused_is_skipped_and_the_others_stay():
+    found = by_id(preset("mini"), [], {"model.positions": ["rotary", "none"], "model.d_k": [7]})
+    reason = "model.d_k is 7: rotary positions need an even number"
+    assert [row.skipped for row in found.values()] == [None, reason, None]
+    assert found["free-d_k7-positionsnone"].label == "free: d_k 7, no positions"
+
+
+@pytest.mark.parametrize("name", ["base", "mini"])
+def test_ids_are_safe_in_a_files_name(name):
+    free = {"train.eps": [1e-12, 1e-7], "model.positions": ["rotary"], "train.beta2": [0.98, 0.997]}
+    for id in by_id(preset(name), NAMES, free):
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", id)
+
+
+SHARED = (
+    "settings of model and train alone are possible (model.d_ff, train.warmup_steps, ...), for all rows share data, "
+    "hardware and search"
+)
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        ({"evaluate.beam": [1, 4]}, f"sweep.free has 'evaluate.beam': {SHARED}"),
+        ({"tokenize.vocab_size": [500]}, f"sweep.free has 'tokenize.vocab_size': {SHARED}"),
+        ({"d_ff": [64]}, f"sweep.free has 'd_ff': {SHARED}"),
+        ({3: [64]}, f"sweep.free has 3: {SHARED}"),
+        ({"model.d_ff": ["64"]}, "sweep.free: model.d_ff is '64': a whole number is needed"),
+        ({"model.d_ff": [64, 2.5]}, "sweep.free: model.d_ff is 2.5: a whole number is needed"),
+        ({"model.num_heads": [True]}, "sweep.free: model.num_heads is True: a whole number is needed"),
+        ({"train.lr_scale": ["high"]}, "sweep.free: train.lr_scale is 'high': a number is needed"),
+        (
+            {"model.positions": ["absolute"]},
+            "sweep.free: model.positions is 'absolute': one of sinusoidal, learned, none, relative, rotary, alibi "
+            "is needed",
+        ),
+    ],
+)
+def test_a_free_setting_that_is_not_to_be_is_refused(free, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rows(preset("mini"), [], free)
+
+
+def test_an_unknown_free_setting_is_refused_with_those_that_there_are():
+    message = r"^sweep.free has 'model.colour': one of model.num_layers, .*, train.average_checkpoints is needed$"
+    with pytest.raises(ValueError, match=message):
+        rows(preset("mini"), [], {"model.colour": ["blue"]})

@@ -1,0 +1,232 @@
+"""Which trials a sweep has, and what makes the result of one count or not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.params import load_settings
+from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
+
+REPOSITORY = Path(__file__).parents[2]
+CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/loop.py")
+
+
+def write_meta(root: Path, sha256: str = "0" * 64) -> None:
+    counts = {split: {"src": 7, "tgt": 11} for split in ("train", "valid", "test")}
+    pairs = {split: 3 for split in counts}
+    info = {"src": "en", "tgt": "de", "vocab_size": 29, "pairs": pairs, "words": counts, "sha256": sha256}
+    (root / "data/encoded/meta.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project after the tokenize stage, as far as the trials' names and keys depend on it."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    for file in CODE:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+    (tmp_path / "data/encoded").mkdir(parents=True)
+    write_meta(tmp_path)
+    (tmp_path / "data/clean").mkdir()
+    for split in ("train", "valid", "test"):
+        for language in ("en", "de"):
+            (tmp_path / f"data/clean/{split}.{language}").write_text(f"{split} {language}\n")
+    edit(tmp_path, "params.yaml", "sweep", rows=["heads", "d_k"], seeds=[3, 5])
+    return tmp_path
+
+
+def edit(root: Path, file: str, section: str, **values: Any) -> None:
+    content = yaml.safe_load((root / file).read_text())
+    content[section] |= values
+    (root / file).write_text(yaml.safe_dump(content))
+
+
+def sweep_with(root: Path, **values: Any) -> Sweep:
+    edit(root, "params.yaml", "sweep", **values)
+    return load_sweep(root)
+
+
+def keys(sweep: Sweep) -> dict[str, str]:
+    return {trial.id: trial.key for trial in sweep.trials}
+
+
+def workers(sweep: Sweep) -> dict[str, int]:
+    return {trial.row.id: trial.settings.hardware.num_workers for trial in sweep.trials}
+
+
+def first(root: Path) -> Trial:
+    return load_sweep(root).trials[0]
+
+
+# --- which trials there are
+
+
+def test_every_row_that_can_be_built_runs_with_every_seed(root):
+    sweep = sweep_with(root, rows=["A", "d_k"], seeds=[3, 5, 7])
+    rows = ["base", "A-h1", "A-h4", "A-h16", "A-h32", "B-dk16", "B-dk32"]
+    assert [row.id for row in sweep.rows] == rows
+    assert [trial.id for trial in sweep.trials] == [f"{row}.{seed}" for row in rows for seed in (3, 5, 7)]
+    assert {trial.settings.seed for trial in sweep.trials if trial.row.id == "A-h4"} == {3, 5, 7}
+    assert sweep.trials[6].name == "A: 4 heads, seed 3"
+
+
+def test_every_trial_has_a_folder_and_a_key_of_its_own(root):
+    trials = load_sweep(root).trials
+    assert len({trial.folder for trial in trials}) == len({trial.key for trial in trials}) == len(trials) == 14
+    assert all(trial.folder.parent == root / "checkpoints" for trial in trials)
+    assert all(trial.folder.name.startswith(f"grammar-nano-{trial.seed}-") for trial in trials)
+
+
+def test_a_row_that_cannot_be_built_has_no_trial(root):
+    edit(root, "conf/model/nano.yaml", "model", num_heads=4, d_k=16, d_v=16)
+    sweep = load_sweep(root)
+    skipped = {row.id: row.skipped for row in sweep.rows if row.skipped}
+    assert skipped == {"A-h1": "4 heads x 1/8 is 0.5 heads"}
+    assert "A-h1" not in {trial.row.id for trial in sweep.trials}
+
+
+def test_of_rows_with_equal_settings_the_first_runs_and_the_other_names_it(root):
+    edit(root, "conf/model/nano.yaml", "model", dropout=0.0)  # big multiplies it
+    big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [2400, 2300]}
+    sweep = sweep_with(root, rows=["big"], free=big)
+    assert [(row.group, row.skipped) for row in sweep.rows] == [
+        ("base", None), ("big", None), ("free", "is the same as big"), ("free", None),
+    ]  # fmt: skip
+    assert [trial.row.group for trial in sweep.trials] == ["base", "base", "big", "big", "free", "free"]
+
+
+def test_the_base_is_the_sweeps_model_with_its_own_averaging_and_cpus(root):
+    sweep = sweep_with(root, model="tiny", average_checkpoints=3, cpus_per_worker=2)
+    base = sweep.base
+    plain = load_settings(root, model="tiny")
+    assert base.model == plain.model
+    assert base.tracking.experiment == "table3-grammar-tiny"
+    assert (base.train.average_checkpoints, base.train.keep_checkpoints) == (3, 4)
+    assert base.hardware.cpus_per_worker == 2
+    edit(root, "conf/hardware/auto.yaml", "hardware", cpus_per_worker=7)
+    assert sweep_with(root, cpus_per_worker=0).base.hardware.cpus_per_worker == 7
+
+
+def test_more_workers_reach_the_rows_that_they_are_for_by_axis_before_group(root):
+    edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2)
+    found = workers(sweep_with(root, rows=["A", "B", "C"], num_workers={"B": 3, "C": 5, "d_ff": 7}))
+    assert found == {
+        **{id: 2 for id in ("base", "A-h1", "A-h4", "A-h16", "A-h32")},
+        **{id: 3 for id in ("B-dk16", "B-dk32")},
+        **{id: 5 for id in ("C-dmodel256", "C-dmodel1024")},  # a third of 2 layers, and the like, cannot be
+        **{id: 7 for id in ("C-dff1024", "C-dff4096")},
+    }
+
+
+def test_workers_for_a_row_that_nobody_knows_are_an_error(root):
+    message = "sweep.num_workers has 'head': one of A, B, C, D, E, big, heads, d_k, layers, "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        sweep_with(root, num_workers={"heads": 2, "head": 3})
+
+
+# --- which results count
+
+
+def test_a_record_is_found_again_and_by_its_own_trial_alone(root):
+    trial, other = load_sweep(root).trials[:2]
+    assert trial.record() is None
+    trial.write_record({"status": "finished", "metrics": {"test_bleu": 31.7}})
+    assert first(root).record() == {"key": trial.key, "status": "finished", "metrics": {"test_bleu": 31.7}}
+    assert other.record() is None
+
+
+def test_a_record_of_another_key_counts_for_nothing(root):
+    trial = first(root)
+    trial.write_record({"status": "finished"})
+    edit(root, "params.yaml", "evaluate", beam=13)
+    changed = first(root)
+    assert changed.folder == trial.folder  # the weights are the same
+    assert changed.record() is None
+    edit(root, "params.yaml", "evaluate", beam=4)
+    assert first(root).record() is not None
+
+
+def test_a_record_that_is_damaged_counts_for_nothing(root):
+    trial = first(root)
+    trial.write_record({"status": "finished"})
+    path = trial.folder / "trial.json"
+    for content in (path.read_bytes()[:-5], b"\xff", b""):
+        path.write_bytes(content)
+        assert trial.record() is None
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("evaluate", "beam", 13), ("evaluate", "alpha", 1.1), ("evaluate", "max_extra", 7)]
+)
+def test_another_search_is_another_result_of_the_same_training(root, section, key, value):
+    before = load_sweep(root)
+    edit(root, "params.yaml", section, **{key: value})
+    after = load_sweep(root)
+    assert [trial.folder for trial in before.trials] == [trial.folder for trial in after.trials]
+    assert not set(keys(before).values()) & set(keys(after).values())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*EVALUATION_CODE, *(f"data/clean/{split}.{code}" for split in ("test", "valid") for code in ("en", "de"))],
+)
+def test_other_texts_and_another_way_to_score_are_another_result_of_the_same_training(root, file):
+    before = load_sweep(root)
+    with (root / file).open("a") as changed:
+        changed.write("# \n")
+    after = load_sweep(root)
+    assert [trial.folder for trial in before.trials] == [trial.folder for trial in after.trials]
+    assert not set(keys(before).values()) & set(keys(after).values())
+
+
+def test_the_code_of_scoring_is_part_of_every_key():
+    assert {"pipeline/scoring.py", "pipeline/evaluate.py", "pipeline/translation.py"} <= set(EVALUATION_CODE)
+
+
+def test_where_and_on_how_many_workers_a_trial_runs_changes_no_key(root):
+    before = load_sweep(root)
+    edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2, device="cpu", max_failures=11)
+    edit(root, "params.yaml", "evaluate", batch_tokens=97, num_samples=1)
+    after = sweep_with(root, num_workers={"heads": 3}, cpus_per_worker=5, price_per_device_hour=1.5)
+    assert workers(after)["A-h4"] == 3
+    assert (keys(after), after.key) == (keys(before), before.key)
+    assert [trial.folder for trial in after.trials] == [trial.folder for trial in before.trials]
+
+
+def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(root):
+    before = load_sweep(root)
+    free = {"model.d_ff": [97], "train.warmup_steps": [31, 250]}
+    after = sweep_with(root, rows=["positions", "d_k", "A"], seeds=[7, 5, 3], free=free)
+    assert len(after.trials) > len(before.trials)
+    assert after.key == before.key
+    assert keys(before).items() <= keys(after).items()
+    folders = {trial.id: trial.folder for trial in after.trials}
+    assert all(folders[trial.id] == trial.folder for trial in before.trials)
+
+
+@pytest.mark.parametrize("change", ["base", "data", "model/transformer.py", "pipeline/loop.py"])
+def test_another_base_other_data_and_other_code_are_another_sweep(root, change):
+    before = load_sweep(root)
+    if change == "base":
+        edit(root, "conf/model/nano.yaml", "train", lr_scale=0.7)
+    elif change == "data":
+        write_meta(root, "1" * 64)
+    else:
+        (root / change).write_text("# another\n")
+    after = load_sweep(root)
+    assert after.key != before.key
+    assert not {trial.folder for trial in before.trials} & {trial.folder for trial in after.trials}
+    assert not set(keys(before).values()) & set(keys(after).values())
+
+
+def test_the_seed_of_params_yaml_is_not_the_sweeps(root):
+    before = load_sweep(root)
+    path = root / "params.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 97}))
+    assert (load_sweep(root).key, keys(load_sweep(root))) == (before.key, keys(before))

@@ -1,0 +1,153 @@
+"""A sweep of miniature trials through its command line: killed, continued, widened, with a row that fails."""
+
+import json
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+PATIENCE_S = 600
+EXPERIMENT = "table3-micro-micro"
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{PATIENCE_S} s, and still no {what}"
+        time.sleep(0.05)
+    return found
+
+
+def records(project):
+    """{folder of the trial: what it came to}"""
+    return {path.parent.name: json.loads(path.read_text()) for path in project.root.glob("checkpoints/*/trial.json")}
+
+
+def trials(project):
+    """{name of the trial: its results}, as the report reads them."""
+    return {trial["name"]: trial for trial in project.json("data/sweep/trials.json")["trials"]}
+
+
+def half_done(project):
+    """Whether a trial is finished and another in the midst of training."""
+    finished = records(project)
+    begun = {path.parent.name for path in project.checkpoints() if path.parent.name in folders_with_usage(project)}
+    return finished and begun - set(finished)
+
+
+def folders_with_usage(project):
+    return {path.parent.name for path in project.root.glob("checkpoints/*/usage")}
+
+
+def runs(project):
+    client = MlflowClient(project.tracking_uri)
+    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    return {run.info.run_name: run for run in found}, len(found)
+
+
+@pytest.fixture(scope="module")
+def killed(trained, tmp_path_factory):
+    """A sweep of three trials whose driver was killed (-9) between the first trial's end and the last one's."""
+    project = trained.untrained_copy(tmp_path_factory.mktemp("sweep") / "project")
+    with project.started("python", "-m", "sweeps.run") as sweep:
+        wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished")
+        assert sweep.poll() is None, project.log()
+        sweep.kill()
+        sweep.wait()
+    project.output = project.log()
+    project.before = records(project)
+    project.statuses_before = {name: run.info.status for name, run in runs(project)[0].items()}
+    return project
+
+
+@pytest.fixture(scope="module")
+def continued(killed):
+    killed.output = killed.run("python", "-m", "sweeps.run")
+    return killed
+
+
+@pytest.fixture(scope="module")
+def widened(continued):
+    """The same with a seed more, and a row that comes to no finite loss."""
+    continued.edit("params.yaml", "sweep.seeds", [3, 5])
+    continued.edit("params.yaml", "sweep.free", {"train.lr_scale": [1e30]})
+    continued.unwidened = records(continued)
+    continued.output = continued.run("python", "-m", "sweeps.run")
+    return continued
+
+
+def test_after_a_kill_finished_trials_are_kept_and_others_go_on_from_their_checkpoints(continued):
+    assert set(continued.statuses_before.values()) >= {"RUNNING", "FINISHED"}
+    found = trials(continued)
+    assert list(found) == ["base, seed 3", "D: dropout 0.0, seed 3", "D: dropout 0.2, seed 3"]
+    assert {trial["status"] for trial in found.values()} == {"finished"}
+    after = records(continued)
+    assert {name: after[name] for name in continued.before} == continued.before, "a finished trial ran again"
+    assert 2 in {record["attempts"] for record in after.values()}, "no trial was continued"
+
+
+def test_after_a_kill_no_trial_has_a_second_run_and_none_is_left_running(continued):
+    found, count = runs(continued)
+    assert count == len(found) == 4
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    parent = found["Table 3: micro, micro"]
+    for name, trial in trials(continued).items():
+        run = found[name]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (run.data.tags["row"], run.data.tags["seed"]) == (trial["row"], str(trial["seed"]))
+        assert run.data.metrics["test_bleu"] == trial["metrics"]["test_bleu"]
+        assert (
+            run.data.params["dropout"] == {"base": "0.1", "D-dropout0.0": "0.0", "D-dropout0.2": "0.2"}[trial["row"]]
+        )
+
+
+def test_the_plan_comes_first_and_counts_what_is_done(continued):
+    plan = continued.output[: continued.output.index("trials:")]
+    assert f"{EXPERIMENT}: 3 rows x 1 seeds, {len(continued.before)} trials done" in plan
+    assert "1e+09 FLOPs a second (sweep.flops_per_second)" in plan
+
+
+def test_a_wider_sweep_runs_only_what_is_new(widened):
+    after = records(widened)
+    assert {name: after[name] for name in widened.unwidened} == widened.unwidened
+    assert len(after) == 3 + 3 + 2  # the seed of the three rows, both seeds of the new row
+
+
+def test_a_trial_that_fails_is_a_row_that_says_so_and_the_others_go_on(widened):
+    found = trials(widened)
+    failed = {name: trial for name, trial in found.items() if trial["status"] == "failed"}
+    assert list(failed) == ["free: lr_scale 1e+30, seed 3", "free: lr_scale 1e+30, seed 5"]
+    assert all("the loss is nan" in trial["error"] for trial in failed.values())
+    assert all(trial["attempts"] == 1 for trial in failed.values()), "tried again what fails each time"
+    assert {trial["status"] for name, trial in found.items() if name not in failed} == {"finished"}
+    statuses = {name: run.info.status for name, run in runs(widened)[0].items()}
+    assert {statuses.pop(name) for name in failed} == {"FAILED"}
+    assert set(statuses.values()) == {"FINISHED"}
+
+
+def test_the_report_follows_and_stands_in_the_sweeps_run(widened):
+    widened.run("python", "-m", "sweeps.report")
+    table = (widened.root / "reports/table3.md").read_text()
+    assert "the loss is nan" in table
+    assert "dropout 0.2" in table
+    parent = runs(widened)[0]["Table 3: micro, micro"]
+    names = {file.path for file in MlflowClient(widened.tracking_uri).list_artifacts(parent.info.run_id)}
+    assert {"plan.md", "table3.md", "table3.html", "table3.csv", "table3.png"} <= names
+
+
+def test_a_sweep_that_is_finished_starts_no_ray(widened):
+    started = time.monotonic()
+    before = records(widened)
+    widened.edit("params.yaml", "sweep.free", {})
+    output = widened.run("python", "-m", "sweeps.run")
+    assert records(widened) == before
+    assert "trials:" not in output
+    assert time.monotonic() - started < PATIENCE_S
+
+
+def test_more_workers_than_the_machine_has_are_refused_by_name(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    project.edit("params.yaml", "sweep.cpus_per_worker", 1000)
+    output = project.run("python", "-m", "sweeps.run", code=1)
+    assert "hardware.cpus_per_worker" in output
+    assert "Traceback" not in output
