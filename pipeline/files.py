@@ -34,11 +34,16 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """UTF-8, with "\\n" at line ends on every system; missing parent folders are made."""
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Missing parent folders are made."""
     partial = _beside(target, "partial")
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.write_bytes(content)
             os.replace(partial, target)
         except BaseException:
             _remove(partial)

@@ -48,7 +48,6 @@ INTERVAL_S = 1.0
 
 def run(root: Path) -> None:
     """Raises ValueError or OSError with one line for what a user can mend."""
-    started = time.time()
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
     uri = tracking.tracking_uri(root)
@@ -59,6 +58,9 @@ def run(root: Path) -> None:
         tracking.end_children(uri, experiment, parent)  # of a driver that was killed
         if to_run:
             asha = sweep.base.sweep.scheduler == "asha"
+            # What has evaluated one trial stays for the next, with all its imports; and Ray does not warn of that.
+            os.environ.setdefault("RAY_num_workers_soft_limit", "64")
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
             with ray_cluster(sweep.base.hardware, dashboard=asha):
                 slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
                 devices = max(slots[need] * _devices(need) for need in slots)
@@ -72,7 +74,7 @@ def run(root: Path) -> None:
                             _tune(list(group), slots[need], root, parent, asha)
                 finally:
                     tracking.end_children(uri, experiment, parent)  # whose process was killed
-        _write_results(sweep, root, parent, (time.time() - started) / 60)
+        _write_results(sweep, root, parent)
     tracking.finish(uri, parent)
 
 
@@ -136,7 +138,11 @@ def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) 
     results = ray.tune.Tuner(
         trainable,
         param_space={"trial": ray.tune.grid_search(list(by_id))},
-        tune_config=ray.tune.TuneConfig(max_concurrent_trials=slots, scheduler=scheduler),
+        tune_config=ray.tune.TuneConfig(
+            max_concurrent_trials=slots,
+            scheduler=scheduler,
+            reuse_actors=not asha,  # seconds of imports a trial; one that is ended by the scheduler has to go
+        ),
         run_config=ray.tune.RunConfig(name=folder.name, storage_path=str(folder.parent), verbose=0),
     ).fit()
     for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
@@ -184,26 +190,31 @@ def run_trial(config: dict[str, Any], trials: dict[str, Trial], root: Path, pare
         with training(trial.settings, root, tags, show=False, callbacks=callbacks) as run:
             trained = write_model(run, trial.settings, root, trial.folder / "model")
             gpu, cpus, _ = need = _need(trial)
+            devices = _devices(need)
             # Not in the trial's own placement group, which holds no CPU.
             outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
             task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
             begun = time.time()
             metrics = ray.get(task.remote(trial, root, cpus))
-            cost = _cost(trial, root) | {"evaluation_device_hours": (time.time() - begun) * cpus / 3600}
+            evaluation = time.time() - begun
+            used = usage(trial.folder)
+            seconds = time.time() - started
             record = {
                 "status": "finished",
                 "error": None,
                 "device": "gpu" if gpu else "cpu",
+                "evaluation_device_hours": evaluation * (1 if gpu else cpus) / 3600,
                 "parameters": trained["parameters"],
                 "steps": trained["steps"],
                 "tokens": trained["tokens"],
-                "tokens_per_second": trained["tokens_per_second"] / _devices(need),
+                "tokens_per_second": trained["tokens_per_second"] / devices,
                 "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
                 "mlflow_run_id": run.run_id,
-                "seconds": time.time() - started,
-                "seconds_to_first_step": max(0.0, (usage(trial.folder).first_step_at or 0.0) - started),
+                "seconds": seconds,
+                "seconds_to_first_step": max(0.0, (used.first_step_at or 0.0) - started),
+                "seconds_of_overhead": seconds - evaluation - used.device_seconds / devices,
             }
-            trial.write_record(cost | record)
+            trial.write_record(_cost(trial, root) | record)
             for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
                 shutil.rmtree(folder)  # the weights of the result stay
     except Exception as error:
@@ -274,7 +285,7 @@ def _touched_since(folder: Path, moment: float) -> bool:
     return folder.exists() and folder.stat().st_mtime >= moment
 
 
-def _write_results(sweep: Sweep, root: Path, parent: str, minutes: float) -> None:
+def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
     """data/sweep: trials.json, the references, and the translations of every trial that is finished."""
     settings = sweep.base
     trials = []
@@ -305,7 +316,6 @@ def _write_results(sweep: Sweep, root: Path, parent: str, minutes: float) -> Non
                 "bleu_signature": signature,
                 "mlflow_parent": parent,
                 "tracking_uri": tracking.tracking_uri(root),
-                "minutes": minutes,
                 "base": flatten(settings),
                 "rows": [asdict(row) for row in sweep.rows],
                 "trials": trials,

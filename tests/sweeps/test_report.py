@@ -1,3 +1,5 @@
+"""The report of a sweep, as its files say it: comparison.py, document.py, figure.py and report.py together."""
+
 import base64
 import csv
 import json
@@ -14,7 +16,9 @@ from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
 from sweeps import report
-from sweeps.report import assess, draw_panel, main, read_sweep, run, write_report
+from sweeps.comparison import assess, read_sweep
+from sweeps.figure import draw_panel
+from sweeps.report import main, run, write_report
 from sweeps.significance import holm, paired_p, seed_interval, sentence_interval
 
 NUM_SENTENCES = 41
@@ -64,9 +68,10 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
                 "tokens_per_second": 7_001.0, "evaluation_device_hours": 0.01,
                 "metrics": {"test_bleu": bleu, "valid_averaged_ppl": 1 + wrong + seed / 100},
                 "translations": f"{id}.{seed}.txt", "mlflow_run_id": "r",
+                "seconds": 70.0 + 1.5 * seed, "seconds_to_first_step": 19.0, "seconds_of_overhead": 17.0,
             })  # fmt: skip
     sweep = {
-        "experiment": "table3-grammar-nano", "data": "grammar", "model": "nano", "device": "cpu", "minutes": 8.13,
+        "experiment": "table3-grammar-nano", "data": "grammar", "model": "nano", "device": "cpu",
         "price_per_device_hour": 0.0, "bleu_signature": "nrefs:1|case:mixed", "mlflow_parent": "parent",
         "tracking_uri": "sqlite:///x.db", "seeds": seeds, "rows": rows, "trials": trials,
         "base": {"model.num_heads": 4, "model.d_k": 16, "model.dropout": 0.1, "model.positions": "sinusoidal"},
@@ -171,7 +176,8 @@ def test_the_head_says_what_was_run_and_what_all_trials_cost(whole: tuple[Path, 
     assert "Seeds: 1, 2, 5;" in head
     assert "`nrefs:1|case:mixed`" in head
     hours = 6 * (1 + 2 + 5) / 7
-    assert f"8.1 minutes; {hours:.3g} device-hours (cpu) of training, 0.18 of evaluation; 5.3e19 FLOPs" in head
+    assert f"Cost: {hours:.3g} device-hours (cpu) of training, 0.18 of evaluation; 5.3e19 FLOPs" in head
+    assert "Time of a trial: 74 s, 19 s of them until its first step; 17 s are neither training nor" in head
     assert "Money" not in head
 
 

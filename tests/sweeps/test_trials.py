@@ -92,8 +92,9 @@ def test_a_row_that_cannot_be_built_has_no_trial(root):
 
 
 def test_of_rows_with_equal_settings_the_first_runs_and_the_other_names_it(root):
-    edit(root, "conf/model/nano.yaml", "model", dropout=0.0)  # big multiplies it
-    big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [1800, 1700]}
+    edit(root, "conf/model/nano.yaml", "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
+    edit(root, "conf/model/nano.yaml", "train", max_steps=100)
+    big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [300, 299]}
     sweep = sweep_with(root, rows=["big"], free=big)
     assert [(row.group, row.skipped) for row in sweep.rows] == [
         ("base", None), ("big", None), ("free", "is the same as big"), ("free", None),

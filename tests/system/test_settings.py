@@ -7,23 +7,41 @@ import pytest
 DATA, MODEL, HARDWARE = "conf/data/micro.yaml", "conf/model/micro.yaml", "conf/hardware/micro.yaml"
 
 
+@pytest.fixture(scope="module")
+def all_stages(trained, tmp_path_factory):
+    """`trained`, with all of DVC's stages up to date: empty files stand in for what sweep and report would leave."""
+    project = trained.copy(tmp_path_factory.mktemp("settings") / "project", without=("checkpoints",))
+    for path in (
+        "data/sweep/trials.json",
+        *(f"reports/table3.{kind}" for kind in ("html", "md", "csv", "json", "png")),
+    ):
+        project.write(path, "{}")
+    project.run("dvc", "commit", "--force", "sweep", "report")
+    return project
+
+
+def test_nothing_is_to_do_without_a_change(all_stages):
+    assert json.loads(all_stages.run("dvc", "status", "--json")) == {}
+
+
 @pytest.mark.parametrize(
     ("path", "key", "value", "stages"),
     [
         (DATA, "download.seed", 6, {"download"}),
-        (DATA, "download.tgt", "fr", {"download", "validate", "tokenize", "evaluate"}),
+        (DATA, "download.tgt", "fr", {"download", "validate", "tokenize", "evaluate", "sweep"}),
         (DATA, "validate.max_words", 49, {"validate"}),
         (DATA, "tokenize.vocab_size", 401, {"tokenize"}),
-        (MODEL, "model.dropout", 0.2, {"train"}),
-        (MODEL, "train.max_steps", 401, {"train"}),
-        (HARDWARE, "hardware.max_failures", 4, {"train"}),
+        (MODEL, "model.dropout", 0.2, {"train", "sweep"}),
+        (MODEL, "train.max_steps", 401, {"train", "sweep"}),
+        (HARDWARE, "hardware.max_failures", 4, {"train", "sweep"}),
         ("params.yaml", "seed", 2, {"train"}),
-        ("params.yaml", "evaluate.beam", 3, {"evaluate"}),
+        ("params.yaml", "evaluate.beam", 3, {"evaluate", "sweep"}),
         ("params.yaml", "tracking.experiment", "other", {"train", "evaluate"}),
+        ("params.yaml", "sweep.seeds", [3, 4], {"sweep"}),
     ],
 )
-def test_changed_parameter_reruns_the_stages_that_read_it(trained, tmp_path, path, key, value, stages):
-    project = trained.copy(tmp_path / "project", without=("checkpoints",))
+def test_changed_parameter_reruns_the_stages_that_read_it(all_stages, tmp_path, path, key, value, stages):
+    project = all_stages.copy(tmp_path / "project", without=())
     project.edit(path, key, value)
     assert set(json.loads(project.run("dvc", "status", "--json"))) == stages
 

@@ -1,0 +1,113 @@
+"""The report's figure: one panel for each axis of Table 3, our points with intervals beside the paper's."""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from sweeps.comparison import Line, covered
+
+AXES = {
+    "heads": ("heads h", "model.num_heads"),
+    "d_k": ("size of a key d_k", "model.d_k"),
+    "layers": ("layers N", "model.num_layers"),
+    "d_model": ("d_model", "model.d_model"),
+    "d_ff": ("d_ff", "model.d_ff"),
+    "dropout": ("dropout", "model.dropout"),
+    "label_smoothing": ("label smoothing", "train.label_smoothing"),
+    "positions": ("positions", "model.positions"),
+    "norm": ("layer normalisation", "model.norm"),
+}
+"""What a panel is called, and the setting whose values are its categories; in other panels these are the labels."""
+
+OURS, PAPERS, GREY = "#0072b2", "#d55e00", "#6e7781"  # blue and vermilion of Okabe and Ito: safe for the colour-blind
+APART = 0.15  # our points from the paper's, of the distance between two categories
+
+
+def figure(sweep: Mapping[str, Any], lines: Sequence[Line]) -> bytes:
+    """PNG: a panel for each axis, our differences from base with their intervals beside the paper's."""
+    base, *rows = lines
+    axes = list(dict.fromkeys(line.axis for line in rows)) or ["no rows but base"]
+    columns = min(2, len(axes))  # with more, the letters are too small at a page's width
+    height = -(-len(axes) // columns)
+    canvas = Figure(figsize=(6.4 if columns == 1 else 4.8 * columns, 3.1 * height + 1.1), layout="constrained")
+    panels = canvas.subplots(height, columns, squeeze=False).flatten()
+    for panel, axis in zip(panels, axes, strict=False):
+        draw_panel(panel, axis, [base, *(line for line in rows if line.axis == axis)], sweep.get("base", {}))
+    for panel in panels[len(axes) :]:
+        panel.remove()
+    for panel in panels[: len(axes) : columns]:
+        panel.set_ylabel("difference from base, BLEU")
+    seeds, chances = len(sweep["seeds"]), covered(lines)
+    title = f"{sweep['data']}, model {sweep['model']}, {seeds} seed{'s' if seeds > 1 else ''}"
+    if chances:
+        title += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'test sentences')}"
+    canvas.suptitle(title, fontsize=11)
+    handles = [
+        *panels[0].plot([], [], "o", color=OURS, label="ours, different from base"),
+        *panels[0].plot([], [], "o", color=OURS, markerfacecolor="white", label="ours, not significant"),
+        *panels[0].plot([], [], "D", color=PAPERS, markersize=5, label="the paper"),
+        *panels[0].plot([], [], "o", color=GREY, label="base, with its BLEU"),
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
+    target = io.BytesIO()
+    canvas.savefig(target, format="png", dpi=150)
+    return target.getvalue()
+
+
+def draw_panel(panel: Axes, axis: str, lines: list[Line], base: Mapping[str, Any]) -> None:
+    """`base` is the base model's settings, {"model.d_k": 64, ...}. Numbers are in their order, base among them."""
+    name, key = AXES.get(axis, (axis, ""))
+    shown: list[tuple[Any, Line]] = [
+        ((base if line.axis == "base" else line.changes).get(key), line) for line in lines
+    ]
+    if all(isinstance(value, int | float) for value, _ in shown):
+        shown.sort(key=lambda pair: pair[0])
+    panel.axhline(0, color=GREY, linewidth=0.8)
+    for x, (_, line) in enumerate(shown):
+        if line.comparison:
+            difference, interval = line.comparison.bleu, line.comparison.interval
+            panel.plot([x - APART] * 2, [interval.low, interval.high], "_-", color=OURS, linewidth=1.3)
+            fill = OURS if line.is_significant else "white"
+            panel.plot(x - APART, difference, "o", color=OURS, markerfacecolor=fill)
+            _write(panel, f"{difference:+z.1f}", x - APART, difference, OURS, left_of_it=True)
+        elif line.axis != "base":
+            middle = panel.get_xaxis_transform()
+            panel.text(
+                x - APART, 0.5, line.verdict, transform=middle, rotation=90, ha="center", va="center", color=GREY
+            )
+        elif line.result:
+            panel.plot(x, 0, "o", color=GREY)
+            _write(panel, f"{line.result.bleu:.1f}", x, 0, GREY)
+        if line.paper and line.paper.bleu_difference is not None:
+            difference = line.paper.bleu_difference
+            panel.plot(x + APART, difference, "D", color=PAPERS, markersize=5)
+            _write(panel, f"{difference:+z.1f}", x + APART, difference, PAPERS)
+    panel.set_xticks(range(len(shown)), [_category(line, value) for value, line in shown], fontsize=9)
+    panel.set_xlim(-0.7, len(shown) - 0.3)
+    panel.set_xlabel(name)
+    panel.margins(y=0.12)
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    panel.grid(axis="y", color="#d1d9e0", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _write(panel: Axes, text: str, x: float, y: float, color: str, left_of_it: bool = False) -> None:
+    """The value beside its mark: to the left, or where the line at zero is not."""
+    shift, across, up = ((-6, 0), "right", "center") if left_of_it else ((0, -6), "center", "top")
+    if y > 0 and not left_of_it:
+        shift, up = (0, 6), "bottom"
+    label = panel.annotate(text, (x, y), shift, "data", "offset points", ha=across, va=up, fontsize=8, color=color)
+    label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # legible where a line runs through
+
+
+def _category(line: Line, value: Any) -> str:
+    if line.axis == "base":
+        return "base" if value is None else f"{value}\n(base)"
+    return "\n".join(textwrap.wrap(line.label.removeprefix("free: "), 14)) if value is None else str(value)
