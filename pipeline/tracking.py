@@ -56,6 +56,10 @@ MAX_BATCH = 1000
 """The most metrics that MLflow takes in one call."""
 SERVED_WITH = ("mlflow", "numpy", "pyyaml", "safetensors", "sentencepiece", "torch", "tqdm")
 """What served_model.py and what it imports need."""
+VIEW = "rows"
+"""The name of the view that `share_view` gives to an experiment."""
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `make ui` serves."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
@@ -104,7 +108,8 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
 
     To be called by the driver before any worker opens the store: it also creates a new database, which several
     processes at once cannot. `tags` (what the caller knows: workers, device, versions, ...) come on top of ours
-    and may set MLflow's own, such as mlflow.runName and mlflow.parentRunId.
+    and may set MLflow's own, such as mlflow.runName and mlflow.parentRunId. A tag `change` is a parameter too: where
+    MLflow compares runs it shows no tags, and of the parameters the first three in the alphabet.
 
     Raises ConnectionError when the server does not answer, ValueError when another process of this machine
     is at work on the same run.
@@ -130,7 +135,8 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
     if run is None:
         run = client.create_run(experiment_id, tags=all_tags)
     run_id = run.info.run_id
-    missing = {key: value for key, value in run_params(settings).items() if key not in run.data.params}
+    params = run_params(settings) | {key: tags[key] for key in ("change",) if key in tags}
+    missing = {key: value for key, value in params.items() if key not in run.data.params}
     client.log_batch(
         run_id,
         params=[Param(key, value) for key, value in missing.items()],
@@ -240,15 +246,64 @@ def end_as(uri: str, run_key: str, experiment: str, status: str, reason: str) ->
 
 def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
     """Add files and figures to a run, in place of those of the same name. Raises ConnectionError when the server
-    stays away."""
+    stays away, ValueError when there is no such run any more."""
     _await_server(uri, patience_s=600)
     client = _client(uri)
+    _require_run(client, run_id)
     for file in files:
         client.log_artifact(run_id, str(file))
     now_ms = time.time_ns() // 1_000_000
     known = client.get_run(run_id).data.metrics
     changed = {key: value for key, value in metrics.items() if known.get(key) != value}
     client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()])
+
+
+def _require_run(client: MlflowClient, run_id: str) -> Run:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(f"{client.tracking_uri} has no run {run_id} ({error.error_code})") from None
+    if run.info.lifecycle_stage != "active":
+        raise ValueError(f"run {run_id} was deleted in {client.tracking_uri}: restore it there")
+    return run
+
+
+def share_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> str:
+    """Give the experiment of `run_id` a view of the children of that run, and return its address.
+
+    It shows them sorted by the first of `metrics`, with these columns, and as parallel coordinates of `parameters`
+    against that metric. The view is what the button "Share view" of MLflow's page writes, a tag of the experiment:
+    of the page's state, only what differs from its start. Raises as `log_report`.
+    """
+    _await_server(uri, patience_s=600)
+    client = _client(uri)
+    experiment_id = _require_run(client, run_id).info.experiment_id
+    common: dict[str, Any] = {"isGenerated": False, "deleted": False, "runsCountToCompare": 100}
+    lines = {"selectedParams": [*parameters], "selectedMetrics": [metrics[0]], "showAllRuns": True}
+    charts = [
+        common | {"uuid": f"{VIEW}-lines", "type": "PARALLEL", "metricSectionId": "lines"} | lines,
+        *(
+            common | {"uuid": f"{VIEW}-{name}", "type": "BAR", "metricSectionId": "bars", "metricKey": name}
+            for name in metrics
+        ),
+    ]
+    section = {"display": True, "isReordered": False, "cardHeight": 420}
+    state = {
+        "runsExpanded": {run_id: True},
+        "runsHiddenMode": "SHOWALL",
+        "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in parameters)],
+        "orderByKey": f"metrics.`{metrics[0]}`",
+        "orderByAsc": False,
+        "compareRunCharts": charts,
+        "compareRunSections": [
+            section | {"uuid": "lines", "name": "What was changed", "columns": 1},
+            section | {"uuid": "bars", "name": "What came of it", "columns": 2},
+        ],
+        "isAccordionReordered": True,  # the sections in this order
+    }
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
+    server = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
+    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode=CHART"
 
 
 def _experiment(client: MlflowClient, name: str, root: Path) -> str:

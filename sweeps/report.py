@@ -21,6 +21,8 @@ from sweeps.document import BLEU_COLUMNS, document, findings, html_page, markdow
 from sweeps.figure import figure
 
 SWEEP, REPORTS = Path("data/sweep"), Path("reports")
+METRICS = ("test_bleu", "valid_averaged_ppl")
+"""What the table is about, by the names in MLflow."""
 
 
 def write_csv(target: Path, lines: Sequence[Line]) -> None:
@@ -67,7 +69,18 @@ def run(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
     files = write_files(sweep, lines, reports)
     print(markdown_table(table_of(BLEU_COLUMNS, lines)))
     print("\n".join([*findings(lines), *missing(sweep, lines), f"All of it: {', '.join(map(str, files))}"]))
-    tracking.log_report(sweep["tracking_uri"], sweep["mlflow_parent"], files, totals(sweep, lines))
+    store = tracking.tracking_uri(Path()), sweep["mlflow_parent"]
+    try:
+        tracking.log_report(*store, files, totals(sweep, lines))
+        print(f"In MLflow (make ui): {tracking.share_view(*store, _changed(lines), METRICS)}")
+    except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
+        print(f"Not in MLflow: {error}")
+
+
+def _changed(lines: Sequence[Line]) -> list[str]:
+    """The parameters in which the rows differ, by their names in MLflow; d_v goes with d_k and the heads."""
+    names = (key.partition(".")[2] for line in lines for key in line.changes)
+    return [name for name in dict.fromkeys(names) if name != "d_v"]
 
 
 def main() -> None:

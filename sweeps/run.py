@@ -178,6 +178,7 @@ def run_trial(config: dict[str, Any], trials: dict[str, Trial], root: Path, pare
         "mlflow.parentRunId": parent,
         "row": trial.row.id,
         "axis": trial.row.axis,
+        "change": trial.row.label,
         "seed": str(trial.seed),
     }
     (trial.folder / "trial.json").unlink(missing_ok=True)
@@ -315,7 +316,6 @@ def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
                 "device": next((trial["device"] for trial in trials if "device" in trial), settings.hardware.device),
                 "bleu_signature": signature,
                 "mlflow_parent": parent,
-                "tracking_uri": tracking.tracking_uri(root),
                 "base": flatten(settings),
                 "rows": [asdict(row) for row in sweep.rows],
                 "trials": trials,

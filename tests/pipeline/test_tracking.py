@@ -1,5 +1,6 @@
 """Runs, curves and results in a real store: SQLite files, and a server that is stopped and started again."""
 
+import json
 import os
 import shutil
 import signal
@@ -465,6 +466,37 @@ def test_a_report_adds_files_and_figures_and_once_more_only_what_differs(uri: st
     assert curve(uri, run_id, "rows") == [(0, 13)]
     assert sorted(curve(uri, run_id, "seconds")) == [(0, 7.0), (0, 11.0)]
     assert MlflowClient(uri).get_run(run_id).data.metrics == {"rows": 13, "seconds": 11.0}
+
+
+def test_a_report_for_a_run_that_is_gone_names_it(uri: str, run_id: str) -> None:
+    with pytest.raises(ValueError, match=r"^sqlite:.* has no run nobody \(RESOURCE_DOES_NOT_EXIST\)$"):
+        tracking.log_report(uri, "nobody", [], {})
+    MlflowClient(uri).delete_run(run_id)
+    with pytest.raises(ValueError, match=f"^run {run_id} was deleted in sqlite:.*: restore it there$"):
+        tracking.log_report(uri, run_id, [], {})
+
+
+def test_a_shared_view_unfolds_the_run_and_sets_parameters_against_the_first_metric(uri: str, run_id: str) -> None:
+    address = tracking.share_view(uri, run_id, ["d_k", "dropout"], ["test_bleu", "valid_ppl"])
+    experiment = MlflowClient(uri).get_experiment_by_name("transformer")
+    where = f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs"
+    key = address.removeprefix(f"{where}?viewStateShareKey=").removesuffix("&compareRunsMode=CHART")
+    state = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
+    assert state["runsExpanded"] == {run_id: True}
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`test_bleu`", False)
+    columns = ["metrics.`test_bleu`", "metrics.`valid_ppl`", "params.`d_k`", "params.`dropout`"]
+    assert state["selectedColumns"] == columns
+    lines, *bars = state["compareRunCharts"]
+    assert (lines["selectedParams"], lines["selectedMetrics"]) == (["d_k", "dropout"], ["test_bleu"])
+    assert [bar["metricKey"] for bar in bars] == ["test_bleu", "valid_ppl"]
+    sections = {section["uuid"] for section in state["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
+
+
+def test_a_change_is_a_parameter_too(uri: str, root: Path, settings: Settings) -> None:
+    run_id = tracking.open_run(uri, settings, "another", {"change": "A: 1 head"}, root)
+    data = MlflowClient(uri).get_run(run_id).data
+    assert (data.tags["change"], data.params["change"]) == ("A: 1 head", "A: 1 head")
 
 
 def test_another_search_has_a_child_run_with_the_parameters_of_training(

@@ -73,7 +73,7 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
     sweep = {
         "experiment": "table3-grammar-nano", "data": "grammar", "model": "nano", "device": "cpu",
         "price_per_device_hour": 0.0, "bleu_signature": "nrefs:1|case:mixed", "mlflow_parent": "parent",
-        "tracking_uri": "sqlite:///x.db", "seeds": seeds, "rows": rows, "trials": trials,
+        "seeds": seeds, "rows": rows, "trials": trials,
         "base": {"model.num_heads": 4, "model.d_k": 16, "model.dropout": 0.1, "model.positions": "sinusoidal"},
     }  # fmt: skip
     change(sweep)
@@ -437,7 +437,9 @@ def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     told: list = []
-    monkeypatch.setattr(report.tracking, "log_report", lambda *arguments: told.append(arguments), raising=False)
+    monkeypatch.setattr(report.tracking, "log_report", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(report.tracking, "share_view", lambda *arguments: f"a view of {arguments}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     run(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
     [(uri, run_id, files, metrics)] = told
     assert (uri, run_id) == ("sqlite:///x.db", "parent")
@@ -447,3 +449,14 @@ def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
     printed = capsys.readouterr().out
     assert "| alibi positions |" in printed
     assert "A: 1 head (failed)" in printed
+    axes = ["num_heads", "d_k", "dropout", "positions"]
+    assert f"a view of {('sqlite:///x.db', 'parent', axes, ('test_bleu', 'valid_averaged_ppl'))}" in printed
+
+
+def test_a_sweep_that_another_store_knows_is_reported_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    run(write_sweep(tmp_path / "sweep", [1]), tmp_path / "reports")
+    assert (tmp_path / "reports/table3.html").is_file()
+    assert f"Not in MLflow: sqlite:///{tmp_path}/mlflow.db has no run parent" in capsys.readouterr().out

@@ -30,13 +30,9 @@ def trials(project):
 
 def half_done(project):
     """Whether a trial is finished and another in the midst of training."""
+    last = {path.parent.name: int(path.name.removeprefix("step_")) for path in project.checkpoints()}
     finished = records(project)
-    begun = {path.parent.name for path in project.checkpoints() if path.parent.name in folders_with_usage(project)}
-    return finished and begun - set(finished)
-
-
-def folders_with_usage(project):
-    return {path.parent.name for path in project.root.glob("checkpoints/*/usage")}
+    return finished and any(step <= 300 for name, step in last.items() if name not in finished)
 
 
 def runs(project):
@@ -143,6 +139,39 @@ def test_a_sweep_that_is_finished_starts_no_ray(widened):
     assert records(widened) == before
     assert "trials:" not in output
     assert time.monotonic() - started < PATIENCE_S
+
+
+@pytest.fixture(scope="module")
+def halved(trained, tmp_path_factory):
+    """A free space under ASHA: base, and rows that hardly learn."""
+    project = trained.untrained_copy(tmp_path_factory.mktemp("asha") / "project")
+    project.edit("params.yaml", "sweep.rows", [])
+    project.edit("params.yaml", "sweep.scheduler", "asha")
+    project.edit("params.yaml", "sweep.free", {"train.lr_scale": [3e-9, 2e-9, 1e-9]})
+    project.output = project.run("python", "-m", "sweeps.run")
+    return project
+
+
+def test_asha_ends_the_worse_trials_early_and_scores_the_others(halved):
+    found = trials(halved)
+    assert found["base, seed 3"]["status"] == "finished"
+    stopped = {name: trial for name, trial in found.items() if trial["status"] == "stopped"}
+    assert stopped.keys() <= {f"free: lr_scale {rate}, seed 3" for rate in ("3e-09", "2e-09", "1e-09")}
+    assert len(stopped) >= 2, "ASHA lets one in four go on"
+    for trial in stopped.values():
+        assert "ended by ASHA at step 100, validation perplexity" in trial["error"]
+        assert trial["translations"] is None
+        assert trial["flops"] < found["base, seed 3"]["flops"]
+    statuses = {name: run.info.status for name, run in runs(halved)[0].items()}
+    assert set(statuses.values()) == {"FINISHED"}
+    assert len(statuses) == 1 + len(found)
+
+
+def test_what_asha_has_ended_stays_ended(halved):
+    before = records(halved)
+    output = halved.run("python", "-m", "sweeps.run")
+    assert records(halved) == before
+    assert "trials:" not in output
 
 
 def test_more_workers_than_the_machine_has_are_refused_by_name(trained, tmp_path):
