@@ -121,7 +121,7 @@ def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) 
         # step: they still have to be evaluated.
         train = trials[0].settings.train
         max_steps = max(trial.settings.train.max_steps for trial in trials)
-        scheduler = ASHAScheduler(
+        scheduler = Halving(
             time_attr="step",
             metric="valid_loss",
             mode="min",
@@ -147,20 +147,32 @@ def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) 
     ).fit()
     for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
         trial = by_id[result.config["trial"]]  # type: ignore[index]
-        if trial.record() is None:
-            _end(trial, result, root)
+        if scheduler and trial.id in scheduler.ended:
+            _end(trial, "stopped", scheduler.ended[trial.id], root)
+        elif trial.record() is None:
+            reason = str(result.error or "no reason given").strip().splitlines()[-1]
+            _end(trial, "failed", f"the trial's process died: {reason}", root)
     shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: what counts stands in the trials' folders
 
 
-def _end(trial: Trial, result: ray.tune.Result, root: Path) -> None:
-    """The record of a trial whose process was ended from outside: by the scheduler, or by its own death."""
-    last = result.metrics or {}
-    if result.error is None and "valid_ppl" in last:
-        status = "stopped"
-        reason = f"ended by ASHA at step {last['step']}, validation perplexity {last['valid_ppl']:.2f}"
-    else:
-        status = "failed"
-        reason = f"the trial's process died: {str(result.error or 'no reason given').splitlines()[-1]}"
+class Halving(ASHAScheduler):
+    """ASHA that knows which trials it has ended, {trial: why}. They themselves cannot say so: they see their workers
+    die, or are gone at once."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ended: dict[str, str] = {}
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(controller, trial, result)
+        if decision == self.STOP:
+            reached = f"step {result['step']}, validation perplexity {result['valid_ppl']:.2f}"
+            self.ended[trial.config["trial"]] = f"ended by ASHA at {reached}"
+        return decision
+
+
+def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
+    """The record of a trial that was ended from outside: by the scheduler, or by its own process's death."""
     trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
     run_key = trial.folder.name.rpartition("-")[2]
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
