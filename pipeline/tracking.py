@@ -557,6 +557,11 @@ def log_evaluation(
     return run_id
 
 
+def search_name(settings: Settings) -> str:
+    """How translations are searched for: "beam 4, alpha 0.6, max_extra 50"."""
+    return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH)
+
+
 def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str]) -> Run:
     name = ", ".join(f"{key} {value}" for key, value in search.items())
     key = f"{parent.data.tags['run_key']}, {name}"

@@ -109,15 +109,16 @@ def training(
     settings: Settings,
     root: Path,
     tags: Mapping[str, str] | None = None,
+    key: str | None = None,
     show: bool = True,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Iterator[Trained]:
     """Train to the end on the Ray cluster at hand, then run the block; the MLflow run is open until the block ends.
 
-    `tags` go to that run; `show` draws a progress bar. With `callbacks`, Ray gets the metrics of every validation.
-    Raises as `train`.
+    `tags` go to that run, which is found again by `key` (default: `run_key`); `show` draws a progress bar. With
+    `callbacks`, Ray gets the metrics of every validation. Raises as `train`.
     """
-    key, folder = run_key(settings, root), run_folder(settings, root)
+    key, folder = key or run_key(settings, root), run_folder(settings, root)
     uri = tracking.tracking_uri(root)
     gpu, cpus = share_of_each_worker(settings.hardware)
     all_tags = {
@@ -302,6 +303,8 @@ def work(config: dict[str, Any]) -> str | None:
     except (NotFiniteError, ValueError) as error:
         return str(error)
     except torch.OutOfMemoryError as error:
+        if context.get_world_size() > 1:
+            raise  # the other workers wait for this one: Ray has to end them
         return f"out of memory: {_last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
     finally:
         if reporter and writer and meter:

@@ -196,12 +196,12 @@ def _compared(line: Line, ours: dict[int, dict], base: dict[int, dict], folder: 
     def differences(metric: str) -> list[float]:
         return [ours[seed]["metrics"][metric] - base[seed]["metrics"][metric] for seed in seeds]
 
-    def translations(trials: dict[int, dict]) -> list[str]:
-        return [text for seed in seeds for text in _translations(folder / trials[seed]["translations"], references)]
+    def translations(trials: dict[int, dict]) -> list[list[str]]:
+        return [_translations(folder / trials[seed]["translations"], references) for seed in seeds]
 
     bleu, sides = differences("test_bleu"), (translations(base), translations(ours))
-    interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(*sides, references)
-    p = paired_p(*sides, references * len(seeds))
+    interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(sides[0][0], sides[1][0], references)
+    p = paired_p(*sides, references)
     return replace(line, comparison=Comparison(fmean(bleu), interval, p, fmean(differences("valid_averaged_ppl"))))
 
 
@@ -258,14 +258,14 @@ OVERHEAD = ("seconds", "seconds_to_first_step", "seconds_of_overhead")
 
 
 def totals(sweep: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, float]:
-    """What all trials came to and cost together, those that failed included; OVERHEAD is a mean over those that
-    finished at the first attempt."""
+    """What all trials came to and cost together, those that failed included; OVERHEAD is a mean over those that came
+    to their end at the first attempt."""
 
     def spent(key: str) -> float:
         return sum(trial.get(key) or 0 for trial in sweep["trials"])
 
     finished = sum(trial["status"] == "finished" for trial in sweep["trials"])
-    whole = [trial for trial in sweep["trials"] if trial["status"] == "finished" and trial["attempts"] == 1]
+    whole = [trial for trial in sweep["trials"] if "seconds" in trial]
     return {
         "trials_finished": finished,
         "trials_not_finished": len(sweep["trials"]) - finished,

@@ -162,12 +162,13 @@ COVERS = {
 
 
 def _bleu_legend(lines: Sequence[Line]) -> list[str]:
+    num_compared = sum(line.comparison is not None for line in lines)
     return [
         "BLEU, sd: mean and standard deviation over n seeds. diff: from base, over the seeds that both have.",
         *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(lines)),
-        f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations of all those "
-        f"seeds, with Holm's correction for {sum(line.comparison is not None for line in lines)} rows. It asks about "
-        "these models on other sentences.",
+        f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations, of a sentence "
+        f"those of all seeds together, with Holm's correction for {num_compared} rows. It asks about these models on "
+        "other sentences.",
         f"verdict: better or worse if p is below {LEVEL} and the interval leaves out zero. Not significant does not "
         "mean equal: this table cannot tell.",
         "paper: Table 3 of the paper, on newstest2013, and another kind of BLEU: compare signs of differences alone. "

@@ -7,6 +7,7 @@ python -m sweeps.plan --devices 8    on eight devices; params.yaml can state the
 import argparse
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -125,15 +126,22 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     return flops / (time.perf_counter() - started)
 
 
-def text(sweep: Sweep, root: Path, devices: int, gpu: bool) -> str:
-    """The plan for people, as Markdown. `devices` is how many compute at once."""
+Measure = Callable[[Settings, Path, torch.device], float]
+
+
+def text(sweep: Sweep, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
+    """The plan for people, as Markdown. `devices` is how many compute at once; `measure` (default: `measured_rate`)
+    is asked for the rate of one if the settings state none."""
     found = costs(sweep, root)
     settings = sweep.base.sweep
     kind = "GPU" if gpu else "CPU core"
     flops = sum(cost.flops for cost in found)
     rate, source = settings.flops_per_second, "sweep.flops_per_second"
     if not rate and flops:
-        rate, source = measured_rate(sweep.base, root, torch.device("cuda" if gpu else "cpu")), "measured here"
+        rate, source = (
+            (measure or measured_rate)(sweep.base, root, torch.device("cuda" if gpu else "cpu")),
+            "measured here",
+        )
     lines = [
         f"{sweep.base.tracking.experiment}: {len(found)} rows x {len(settings.seeds)} seeds, "
         f"{sum(cost.num_done for cost in found)} trials done, {sum(cost.num_to_run for cost in found)} to run",

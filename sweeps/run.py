@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -35,10 +36,10 @@ from tqdm import tqdm
 from pipeline import checkpoint, evaluate, progress, tracking
 from pipeline.corpus import CLEAN
 from pipeline.files import replace_folder, write_json, write_text
-from pipeline.params import flatten
+from pipeline.params import Settings, flatten
 from pipeline.train import TrainingError, end_with_dvc, ray_cluster, share_of_each_worker, training, write_model
 from pipeline.usage import usage
-from sweeps.plan import flops_per_step, is_done, text
+from sweeps.plan import flops_per_step, is_done, measured_rate, text
 from sweeps.trials import Sweep, Trial, load_sweep
 
 RESULTS = Path("data/sweep")
@@ -53,7 +54,8 @@ def run(root: Path) -> None:
     uri = tracking.tracking_uri(root)
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
-    parent = tracking.open_run(uri, sweep.base, sweep.key, {"mlflow.runName": title, "row": "all"}, root)
+    tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
+    parent = tracking.open_run(uri, sweep.base, sweep.run_key, {"mlflow.runName": title, "row": "all"}, root)
     with tracking.run_guard(uri, parent):
         tracking.end_children(uri, experiment, parent)  # of a driver that was killed
         if to_run:
@@ -63,8 +65,13 @@ def run(root: Path) -> None:
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
             with ray_cluster(sweep.base.hardware, dashboard=asha):
                 slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
+                if len({gpu for gpu, _, _ in slots}) > 1:
+                    raise ValueError(
+                        "some rows would run on GPUs and others, for want of them, on CPUs: "
+                        "set hardware.device to one of both, or lower sweep.num_workers"
+                    )
                 devices = max(slots[need] * _devices(need) for need in slots)
-                plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots))
+                plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=_measure)
                 print(plan, flush=True)
                 write_text(root / "checkpoints" / "plan.md", plan + "\n")
                 tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
@@ -74,8 +81,20 @@ def run(root: Path) -> None:
                             _tune(list(group), slots[need], root, parent, asha)
                 finally:
                     tracking.end_children(uri, experiment, parent)  # whose process was killed
+        failed = [trial.record() for trial in sweep.trials]
+        if all(record is None or record["status"] == "failed" for record in failed):
+            why = next((record["error"] for record in failed if record), "none has run")
+            raise ValueError(f"no trial has come to a result: {why}")
         _write_results(sweep, root, parent)
     tracking.finish(uri, parent)
+
+
+def _measure(settings: Settings, root: Path, device: torch.device) -> float:
+    """`measured_rate`, on a GPU in a process of its own: this one may have none, and would keep its memory."""
+    if device.type == "cpu":
+        return measured_rate(settings, root, device)
+    task = ray.remote(num_gpus=1, max_calls=1)(measured_rate)
+    return ray.get(task.remote(settings, root, device))
 
 
 Need = tuple[bool, int, int]
@@ -83,7 +102,10 @@ Need = tuple[bool, int, int]
 
 
 def _need(trial: Trial) -> Need:
-    gpu, cpus = share_of_each_worker(trial.settings.hardware)
+    try:
+        gpu, cpus = share_of_each_worker(trial.settings.hardware)
+    except ValueError as error:
+        raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
     return gpu, cpus, trial.settings.hardware.num_workers
 
 
@@ -125,15 +147,16 @@ def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) 
             time_attr="step",
             metric="valid_loss",
             mode="min",
-            grace_period=train.validate_every,
+            grace_period=min(train.validate_every, max_steps),
             max_t=max_steps,
             reduction_factor=REDUCTION,
             stop_last_trials=False,
         )
     # The driver of a trial takes no CPU: its workers could not start beside it. {"CPU": 0} is refused as empty.
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, trials=by_id, root=root, parent=parent, asha=asha), {"memory": 1}
+    trainable = ray.tune.with_parameters(
+        run_trial, trials=by_id, root=root, parent=parent, asha=asha, environment=_environment(root)
     )
+    trainable = ray.tune.with_resources(trainable, {"memory": 1})
     folder = root / "checkpoints" / ".tune"
     results = ray.tune.Tuner(
         trainable,
@@ -174,16 +197,47 @@ class Halving(ASHAScheduler):
 def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
     """The record of a trial that was ended from outside: by the scheduler, or by its own process's death."""
     trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
-    run_key = trial.folder.name.rpartition("-")[2]
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
-    tracking.end_as(tracking.tracking_uri(root), run_key, trial.settings.tracking.experiment, mlflow_status, reason)
+    uri, experiment = tracking.tracking_uri(root), trial.settings.tracking.experiment
+    tracking.end_as(uri, trial.run_key, experiment, mlflow_status, reason)
 
 
-def run_trial(config: dict[str, Any], trials: dict[str, Trial], root: Path, parent: str, asha: bool) -> None:
+def _environment(root: Path) -> dict[str, str]:
+    """What processes on other machines have to know of this one's environment."""
+    commit = {name: os.environ[name] for name in ("GIT_COMMIT",) if name in os.environ}
+    return {"MLFLOW_TRACKING_URI": tracking.tracking_uri(root)} | commit
+
+
+def run_trial(
+    config: dict[str, Any],
+    trials: dict[str, Trial],
+    root: Path,
+    parent: str,
+    asha: bool,
+    environment: dict[str, str],
+) -> None:
     """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
     has tried again already."""
     trial = trials[config["trial"]]
+    os.environ.update(environment)
     logging.getLogger("pipeline").setLevel(logging.ERROR)
+    try:
+        trial.write_record(_train_and_evaluate(trial, root, parent, asha, environment))
+    except ray.exceptions.RayActorError:
+        raise  # Ray Train's controller is gone: the scheduler has ended this trial, or its node is down
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
+        trial.write_record(_cost(trial, root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}})
+    else:
+        for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
+            shutil.rmtree(folder, ignore_errors=True)  # the weights of the result stay
+
+
+def _train_and_evaluate(
+    trial: Trial, root: Path, parent: str, asha: bool, environment: dict[str, str]
+) -> dict[str, Any]:
+    """The record of a trial that comes to its end."""
     started = time.time()
     tags = {
         "mlflow.runName": trial.name,
@@ -194,55 +248,53 @@ def run_trial(config: dict[str, Any], trials: dict[str, Trial], root: Path, pare
         "seed": str(trial.seed),
     }
     (trial.folder / "trial.json").unlink(missing_ok=True)
-    if asha:  # what an earlier attempt reported, so that the scheduler compares the same points
+    callbacks = []
+    if asha and trial.row.group != "base":  # which has to come to its end: all others are compared with it
+        callbacks = [TuneReportCallback()]
         last = checkpoint.load_latest(trial.folder, lambda line: None)
         for point in last.state.validation_curve if last else ():
-            ray.tune.report(point)
-    try:
-        callbacks = [TuneReportCallback()] if asha else []
-        with training(trial.settings, root, tags, show=False, callbacks=callbacks) as run:
-            trained = write_model(run, trial.settings, root, trial.folder / "model")
-            gpu, cpus, _ = need = _need(trial)
-            devices = _devices(need)
-            # Not in the trial's own placement group, which holds no CPU.
-            outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
-            task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
-            begun = time.time()
-            metrics = ray.get(task.remote(trial, root, cpus))
-            evaluation = time.time() - begun
-            used = usage(trial.folder)
-            seconds = time.time() - started
-            record = {
-                "status": "finished",
-                "error": None,
-                "device": "gpu" if gpu else "cpu",
-                "evaluation_device_hours": evaluation * (1 if gpu else cpus) / 3600,
-                "parameters": trained["parameters"],
-                "steps": trained["steps"],
-                "tokens": trained["tokens"],
-                "tokens_per_second": trained["tokens_per_second"] / devices,
-                "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
-                "mlflow_run_id": run.run_id,
-                "seconds": seconds,
-                "seconds_to_first_step": max(0.0, (used.first_step_at or 0.0) - started),
-                "seconds_of_overhead": seconds - evaluation - used.device_seconds / devices,
-            }
-            trial.write_record(_cost(trial, root) | record)
-            for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
-                shutil.rmtree(folder)  # the weights of the result stay
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
-        trial.write_record(_cost(trial, root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}})
+            ray.tune.report(point)  # of an earlier attempt, so that the scheduler compares the same points
+    attempts = usage(trial.folder).attempts
+    with training(trial.settings, root, tags, trial.run_key, show=False, callbacks=callbacks) as run:
+        trained = write_model(run, trial.settings, root, trial.folder / "model")
+        gpu, cpus, _ = need = _need(trial)
+        # Not in the trial's own placement group, which holds no CPU.
+        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+        task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
+        metrics, evaluation = ray.get(task.remote(trial, root, cpus, environment))
+    used = usage(trial.folder)
+    record = {
+        "status": "finished",
+        "error": None,
+        "device": "gpu" if gpu else "cpu",
+        "evaluation_device_hours": evaluation * (1 if gpu else cpus) / 3600,
+        "parameters": trained["parameters"],
+        "steps": trained["steps"],
+        "tokens": trained["tokens"],
+        "tokens_per_second": trained["tokens_per_second"],
+        "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
+        "mlflow_run_id": run.run_id,
+    }
+    if attempts == 0 and used.attempts == 1 and used.first_step_at:  # all of it was here and now
+        seconds = time.time() - started
+        record |= {
+            "seconds": seconds,
+            "seconds_to_first_step": used.first_step_at - started,
+            "seconds_of_overhead": seconds - evaluation - used.device_seconds / _devices(need),
+        }
+    return _cost(trial, root) | record
 
 
 @ray.remote
-def evaluate_trial(trial: Trial, root: Path, cpus: int) -> dict[str, float]:
-    """The evaluate stage's function in a place of its own, on the devices that training has left; the metrics."""
+def evaluate_trial(trial: Trial, root: Path, cpus: int, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
+    """The evaluate stage's function in a place of its own, on the devices that training has left: the metrics, and
+    the seconds that it took."""
+    os.environ.update(environment)
     torch.set_num_threads(cpus)
+    started = time.time()
     found = evaluate.run(trial.settings, root, trial.folder / "model", trial.folder, progress=False).metrics
     flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
-    return flat
+    return flat, time.time() - started
 
 
 def _cost(trial: Trial, root: Path) -> dict[str, Any]:

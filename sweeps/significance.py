@@ -68,19 +68,31 @@ def sentence_interval(base: Sequence[str], system: Sequence[str], references: Se
     return Interval(float(low), float(high), "sentences")
 
 
-def paired_p(base: Sequence[str], system: Sequence[str], references: Sequence[str]) -> float:
+class BleuOverSeeds(BLEU):
+    """BLEU where a hypothesis has a line for each seed: a sentence's statistics are the sum of theirs."""
+
+    def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
+        seeds = zip(*(hypothesis.split("\n") for hypothesis in hypotheses), strict=True)
+        return np.sum([super(BleuOverSeeds, self)._extract_corpus_statistics(s, references) for s in seeds], axis=0)
+
+
+def paired_p(base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], references: Sequence[str]) -> float:
     """Two-sided p of a difference in BLEU: sacreBLEU's PairedTest, approximate randomization.
 
-    Swaps the two translations of each sentence by a coin's toss, and counts how often the difference is larger than
+    `base` and `system` have the translations of all sentences for each seed. Of a sentence, those of all seeds are
+    swapped together, for they are no independent evidence: the same models three times over have the p of once.
+
+    Swaps the two sides of each sentence by a coin's toss, and counts how often the difference is larger than
     the real one. sacreBLEU does not count ties, so identical systems would come out at p = 1 / 10,001. But of the 2^k
     ways to swap k sentences that score differently, the real one and its mirror image always tie: p is at least
     2 / 2^k. The seed is sacreBLEU's own (12345, or SACREBLEU_SEED).
     """
-    metric = BLEU(force=True)
-    test = PairedTest([("base", base), ("system", system)], {"BLEU": metric}, [references], "ar", SHUFFLES)
+    metric = BleuOverSeeds(force=True)
+    sides = [["\n".join(texts) for texts in zip(*side, strict=True)] for side in (base, system)]
+    test = PairedTest([("base", sides[0]), ("system", sides[1])], {"BLEU": metric}, [references], "ar", SHUFFLES)
     _, scores = test()
     result: Any = scores["BLEU"][1]
-    differ = _statistics(metric, base, references) != _statistics(metric, system, references)
+    differ = _statistics(metric, sides[0], references) != _statistics(metric, sides[1], references)
     return min(1.0, max(result.p_value, 2.0 ** (1 - int(differ.any(axis=1).sum()))))
 
 

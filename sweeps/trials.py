@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.corpus import CLEAN
 from pipeline.files import write_json
 from pipeline.params import Settings, load_settings
+from pipeline.tracking import search_name
 from pipeline.train import run_folder, run_key
 from sweeps import table3
 from sweeps.table3 import Row
@@ -22,7 +23,8 @@ EVALUATION_CODE = ("pipeline/checkpoint.py", "pipeline/evaluate.py", "pipeline/s
 class Trial:
     """One row with one seed: a training run and its evaluation, which leave `record` in the run's folder.
 
-    `key` stands for all that decides the result; a record with another key counts for nothing.
+    `key` stands for all that decides the result; a record with another key counts for nothing. `run_key` finds its
+    run in MLflow: training and search, as one training that is searched with two beams has two results.
     """
 
     row: Row
@@ -30,6 +32,7 @@ class Trial:
     settings: Settings
     folder: Path
     key: str
+    run_key: str
 
     @property
     def id(self) -> str:
@@ -55,13 +58,14 @@ class Trial:
 class Sweep:
     """All rows, those too that are left out (`skipped` says why), and the trials of the others.
 
-    `key` stands for data, code and base: rows and seeds may be added to a sweep, and it stays the same.
+    `run_key` finds its run in MLflow; it stands for data, code, base and search: rows and seeds may be added to a
+    sweep, and it stays the same.
     """
 
     base: Settings
     rows: list[Row]
     trials: list[Trial]
-    key: str
+    run_key: str
 
 
 def load_sweep(root: Path) -> Sweep:
@@ -92,7 +96,7 @@ def load_sweep(root: Path) -> Sweep:
         kept.append(row)
         trials += of_row
     _check_num_workers(sweep.num_workers)
-    return Sweep(base, kept, trials, run_key(replace(base, seed=0), root))
+    return Sweep(base, kept, trials, f"sweep {_run_key(replace(base, seed=0), root)}")
 
 
 def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
@@ -101,13 +105,19 @@ def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
     num_workers = named[0] if named else base.hardware.num_workers
     settings = table3.apply(base, row)
     settings = replace(settings, seed=seed, hardware=replace(settings.hardware, num_workers=num_workers))
-    return Trial(row, seed, settings, run_folder(settings, root), _result_key(settings, root))
+    return Trial(
+        row, seed, settings, run_folder(settings, root), _result_key(settings, root), _run_key(settings, root)
+    )
 
 
 def _check_num_workers(num_workers: Mapping[str, int]) -> None:
     for name in num_workers:
         if name not in table3.NAMES:
             raise ValueError(f"sweep.num_workers has {name!r}: one of {', '.join(table3.NAMES)} is needed")
+
+
+def _run_key(settings: Settings, root: Path) -> str:
+    return f"{run_key(settings, root)}, {search_name(settings)}"
 
 
 def _result_key(settings: Settings, root: Path) -> str:

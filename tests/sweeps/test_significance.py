@@ -2,6 +2,7 @@ import itertools
 import logging
 import random
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -96,26 +97,55 @@ def test_p_is_the_share_of_all_swaps_that_differ_more():
         more += abs(bleu(one, references) - bleu(other, references)) > real + 1e-9
     exact = more / 2 ** len(references)
     assert 0.03 < exact < 0.9
-    assert paired_p(base, system, references) == pytest.approx(exact, abs=0.015)
+    assert paired_p([base], [system], references) == pytest.approx(exact, abs=0.015)
+
+
+def test_with_several_seeds_p_is_the_share_of_swaps_of_whole_sentences():
+    references = corpus(8, seed=5)
+    sides = [
+        [spoilt(references, 0.1, seed=6), spoilt(references, 0.2, seed=7)],
+        [spoilt(references, 0.25, seed=8), spoilt(references, 0.2, seed=9)],
+    ]
+
+    def difference(swaps: Sequence[bool]) -> float:
+        """Of the BLEU of all texts, where a swapped sentence is the other side's under both seeds."""
+        mixed = [
+            [sides[side ^ swap][seed][i] for seed in (0, 1) for i, swap in enumerate(swaps)] for side in (False, True)
+        ]
+        return abs(bleu(mixed[0], references * 2) - bleu(mixed[1], references * 2))
+
+    real = difference([False] * len(references)) + 1e-9
+    more = sum(difference(swaps) > real for swaps in itertools.product([False, True], repeat=len(references)))
+    exact = more / 2 ** len(references)
+    assert 0.03 < exact < 0.9
+    assert paired_p(*sides, references) == pytest.approx(exact, abs=0.015)
+
+
+def test_the_same_models_three_times_are_no_more_evidence_than_once():
+    references = corpus(43, seed=1)
+    base, system = spoilt(references, 0.1, seed=2), spoilt(references, 0.13, seed=3)
+    once = paired_p([base], [system], references)
+    assert 0.01 < once < 0.9
+    assert paired_p([base] * 3, [system] * 3, references) == pytest.approx(once, abs=0.01)
 
 
 def test_identical_systems_have_p_1():
     references = corpus(13, seed=1)
     system = spoilt(references, 0.2, seed=2)
-    assert paired_p(system, system, references) == 1
+    assert paired_p([system], [system], references) == 1
 
 
 @pytest.mark.parametrize(("num_differing", "least"), [(1, 1), (2, 1 / 2), (3, 1 / 4), (5, 1 / 16)])
 def test_a_few_different_sentences_are_never_significant(num_differing: int, least: float):
     references = corpus(101, seed=1)
     system = ["x y z x y z"] * num_differing + references[num_differing:]
-    assert paired_p(references, system, references) >= least
+    assert paired_p([references], [system], references) >= least
 
 
 def test_a_clearly_worse_system_is_significant():
     references = corpus(101, seed=1)
     base, system = spoilt(references, 0.05, seed=2), spoilt(references, 0.3, seed=3)
-    assert paired_p(base, system, references) == pytest.approx(1 / 10_001)
+    assert paired_p([base], [system], references) == pytest.approx(1 / 10_001)
     assert sentence_interval(base, system, references).high < 0
     assert sentence_interval(system, base, references).low > 0
 
@@ -123,7 +153,7 @@ def test_a_clearly_worse_system_is_significant():
 def test_p_and_interval_come_out_alike_every_time():
     references = corpus(23, seed=1)
     sides = spoilt(references, 0.1, seed=2), spoilt(references, 0.15, seed=3)
-    assert paired_p(*sides, references) == paired_p(*sides, references)
+    assert paired_p(sides[:1], sides[1:], references) == paired_p(sides[:1], sides[1:], references)
     assert sentence_interval(*sides, references) == sentence_interval(*sides, references)
 
 
@@ -131,7 +161,7 @@ def test_nothing_is_printed_or_logged(capsys: pytest.CaptureFixture, caplog: pyt
     references = [f"{line} ." for line in corpus(127, seed=1)]  # of which sacreBLEU would warn: is this detokenised?
     sides = references, [f"{line} ." for line in spoilt(references, 0.1, seed=2)]
     with caplog.at_level(logging.WARNING):
-        paired_p(*sides, references)
+        paired_p(sides[:1], sides[1:], references)
         sentence_interval(*sides, references)
     assert not caplog.records
     assert capsys.readouterr() == ("", "")

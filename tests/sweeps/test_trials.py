@@ -196,8 +196,23 @@ def test_where_and_on_how_many_workers_a_trial_runs_changes_no_key(root):
     edit(root, "params.yaml", "evaluate", batch_tokens=97, num_samples=1)
     after = sweep_with(root, num_workers={"heads": 3}, cpus_per_worker=5, price_per_device_hour=1.5)
     assert workers(after)["A-h4"] == 3
-    assert (keys(after), after.key) == (keys(before), before.key)
+    assert (keys(after), after.run_key) == (keys(before), before.run_key)
     assert [trial.folder for trial in after.trials] == [trial.folder for trial in before.trials]
+
+
+def test_a_sweep_is_no_trial_of_its_own_in_mlflow(root):
+    sweep = sweep_with(root, seeds=[0, 1])
+    names = [sweep.run_key, *(trial.run_key for trial in sweep.trials)]
+    assert len(set(names)) == len(names) == 1 + 14
+
+
+def test_another_search_has_other_runs_in_mlflow_of_the_same_training(root):
+    before = load_sweep(root)
+    edit(root, "params.yaml", "evaluate", beam=1)
+    after = load_sweep(root)
+    assert after.run_key != before.run_key
+    assert after.trials[0].run_key != before.trials[0].run_key
+    assert after.trials[0].folder == before.trials[0].folder
 
 
 def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(root):
@@ -205,7 +220,7 @@ def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(ro
     free = {"model.d_ff": [97], "train.warmup_steps": [31, 250]}
     after = sweep_with(root, rows=["positions", "d_k", "A"], seeds=[7, 5, 3], free=free)
     assert len(after.trials) > len(before.trials)
-    assert after.key == before.key
+    assert after.run_key == before.run_key
     assert keys(before).items() <= keys(after).items()
     folders = {trial.id: trial.folder for trial in after.trials}
     assert all(folders[trial.id] == trial.folder for trial in before.trials)
@@ -221,7 +236,7 @@ def test_another_base_other_data_and_other_code_are_another_sweep(root, change):
     else:
         (root / change).write_text("# another\n")
     after = load_sweep(root)
-    assert after.key != before.key
+    assert after.run_key != before.run_key
     assert not {trial.folder for trial in before.trials} & {trial.folder for trial in after.trials}
     assert not set(keys(before).values()) & set(keys(after).values())
 
@@ -230,4 +245,4 @@ def test_the_seed_of_params_yaml_is_not_the_sweeps(root):
     before = load_sweep(root)
     path = root / "params.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 97}))
-    assert (load_sweep(root).key, keys(load_sweep(root))) == (before.key, keys(before))
+    assert (load_sweep(root).run_key, keys(load_sweep(root))) == (before.run_key, keys(before))

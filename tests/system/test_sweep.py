@@ -65,7 +65,7 @@ def continued(killed):
 @pytest.fixture(scope="module")
 def widened(continued):
     """The same with a seed more, and a row that comes to no finite loss."""
-    continued.edit("params.yaml", "sweep.seeds", [3, 5])
+    continued.edit("params.yaml", "sweep.seeds", [0, 5])
     continued.edit("params.yaml", "sweep.free", {"train.lr_scale": [1e30]})
     continued.unwidened = records(continued)
     continued.output = continued.run("python", "-m", "sweeps.run")
@@ -75,7 +75,7 @@ def widened(continued):
 def test_after_a_kill_finished_trials_are_kept_and_others_go_on_from_their_checkpoints(continued):
     assert set(continued.statuses_before.values()) >= {"RUNNING", "FINISHED"}
     found = trials(continued)
-    assert list(found) == ["base, seed 3", "D: dropout 0.0, seed 3", "D: dropout 0.2, seed 3"]
+    assert list(found) == ["base, seed 0", "D: dropout 0.0, seed 0", "D: dropout 0.2, seed 0"]
     assert {trial["status"] for trial in found.values()} == {"finished"}
     after = records(continued)
     assert {name: after[name] for name in continued.before} == continued.before, "a finished trial ran again"
@@ -112,7 +112,7 @@ def test_a_wider_sweep_runs_only_what_is_new(widened):
 def test_a_trial_that_fails_is_a_row_that_says_so_and_the_others_go_on(widened):
     found = trials(widened)
     failed = {name: trial for name, trial in found.items() if trial["status"] == "failed"}
-    assert list(failed) == ["free: lr_scale 1e+30, seed 3", "free: lr_scale 1e+30, seed 5"]
+    assert list(failed) == ["free: lr_scale 1e+30, seed 0", "free: lr_scale 1e+30, seed 5"]
     assert all("the loss is nan" in trial["error"] for trial in failed.values())
     assert all(trial["attempts"] == 1 for trial in failed.values()), "tried again what fails each time"
     assert {trial["status"] for name, trial in found.items() if name not in failed} == {"finished"}
@@ -143,25 +143,24 @@ def test_a_sweep_that_is_finished_starts_no_ray(widened):
 
 @pytest.fixture(scope="module")
 def halved(trained, tmp_path_factory):
-    """A free space under ASHA: base, and rows that hardly learn."""
+    """A free space under ASHA: base, a row that learns as well, and rows that hardly learn."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("asha") / "project")
     project.edit("params.yaml", "sweep.rows", [])
     project.edit("params.yaml", "sweep.scheduler", "asha")
-    project.edit("params.yaml", "sweep.free", {"train.lr_scale": [3e-9, 2e-9, 1e-9]})
+    project.edit("params.yaml", "sweep.free", {"train.lr_scale": [0.9, 2e-9, 1e-9]})
     project.output = project.run("python", "-m", "sweeps.run")
     return project
 
 
 def test_asha_ends_the_worse_trials_early_and_scores_the_others(halved):
     found = trials(halved)
-    assert found["base, seed 3"]["status"] == "finished"
+    assert {found[name]["status"] for name in ("base, seed 0", "free: lr_scale 0.9, seed 0")} == {"finished"}
     stopped = {name: trial for name, trial in found.items() if trial["status"] == "stopped"}
-    assert stopped.keys() <= {f"free: lr_scale {rate}, seed 3" for rate in ("3e-09", "2e-09", "1e-09")}
-    assert len(stopped) >= 2, "ASHA lets one in four go on"
+    assert list(stopped) == ["free: lr_scale 2e-09, seed 0", "free: lr_scale 1e-09, seed 0"]
     for trial in stopped.values():
         assert "ended by ASHA at step 100, validation perplexity" in trial["error"]
         assert trial["translations"] is None
-        assert trial["flops"] < found["base, seed 3"]["flops"]
+        assert trial["flops"] < found["base, seed 0"]["flops"]
     statuses = {name: run.info.status for name, run in runs(halved)[0].items()}
     assert set(statuses.values()) == {"FINISHED"}
     assert len(statuses) == 1 + len(found)
@@ -178,5 +177,6 @@ def test_more_workers_than_the_machine_has_are_refused_by_name(trained, tmp_path
     project = trained.untrained_copy(tmp_path / "project")
     project.edit("params.yaml", "sweep.cpus_per_worker", 1000)
     output = project.run("python", "-m", "sweeps.run", code=1)
-    assert "hardware.cpus_per_worker" in output
+    assert "sweep: base: hardware.num_workers is 1, with 1000 CPUs each" in output
+    assert "sweep.cpus_per_worker" in output
     assert "Traceback" not in output

@@ -1,0 +1,40 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline import train
+from pipeline.params import load_settings
+
+
+@pytest.fixture
+def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker (not rank 0) whose device has too little memory, of as many workers as it is called with."""
+
+    def refuse(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def run(num_workers: int) -> str | None:
+        context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: num_workers)
+        monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
+        monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(train, "train_rank", refuse)
+        settings = load_settings(Path(__file__).parents[2])
+        cpus = torch.get_num_threads()
+        job = train.Job(settings, tmp_path, tmp_path, "", "", cpus=cpus, gpu=False, reports_to_ray=False)
+        return train.work({"job": job})
+
+    return run
+
+
+def test_a_worker_alone_that_has_too_little_memory_says_so_and_is_not_started_again(out_of_memory):
+    assert out_of_memory(1) == (
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; "
+        "lower hardware.micro_batch_tokens, or take more workers"
+    )
+
+
+def test_one_of_several_workers_dies_of_it_because_the_others_wait_for_it(out_of_memory):
+    with pytest.raises(torch.OutOfMemoryError):
+        out_of_memory(2)
