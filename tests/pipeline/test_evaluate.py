@@ -16,7 +16,7 @@ from pipeline import scoring
 from pipeline.checkpoint import load_model, save_model
 from pipeline.corpus import load_tokenizer
 from pipeline.encode import encode_corpus
-from pipeline.evaluate import evaluate, main, perplexities, read_split, run
+from pipeline.evaluate import evaluate, main, perplexities, read_split, run, table
 from pipeline.params import Settings, load_settings
 from pipeline.train_tokenizer import train_tokenizer
 from pipeline.translation import translate
@@ -151,7 +151,7 @@ def test_the_metrics_are_the_scores_of_the_translations(project: Path, settings:
     assert found.by_length == scoring.bleu_by_length(test.sources, outputs, references)
 
 
-def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: Settings, mlflow: dict, capsys):
+def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: Settings, mlflow: dict):
     found = run(settings, project)
     reports = project / "reports"
     assert json.loads((reports / "evaluation.json").read_text()) == found.metrics
@@ -183,7 +183,7 @@ def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: 
         {"beam": 4, "alpha": 0.6, "max_extra": 7},
     )
 
-    shown = capsys.readouterr().out
+    shown = table(found.metrics)
     for name in ("bleu", "bleu_paper", "bleu_lowercase", "chrf"):
         assert f"{found.metrics['test'][name]:.2f}" in shown
         assert found.metrics["test"][f"{name}_signature"] in shown
