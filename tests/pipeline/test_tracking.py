@@ -231,6 +231,14 @@ def test_a_trials_run_can_be_ended_by_its_key_with_the_reason(
     assert client.get_run(other).info.status == "RUNNING"
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C counts, even if these tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("ending", "error", "expected"),
     [
@@ -240,6 +248,7 @@ def test_a_trials_run_can_be_ended_by_its_key_with_the_reason(
         (lambda: signal.raise_signal(signal.SIGTERM), SystemExit, "KILLED"),
     ],
 )
+@pytest.mark.usefixtures("_interruptible")
 def test_the_guard_marks_a_run_that_does_not_come_to_its_end(uri, run_id, ending, error, expected) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error), tracking.run_guard(uri, run_id):
