@@ -193,9 +193,8 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt) or (
-            isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
-        )
+        codes = (128 + signal.SIGTERM, signal.SIGTERM)  # ours, and that of Ray's handler, if it was set later
+        killed = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in codes)
         finish(uri, run_id, "KILLED" if killed else "FAILED", patience_s=5)
         raise
     finally:

@@ -246,6 +246,7 @@ def _interruptible() -> Iterator[None]:
         (lambda: sys.exit("train: the disk is full"), SystemExit, "FAILED"),
         (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, "KILLED"),
         (lambda: signal.raise_signal(signal.SIGTERM), SystemExit, "KILLED"),
+        (lambda: sys.exit(signal.SIGTERM), SystemExit, "KILLED"),
     ],
 )
 @pytest.mark.usefixtures("_interruptible")
