@@ -81,9 +81,9 @@ def run(root: Path) -> None:
                             _tune(list(group), slots[need], root, parent, asha)
                 finally:
                     tracking.end_children(uri, experiment, parent)  # whose process was killed
-        failed = [trial.record() for trial in sweep.trials]
-        if all(record is None or record["status"] == "failed" for record in failed):
-            why = next((record["error"] for record in failed if record), "none has run")
+        records = [record for trial in sweep.trials if (record := trial.record())]
+        if all(record["status"] == "failed" for record in records):
+            why = records[0]["error"] if records else "sweep.rows names none that can be built"
             raise ValueError(f"no trial has come to a result: {why}")
         _write_results(sweep, root, parent)
     tracking.finish(uri, parent)
