@@ -152,6 +152,7 @@ def halved(trained, tmp_path_factory):
     return project
 
 
+@pytest.mark.slow
 def test_asha_ends_the_worse_trials_early_and_scores_the_others(halved):
     found = trials(halved)
     assert {found[name]["status"] for name in ("base, seed 0", "free: lr_scale 0.9, seed 0")} == {"finished"}
@@ -166,6 +167,7 @@ def test_asha_ends_the_worse_trials_early_and_scores_the_others(halved):
     assert len(statuses) == 1 + len(found)
 
 
+@pytest.mark.slow
 def test_what_asha_has_ended_stays_ended(halved):
     before = records(halved)
     output = halved.run("python", "-m", "sweeps.run")
