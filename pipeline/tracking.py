@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -207,30 +207,31 @@ def reconcile(uri: str, experiment: str) -> list[str]:
 
     Runs whose owner is on another machine are left as they are: from here nobody can tell.
     """
+    here = socket.gethostname()
+
+    def dead(run: Run) -> bool:
+        return run.data.tags.get("owner_host") == here and not _owner_lives(run)
+
+    return _kill_running(uri, experiment, dead)
+
+
+def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
+    """Mark KILLED every child of the run that is RUNNING; returns their ids. For the driver of a sweep alone, which
+    knows that none of them is: unlike `reconcile`, this holds for children on other machines too."""
+    return _kill_running(uri, experiment, lambda run: run.data.tags.get("mlflow.parentRunId") == parent_id)
+
+
+def _kill_running(uri: str, experiment: str, nobody_runs: Callable[[Run], bool]) -> list[str]:
     _await_server(uri, patience_s=10)
     client = _client(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return []
     running = client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'", max_results=10_000)
-    here = socket.gethostname()
-    dead = [run.info.run_id for run in running if run.data.tags.get("owner_host") == here and not _owner_lives(run)]
+    dead = [run.info.run_id for run in running if nobody_runs(run)]
     for run_id in dead:
         client.set_terminated(run_id, "KILLED")
     return dead
-
-
-def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
-    """Mark KILLED every child of the run that is RUNNING; returns their ids. For the driver of a sweep alone, which
-    knows that none of them is: unlike `reconcile`, this holds for children on other machines too."""
-    _await_server(uri, patience_s=10)
-    client = _client(uri)
-    found = client.get_experiment_by_name(experiment)
-    query = f"attributes.status = 'RUNNING' and tags.mlflow.parentRunId = '{parent_id}'"
-    running = client.search_runs([found.experiment_id], query, max_results=10_000) if found else []
-    for run in running:
-        client.set_terminated(run.info.run_id, "KILLED")
-    return [run.info.run_id for run in running]
 
 
 def end_as(uri: str, run_key: str, experiment: str, status: str, reason: str) -> None:
@@ -248,11 +249,10 @@ def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[st
     stays away, ValueError when there is no such run any more."""
     _await_server(uri, patience_s=600)
     client = _client(uri)
-    _require_run(client, run_id)
+    known = _require_run(client, run_id).data.metrics
     for file in files:
         client.log_artifact(run_id, str(file))
     now_ms = time.time_ns() // 1_000_000
-    known = client.get_run(run_id).data.metrics
     changed = {key: value for key, value in metrics.items() if known.get(key) != value}
     client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()])
 
@@ -534,7 +534,7 @@ def log_evaluation(
     run = client.get_run(run_id)
     search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH}
     if any(run.data.params.get(key, value) != value for key, value in search.items()):
-        run = _evaluation_child(client, run, search)
+        run = _evaluation_child(client, run, search, search_name(settings))
         run_id = run.info.run_id
     for file in files:
         client.log_artifact(run_id, str(file), "evaluation")
@@ -561,8 +561,7 @@ def search_name(settings: Settings) -> str:
     return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH)
 
 
-def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str]) -> Run:
-    name = ", ".join(f"{key} {value}" for key, value in search.items())
+def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], name: str) -> Run:
     key = f"{parent.data.tags['run_key']}, {name}"
     if child := _find(client, parent.info.experiment_id, key):
         return child

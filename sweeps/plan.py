@@ -8,7 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from pipeline.batching import BatchPlan, collate
 from pipeline.corpus import ENCODED, CorpusInfo, EncodedSplit
 from pipeline.params import Settings
+from pipeline.worker import batch_plan
 from sweeps.trials import Sweep, Trial, load_sweep
 
 MEASURED_S = 3.0
@@ -94,15 +95,7 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     data = root / ENCODED
     config = settings.model.config(CorpusInfo.open(data).vocab_size)
     split = EncodedSplit.open(data, "train")
-    tokens = settings.hardware.micro_batch_tokens
-    plan = BatchPlan(
-        split.src.lengths,
-        split.tgt.lengths,
-        batch_tokens=tokens,
-        micro_batch_tokens=tokens,
-        max_length=config.max_length,
-        seed=0,
-    )
+    plan = batch_plan(split, replace(settings, seed=0), settings.hardware.micro_batch_tokens)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = Transformer(config).to(device)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
 from itertools import count
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from settings_files import copy_settings, edit
 
 from model.config import EOS
 from model.flops import training_flops
@@ -24,7 +23,6 @@ from sweeps import plan
 from sweeps.plan import costs, flops_per_step, is_done, measured_rate, num_parameters, text
 from sweeps.trials import EVALUATION_CODE, Sweep, load_sweep
 
-REPOSITORY = Path(__file__).parents[2]
 VOCAB = 29
 PAIRS = {"train": 97, "valid": 3, "test": 3}
 CPU = torch.device("cpu")
@@ -48,8 +46,7 @@ def write_corpus(folder: Path) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project after the tokenize stage, with a sweep of two rows and one that is left out, two seeds."""
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    copy_settings(tmp_path)
     for file in EVALUATION_CODE:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -63,12 +60,6 @@ def root(tmp_path: Path) -> Path:
     edit(tmp_path, "conf/hardware/auto.yaml", "hardware", micro_batch_tokens=53, device="cpu")
     edit(tmp_path, "params.yaml", "sweep", rows=["d_k"], seeds=[3, 5], flops_per_second=1e6)
     return tmp_path
-
-
-def edit(root: Path, file: str, section: str, **values: Any) -> None:
-    content = yaml.safe_load((root / file).read_text())
-    content[section] |= values
-    (root / file).write_text(yaml.safe_dump(content))
 
 
 def with_model(settings: Settings, **changes: Any) -> Settings:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from settings_files import REPOSITORY, copy_settings, edit
 
 from pipeline.params import load_settings
 from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
 
-REPOSITORY = Path(__file__).parents[2]
 CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/loop.py")
 
 
@@ -26,8 +26,7 @@ def write_meta(root: Path, sha256: str = "0" * 64) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project after the tokenize stage, as far as the trials' names and keys depend on it."""
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    copy_settings(tmp_path)
     for file in CODE:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
@@ -39,12 +38,6 @@ def root(tmp_path: Path) -> Path:
             (tmp_path / f"data/clean/{split}.{language}").write_text(f"{split} {language}\n")
     edit(tmp_path, "params.yaml", "sweep", rows=["heads", "d_k"], seeds=[3, 5])
     return tmp_path
-
-
-def edit(root: Path, file: str, section: str, **values: Any) -> None:
-    content = yaml.safe_load((root / file).read_text())
-    content[section] |= values
-    (root / file).write_text(yaml.safe_dump(content))
 
 
 def sweep_with(root: Path, **values: Any) -> Sweep:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,6 +116,14 @@ class Project:
                     with suppress(psutil.NoSuchProcess):
                         ours.kill()
             process.wait()
+
+    def wait_for(self, condition, what, patience_s=PATIENCE_S):
+        """What `condition` returns, as soon as it is true."""
+        deadline = time.monotonic() + patience_s
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"{patience_s} s, and still no {what}"
+            time.sleep(0.05)
+        return found
 
     def log(self):
         return (self.root / "log.txt").read_text()

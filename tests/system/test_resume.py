@@ -1,20 +1,10 @@
 """Training that is killed, in several ways, ends with the weights that it would have had."""
 
-import time
-
 import psutil
 import torch
 from safetensors.torch import load_file
 
 PATIENCE_S = 900
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{PATIENCE_S} s, and still no {what}"
-        time.sleep(0.05)
-    return found
 
 
 def title(process):
@@ -27,7 +17,7 @@ def title(process):
 def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("python", "-m", "pipeline.train") as training:
-        wait_for(project.checkpoints, "checkpoint")
+        project.wait_for(project.checkpoints, "checkpoint")
         ours = training.children(recursive=True)
         (worker,) = (process for process in ours if title(process).startswith("ray::RayTrainWorker"))
         worker.kill()
@@ -41,7 +31,7 @@ def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_pat
 def test_killed_repro_is_continued_by_the_next_and_the_weights_are_the_same(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("dvc", "repro", "train") as repro:
-        wait_for(project.checkpoints, "checkpoint")
+        project.wait_for(project.checkpoints, "checkpoint")
         orphans = repro.children(recursive=True)
         repro.kill()
     output = project.run("dvc", "repro", "train")

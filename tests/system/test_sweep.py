@@ -10,14 +10,6 @@ PATIENCE_S = 600
 EXPERIMENT = "table3-micro-micro"
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{PATIENCE_S} s, and still no {what}"
-        time.sleep(0.05)
-    return found
-
-
 def records(project):
     """{folder of the trial: what it came to}"""
     return {path.parent.name: json.loads(path.read_text()) for path in project.root.glob("checkpoints/*/trial.json")}
@@ -46,7 +38,7 @@ def killed(trained, tmp_path_factory):
     """A sweep of three trials whose driver was killed (-9) between the first trial's end and the last one's."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("sweep") / "project")
     with project.started("python", "-m", "sweeps.run") as sweep:
-        wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished")
+        project.wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished", PATIENCE_S)
         assert sweep.poll() is None, project.log()
         sweep.kill()
         sweep.wait()
