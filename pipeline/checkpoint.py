@@ -2,15 +2,17 @@
 
 A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
 (the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
-A checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; its
-checksums are verified on load all the same, and a damaged one is passed over for the one before it.
+A checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; to a
+store, its checksums go last. They are verified on load, and a damaged one is passed over for the one before it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import Tensor
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.loop import State
+from pipeline.storage import Folder, copy_file, errors_of, local_copy, remove
 
 FILES, SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,11 +36,15 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint that is not what was written."""
 
 
+class DiskFullError(OSError):
+    """There is no room for a checkpoint, nor will there be before somebody makes some."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `load` found: `tensors` by name, "model.…" and "adam.exp_avg.…"."""
 
-    folder: Path
+    folder: Folder
     tensors: dict[str, Tensor]
     state: State
 
@@ -52,79 +59,114 @@ class Checkpoint:
 
 
 def save(
-    run_folder: Path,
+    run_folder: Folder,
     model: Transformer,
     optimizer: torch.optim.Adam,
     state: State,
     settings: dict[str, Any],
     keep: int,
-) -> Path:
-    """Write step_<n>, then delete all but the last `keep`. On an error (a full disk, say) nothing is left of it,
-    those before it stand, and OSError says so. Later ones are deleted too: training goes on from before them only
-    if they are damaged."""
+) -> Folder:
+    """Write step_<n>, then delete those before the last `keep` up to it. On an error (a full disk, say) nothing is
+    left of it, those before it stand, and OSError says so. Later ones, which are damaged, wait for their step."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     target = folder_of(run_folder, state.step)
-    temporary = run_folder / f".{target.name}.{os.getpid()}"
-    run_folder.mkdir(parents=True, exist_ok=True)
-    for leftover in run_folder.glob(".step_*"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary: Path | None = None
     try:
-        temporary.mkdir()
+        temporary = _new_folder(run_folder, target.name)
         path = temporary / "tensors.safetensors"
         _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
         content = {"state": asdict(state), "settings": settings}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
         sums = [f"{_sha256(temporary / name)}  {name}\n" for name in FILES]
         (temporary / SUMS).write_text("".join(sums), encoding="utf-8")  # as sha256sum writes and checks them
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
-        temporary.rename(target)
-        _flush(run_folder)
+        remove(target)  # a damaged one of the same step
+        if isinstance(run_folder, Path):
+            for file in (*temporary.iterdir(), temporary):
+                _flush(file)
+            temporary.rename(str(target))
+            _flush(run_folder)
+        else:
+            with errors_of(target):
+                for name in (*FILES, SUMS):
+                    copy_file(temporary / name, target / name)
     except OSError as error:
-        raise OSError(
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OSError
+        raise kind(
             f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}; "
             "the ones before it stand: make room and run again"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    found = folders(run_folder)
-    last = found.index(target) + 1
-    for folder in (*found[: max(0, last - keep)], *found[last:]):
-        shutil.rmtree(folder)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    found = [folder for folder in folders(run_folder) if folder.name <= target.name]
+    for folder in found[:-keep]:
+        remove(folder)
     return target
 
 
-def folder_of(run_folder: Path, step: int) -> Path:
+def _new_folder(run_folder: Folder, name: str) -> Path:
+    """To write a checkpoint into: beside the others, or for a store on this machine's disk."""
+    if not isinstance(run_folder, Path):
+        return Path(tempfile.mkdtemp())
+    run_folder.mkdir(parents=True, exist_ok=True)
+    for leftover in run_folder.glob(".step_*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = run_folder / f".{name}.{os.getpid()}"
+    temporary.mkdir()
+    return temporary
+
+
+def folder_of(run_folder: Folder, step: int) -> Folder:
     return run_folder / f"step_{step:08d}"
 
 
-def folders(run_folder: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+def folders(run_folder: Folder) -> list[Folder]:
+    """The run's checkpoints, oldest first. Raises OSError when their store cannot be reached."""
+    with errors_of(run_folder):
+        found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: path.name)
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read and verify one. Raises DamagedCheckpointError."""
+def load(folder: Folder) -> Checkpoint:
+    """Read and verify one. Raises DamagedCheckpointError, and OSError when its store cannot be reached."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in map(str.split, lines)}
-        for name in FILES:
-            if _sha256(folder / name) != sums[name]:
-                raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state = State(**content["state"])
-        state.position = (state.position[0], state.position[1])
-        return Checkpoint(folder, load_file(folder / "tensors.safetensors"), state)
+        with local_copy(folder) as local:
+            return _load(folder, local)
+    except DamagedCheckpointError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        if isinstance(error, DamagedCheckpointError):
-            raise
+        away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if away and not isinstance(folder, Path):
+            raise  # it may well be whole: to go back behind it would lose work
         raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
 
 
-def load_latest(run_folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def _load(folder: Folder, local: Path) -> Checkpoint:
+    lines = (local / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, name in map(str.split, lines)}
+    for name in FILES:
+        if _sha256(local / name) != sums[name]:
+            raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
+    content = json.loads((local / "state.json").read_text(encoding="utf-8"))
+    state = State(**content["state"])
+    state.position = (state.position[0], state.position[1])
+    return Checkpoint(folder, load_file(local / "tensors.safetensors"), state)
+
+
+def seems_finished(run_folder: Folder) -> bool:
+    """Whether the newest one says that training is done, without a look at its tensors: they may be far and large."""
+    for folder in folders(run_folder)[-1:]:
+        try:
+            with errors_of(folder):
+                return bool(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["finished"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return False  # damaged: whoever loads it says so
+    return False
+
+
+def load_latest(run_folder: Folder, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole one, or None; each damaged one that is passed over is named to `warn`."""
     for folder in reversed(folders(run_folder)):
         try:
@@ -134,7 +176,7 @@ def load_latest(run_folder: Path, warn: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def average(run_folder: Path, count: int, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], list[int]]:
+def average(run_folder: Folder, count: int, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], list[int]]:
     """The mean of the weights of the last `count` whole checkpoints (section 6.1), and their steps."""
     total: dict[str, Tensor] = {}
     steps: list[int] = []
@@ -184,7 +226,8 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(path)) from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,21 +1,32 @@
-"""Outputs that are there whole or not at all: written under a temporary name, renamed when complete."""
+"""Outputs that are there whole or not at all: written under a temporary name, renamed when complete. A store renames
+nothing, but takes a file as a whole."""
 
 import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import Folder, copy_files, errors_of
+
 
 @contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
+def replace_folder(target: Folder) -> Iterator[Path]:
     """An empty folder to write into; it becomes `target` at the end of the block, or vanishes if that raises.
 
-    The temporary names are always the same, so that what a killed run left behind is removed by the next.
+    The temporary names are always the same, so that what a killed run left behind is removed by the next. To a
+    store, which takes one file at a time, the files of the folder go at the end.
     """
+    if not isinstance(target, Path):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+            with errors_of(target):
+                copy_files(Path(temporary), target)
+        return
     partial, old = _beside(target, "partial"), _beside(target, "old")
     with naming(target):
         _remove(partial)
@@ -32,13 +43,17 @@ def replace_folder(target: Path) -> Iterator[Path]:
         _remove(old)
 
 
-def write_text(target: Path, text: str) -> None:
+def write_text(target: Folder, text: str) -> None:
     """UTF-8, with "\\n" at line ends on every system; missing parent folders are made."""
     write_bytes(target, text.encode())
 
 
-def write_bytes(target: Path, content: bytes) -> None:
+def write_bytes(target: Folder, content: bytes) -> None:
     """Missing parent folders are made."""
+    if not isinstance(target, Path):
+        with errors_of(target):
+            target.write_bytes(content)
+        return
     partial = _beside(target, "partial")
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +65,7 @@ def write_bytes(target: Path, content: bytes) -> None:
             raise
 
 
-def write_json(target: Path, values: Any) -> None:
+def write_json(target: Folder, values: Any) -> None:
     write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

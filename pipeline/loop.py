@@ -142,8 +142,9 @@ def train(
             state.stale_validations = 0 if better else state.stale_validations + 1
             state.best_valid_loss = min(metrics["valid_loss"], state.best_valid_loss)
             state.finished = state.finished or 0 < recipe.patience <= state.stale_validations
+            metrics |= {"tokens": state.tokens, "epoch": state.position[0]}
             state.validation_curve.append({"step": state.step, **metrics})
-            report({**metrics, "tokens": state.tokens, "epoch": state.position[0]}, state.step)
+            report(metrics, state.step)
         if state.step % recipe.log_every == 0 or state.finished:
             metrics = {
                 "train_loss": state.since_loss / state.since_tokens,

@@ -149,7 +149,7 @@ class Train:
 class Hardware:
     """On what training runs; nothing here changes what one step computes, precision apart."""
 
-    num_workers: int
+    num_workers: int | list[int]
     device: Literal["auto", "cpu", "gpu"]
     cpus_per_worker: int
     precision: Literal["fp32", "bf16"]
@@ -158,10 +158,27 @@ class Hardware:
     max_failures: int
 
     def __post_init__(self) -> None:
-        for key in ("num_workers", "micro_batch_tokens"):
-            _require(getattr(self, key) >= 1, f"hardware.{key}", getattr(self, key), "a number from 1 up")
+        workers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
+        _require(
+            len(workers) == 2 and 1 <= workers[0] <= workers[1],
+            "hardware.num_workers",
+            self.num_workers,
+            "a number from 1 up, or [least, most],",
+        )
+        _require(
+            self.micro_batch_tokens >= 1, "hardware.micro_batch_tokens", self.micro_batch_tokens, "a number from 1 up"
+        )
         for key in ("cpus_per_worker", "max_failures"):
             _require(getattr(self, key) >= 0, f"hardware.{key}", getattr(self, key), "0 or more")
+
+    @property
+    def min_workers(self) -> int:
+        """Training goes on as long as so many can run."""
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +342,7 @@ def _section(path: Path, name: str, values: Any, section: type) -> Any:
 
 
 def _optional(kind: Any) -> bool:
-    return isinstance(kind, types.UnionType)
+    return isinstance(kind, types.UnionType) and types.NoneType in get_args(kind)
 
 
 def _check_keys(path: Path, prefix: str, values: dict, known: set[str], required: set[str] | None = None) -> None:
@@ -340,6 +357,9 @@ def check_type(path: Path, key: str, value: object, kind: Any) -> None:
         fits, allowed = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
     elif _optional(kind):
         return check_type(path, key, value, get_args(kind)[0])
+    elif isinstance(kind, types.UnionType):  # int | list[int]
+        one, many = get_args(kind)
+        return check_type(path, key, value, many if isinstance(value, list) else one)
     elif get_origin(kind) is list:
         fits, allowed = type(value) is list, "a list"
         for item in value if type(value) is list else ():

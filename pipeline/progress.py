@@ -13,25 +13,32 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.files import write_json
+from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 0.5
+STORE_INTERVAL_S = 5.0
+"""A store takes longer for a file, and money."""
+REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
+"""A log keeps every state of the bar."""
 
 
 class Reporter:
-    """The worker's side. Writing the file is cheap, and done twice a second at most; a full disk does not stop it.
+    """The worker's side. Writing the file is cheap, and done twice a second at most; neither a full disk nor a store
+    that cannot be reached stops it.
 
     A worker that takes a dead one's place adds to what that one said.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Folder) -> None:
         self.path, self.written = path, 0.0
+        self.interval_s = _interval_s(path)
         news = _read(path)
         self.said: list[str] = news["said"] if news else []
         self.step, self.text = 0, ""
 
     def progress(self, step: int, text: str) -> None:
         self.step, self.text = step, text
-        if time.monotonic() - self.written > INTERVAL_S:
+        if time.monotonic() - self.written > self.interval_s:
             self.flush()
 
     def say(self, line: str) -> None:
@@ -45,9 +52,10 @@ class Reporter:
 
 
 @contextmanager
-def shown(path: Path, total: int, name: str) -> Iterator[None]:
+def shown(path: Folder, total: int, name: str) -> Iterator[None]:
     """Show what the Reporter of this path writes, from now to the end of the block."""
-    path.unlink(missing_ok=True)
+    with suppress(OSError), errors_of(path):
+        path.unlink(missing_ok=True)
     done = threading.Event()
     thread = threading.Thread(target=_show, args=(path, total, name, done), daemon=True)
     thread.start()
@@ -58,12 +66,12 @@ def shown(path: Path, total: int, name: str) -> Iterator[None]:
         thread.join()
 
 
-def _show(path: Path, total: int, name: str, done: threading.Event) -> None:
+def _show(path: Folder, total: int, name: str, done: threading.Event) -> None:
     bar: tqdm | None = None
     num_said = 0
     ended = False
     while not ended:
-        ended = done.wait(INTERVAL_S)  # and once more after the end
+        ended = done.wait(_interval_s(path))  # and once more after the end
         news = _read(path)
         if news is None:
             continue
@@ -72,21 +80,34 @@ def _show(path: Path, total: int, name: str, done: threading.Event) -> None:
         num_said = len(news["said"])
         if news["step"]:
             # the bar's own estimate of the time left begins where a resumed run begins
-            bar = bar or tqdm(total=total, initial=news["step"], desc=name, unit="step", dynamic_ncols=True)
+            if bar is None:
+                bar = tqdm(
+                    total=total,
+                    initial=news["step"],
+                    desc=name,
+                    unit="step",
+                    dynamic_ncols=True,
+                    mininterval=REDRAW_S,
+                )
             bar.set_postfix_str(news["text"], refresh=False)
             bar.update(news["step"] - bar.n)
     if bar:
         bar.close()
 
 
-def step(path: Path) -> int:
+def step(path: Folder) -> int:
     """How far the run of this path is."""
     news = _read(path)
     return int(news["step"]) if news else 0
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _interval_s(path: Folder) -> float:
+    return INTERVAL_S if isinstance(path, Path) else STORE_INTERVAL_S
+
+
+def _read(path: Folder) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with errors_of(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

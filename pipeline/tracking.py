@@ -45,7 +45,6 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from pipeline.corpus import CLEAN, TOKENIZER
-from pipeline.files import write_text
 from pipeline.params import Settings, flatten
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
     all_tags = {
         "mlflow.runName": f"{settings.data_name} {settings.model_name}, seed {settings.seed}",
         "run_key": run_key,
-        **_git_tags(root),
+        **git_tags(root),
         **{f"{name}_md5": md5 for name, md5 in hashes.items()},
         **_owner_tags(),
         **tags,
@@ -137,17 +136,22 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
     run_id = run.info.run_id
     params = run_params(settings) | {key: tags[key] for key in ("change",) if key in tags}
     missing = {key: value for key, value in params.items() if key not in run.data.params}
+    name = all_tags.pop("mlflow.runName")  # in log_batch it takes four of the 15 connections that a server has
     client.log_batch(
         run_id,
         params=[Param(key, value) for key, value in missing.items()],
         tags=[RunTag(key, str(value)) for key, value in all_tags.items()],
     )
-    client.update_run(run_id, status="RUNNING")  # after its owner is known: `reconcile` may look at any time
+    client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
         source = json.dumps({"uri": str((root / CLEAN).resolve())})
         dataset = Dataset(settings.download.corpus, hashes["data"], source_type="local", source=source)
-        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        try:
+            client.log_inputs(run_id, inputs)
+        except MlflowException:  # another process was first to log this data, at the same moment
+            client.log_inputs(run_id, inputs)
     return run_id
 
 
@@ -310,7 +314,12 @@ def _experiment(client: MlflowClient, name: str, root: Path) -> str:
     if experiment is None:
         local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
         folder = (root.resolve() / "mlartifacts").as_uri() if local else None
-        return client.create_experiment(name, artifact_location=folder)
+        try:
+            return client.create_experiment(name, artifact_location=folder)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return _experiment(client, name, root)  # which another process has made at the same moment
     if experiment.lifecycle_stage != "active":
         raise ValueError(
             f"tracking.experiment is {name!r}, which was deleted in MLflow: restore it there or name another"
@@ -345,10 +354,11 @@ def _owner_lives(run: Run) -> bool:
     return abs(started - float(tags["owner_started"])) < 2
 
 
-def _git_tags(root: Path) -> dict[str, str]:
+def git_tags(root: Path) -> dict[str, str]:
     """The commit (GIT_COMMIT names it where there is no repository), and whether code or settings differ from it."""
     if commit := os.environ.get("GIT_COMMIT"):
-        return {"git_commit": commit, "mlflow.source.git.commit": commit}
+        stated = {"git_dirty": os.environ["GIT_DIRTY"]} if "GIT_DIRTY" in os.environ else {}
+        return {"git_commit": commit, "mlflow.source.git.commit": commit} | stated
     try:
         commit = _git(root, "rev-parse", "HEAD")
         # dvc.lock and reports change with every run
@@ -382,18 +392,14 @@ class MetricWriter:
     step that MLflow has of a metric is dropped: it comes from steps that are taken a second time after a resume.
     A point that was delivered although the answer got lost is recognised by MLflow by its time and value.
 
-    Points also stand in a file of `folder` until all are delivered, so that neither a killed process nor a server
-    that is still away at the end loses any: the next writer of the same run and folder goes on from there.
-    Nothing bounds what waits, as a day's points are a few megabytes.
+    What a process that is killed had still to deliver stands in its last checkpoint, or is computed again from
+    there: a worker that resumes logs the checkpoint's curves first. Nothing bounds what waits, as a day's points are
+    a few megabytes.
     """
 
-    def __init__(self, uri: str, run_id: str, folder: Path) -> None:
+    def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
-        self._path = folder / f"metrics-{run_id}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._points = deque(_read_journal(self._path))
-        self._journal = self._path.open("a", encoding="utf-8", buffering=1)  # a line at a time
-        self._journal_full = False
+        self._points: deque[dict[str, Any]] = deque()
         self._last_steps: dict[str, int] | None = None
         self._away = self._refused = False
         self._closing = threading.Event()
@@ -405,26 +411,16 @@ class MetricWriter:
         """Steps must grow from call to call, for each metric by itself."""
         values = {key: float(value) for key, value in metrics.items()}
         point = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": values}
-        try:
-            self._journal.write(json.dumps(point) + "\n")
-        except OSError as error:
-            if not self._journal_full:
-                logger.warning("Metrics wait for MLflow in memory only: %s", error)
-            self._journal_full = True
         self._points.append(point)
 
     def close(self, timeout_s: float = 60) -> bool:
-        """Deliver what waits; False if that did not succeed in time, and some of it stays in the file."""
+        """Deliver what waits; False if that did not succeed in time."""
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s + 1)
-        with contextlib.suppress(OSError):
-            self._journal.close()
         if self._points:
-            logger.warning("%d points for MLflow are left in %s.", len(self._points), self._path)
-            return False
-        self._path.unlink(missing_ok=True)
-        return True
+            logger.warning("MLflow run %s lacks %d points.", self._run_id, len(self._points))
+        return not self._points
 
     def _run(self) -> None:
         pause_s = 1.0  # so that a fast loop's points share calls
@@ -438,15 +434,16 @@ class MetricWriter:
                 time.sleep(0.5)
 
     def _deliver(self) -> bool:
-        """Whether nothing waits any more."""
+        """Whether all that waited is delivered."""
         try:
             if self._points and not _answers(self._uri):
                 raise ConnectionError("no answer")
             client = _client(self._uri)
             if self._last_steps is None:
                 self._last_steps = _last_steps(client, self._run_id)
-            while self._points:
-                self._deliver_batch(client, self._last_steps)
+            waiting = len(self._points)  # what comes meanwhile shares the next call
+            while waiting > 0:
+                waiting -= self._deliver_batch(client, self._last_steps)
         except Exception as error:  # a thread has nobody to raise to
             if isinstance(error, MlflowException) and error.error_code in REFUSALS:
                 self._refused = True
@@ -460,7 +457,8 @@ class MetricWriter:
             logger.warning("MLflow at %s is back; it has all points.", self._uri)
         return True
 
-    def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> None:
+    def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> int:
+        """The number of points that are done with."""
         batch: list[Metric] = []
         reached = dict(last_steps)
         num_points = 0
@@ -477,18 +475,7 @@ class MetricWriter:
         last_steps.update(reached)
         for _ in range(num_points):
             self._points.popleft()
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """Points left by an earlier process; a line that its death cut short is taken out of the file."""
-    if not path.exists():
-        return []
-    points = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            points.append(json.loads(line))
-    write_text(path, "".join(json.dumps(point) + "\n" for point in points))
-    return points
+        return num_points
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:

@@ -14,9 +14,9 @@ import io
 import json
 import logging
 import os
-import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,32 +25,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 
 from pipeline import checkpoint, progress, tracking
-from pipeline.corpus import CorpusInfo
+from pipeline.cluster import check, nodes, ray_cluster, share_of_each_worker, versions
+from pipeline.corpus import ENCODED, CorpusInfo
 from pipeline.files import replace_folder, write_json, write_text
 from pipeline.loop import NotFiniteError, State
 from pipeline.params import Hardware, Settings, load_settings
+from pipeline.publish import bring, fetch
+from pipeline.storage import Folder, run_storage
 from pipeline.usage import Meter
 from pipeline.worker import rate_of_step, train_rank
 
-ENCODED, CHECKPOINTS, FINAL, REPORTS = (
-    Path("data/encoded"),
-    Path("checkpoints"),
-    Path("models/final"),
-    Path("reports"),
-)
+CHECKPOINTS, FINAL, REPORTS = Path("checkpoints"), Path("models/final"), Path("reports")
 CODE = ("model/*.py", "pipeline/batching.py", "pipeline/corpus.py", "pipeline/loop.py", "pipeline/worker.py")
 """What decides the weights beside settings and data."""
-
-
-OBJECT_STORE_BYTES = 200_000_000
-"""Of Ray on this machine: nothing large passes through it."""
 
 
 class TrainingError(RuntimeError):
@@ -59,11 +55,13 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver sends to every worker. All paths are absolute: a worker runs in a folder of its own."""
+    """What the driver sends to every worker. All paths are absolute: a worker runs in a folder of its own, perhaps on
+    another machine, where the data are those that were `published`."""
 
     settings: Settings
     data: Path
-    run_folder: Path
+    published: Folder | None
+    run_folder: Folder
     tracking_uri: str
     run_id: str
     cpus: int
@@ -71,7 +69,7 @@ class Job:
     reports_to_ray: bool
 
     @property
-    def progress_file(self) -> Path:
+    def progress_file(self) -> Folder:
         return self.run_folder / "progress.json"
 
 
@@ -81,7 +79,7 @@ class Trained:
 
     key: str
     run_id: str
-    run_folder: Path
+    run_folder: Folder
     state: State
     tracking_uri: str
 
@@ -93,13 +91,20 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     """
     started = time.perf_counter()
     root = root.resolve()
-    _say_how_it_starts(run_folder(settings, root))
-    tracking.reconcile(tracking.tracking_uri(root), settings.tracking.experiment)
-    with ray_cluster(settings.hardware), training(settings, root) as run:
-        metrics = write_model(run, settings, root, root / FINAL)
-        write_json(root / REPORTS / "train.json", metrics)
-        for name in ("training", "validation"):
-            write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(run.state, f"{name}_curve")))
+    uri = tracking.tracking_uri(root)
+    published = bring(settings, root, run_storage(root))
+    folder = run_folder(settings, root)
+    _say_how_it_starts(folder)
+    done = _finished(folder) is not None
+    with nullcontext() if done else ray_cluster(settings.hardware, root):
+        if not done:
+            check(root, run_storage(root), published, uri)
+        tracking.reconcile(uri, settings.tracking.experiment)
+        with training(settings, root, published) as run:
+            metrics = write_model(run, settings, root, root / FINAL)
+            write_json(root / REPORTS / "train.json", metrics)
+            for name in ("training", "validation"):
+                write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(run.state, f"{name}_curve")))
     _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
 
@@ -108,6 +113,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
 def training(
     settings: Settings,
     root: Path,
+    published: Folder | None,
     tags: Mapping[str, str] | None = None,
     key: str | None = None,
     show: bool = True,
@@ -115,33 +121,54 @@ def training(
 ) -> Iterator[Trained]:
     """Train to the end on the Ray cluster at hand, then run the block; the MLflow run is open until the block ends.
 
-    `tags` go to that run, which is found again by `key` (default: `run_key`); `show` draws a progress bar. With
-    `callbacks`, Ray gets the metrics of every validation. Raises as `train`.
+    `published` is where other machines find the data, None if there are none. `tags` go to the MLflow run, which is
+    found again by `key` (default: `run_key`); `show` draws a progress bar. With `callbacks`, Ray gets the metrics of
+    every validation. Training that is finished needs no cluster. Raises as `train`.
     """
     key, folder = key or run_key(settings, root), run_folder(settings, root)
     uri = tracking.tracking_uri(root)
-    gpu, cpus = share_of_each_worker(settings.hardware)
-    all_tags = {
-        "workers": str(settings.hardware.num_workers),
-        "device": "gpu" if gpu else "cpu",
-        "cpus_per_worker": str(cpus),
-        "nodes": str(sum(node["Alive"] for node in ray.nodes())),
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}",
-        **(tags or {}),
-    }
-    run_id = tracking.open_run(uri, settings, key, all_tags, root)
+    state = _finished(folder)
+    if state and show:
+        _say(f"trained already, to step {state.step}; to train again, delete {folder}")
+    gpu, cpus = (False, 0) if state else share_of_each_worker(settings.hardware)
+    run_id = tracking.open_run(
+        uri, settings, key, ({} if state else _makeup(settings.hardware, gpu, cpus)) | dict(tags or {}), root
+    )
     with tracking.run_guard(uri, run_id):
-        job = Job(settings, root / ENCODED, folder, uri, run_id, cpus, gpu, reports_to_ray=bool(callbacks))
-        state = _fit(job, show, list(callbacks))
-        _complete_curves(uri, run_id, folder, state)
+        if state is None:
+            job = Job(
+                settings, root / ENCODED, published, folder, uri, run_id, cpus, gpu, reports_to_ray=bool(callbacks)
+            )
+            state = _fit(job, show, list(callbacks))
+        _complete_curves(uri, run_id, state)
         yield Trained(key, run_id, folder, state, uri)
     tracking.finish(uri, run_id)
 
 
-def run_folder(settings: Settings, root: Path) -> Path:
+def _makeup(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
+    """The cluster's, as tags."""
+    least, most = hardware.min_workers, hardware.max_workers
+    return {
+        "workers": str(most) if least == most else f"{least} to {most}",
+        "device": "gpu" if gpu else "cpu",
+        "cpus_per_worker": str(cpus),
+        "nodes": str(len(nodes())),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+
+
+def _finished(folder: Folder) -> State | None:
+    """Where training stands if it has come to its end."""
+    if not checkpoint.seems_finished(folder):
+        return None
+    last = checkpoint.load_latest(folder, _say)
+    return last.state if last and last.state.finished else None
+
+
+def run_folder(settings: Settings, root: Path) -> Folder:
     """Where the checkpoints of this run are."""
     name = f"{settings.data_name}-{settings.model_name}-{settings.seed}-{run_key(settings, root)}"
-    return root.resolve() / CHECKPOINTS / name
+    return run_storage(root) / CHECKPOINTS.name / name
 
 
 def run_key(settings: Settings, root: Path) -> str:
@@ -160,105 +187,84 @@ def run_key(settings: Settings, root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _say_how_it_starts(folder: Path) -> None:
-    others = [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
+def _say_how_it_starts(folder: Folder) -> None:
     if checkpoint.folders(folder):
         _say(f"settings, data and code are those of {folder.name}")
-    elif others:
+    elif isinstance(folder, Path) and (
+        others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
+    ):
         last = max(others, key=lambda path: path.stat().st_mtime)
         _say(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
 
 
-@contextmanager
-def ray_cluster(hardware: Hardware, dashboard: bool = False) -> Iterator[None]:
-    """The cluster of RAY_ADDRESS or of this job, else Ray on this machine for as long as the block takes; with
-    `dashboard`, which takes memory, but which Ray needs to clean up after trials that a scheduler ends."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches cloud nodes
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # from 2 s: the end of training waits for it
-    options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
-        cpus = max(len(os.sched_getaffinity(0)), hardware.num_workers)
-        options = {
-            "address": "local",  # never the cluster that somebody started with `ray start` on this machine
-            "num_cpus": cpus,
-            "include_dashboard": dashboard,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-        # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
-        # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
-        if not dashboard:
-            os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
-    ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
-    """Whether each worker gets a GPU, and its number of CPUs. Raises ValueError if there are not enough."""
-    cluster = ray.cluster_resources()
-    num_cpus, num_gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
-    gpu = hardware.device == "gpu" or (hardware.device == "auto" and num_gpus >= hardware.num_workers)
-    if gpu and num_gpus < hardware.num_workers:
-        raise ValueError(
-            f"hardware.num_workers is {hardware.num_workers}, with a GPU each: the cluster has {num_gpus}; "
-            "lower it, or set hardware.device to cpu"
-        )
-    cpus = hardware.cpus_per_worker or num_cpus // hardware.num_workers
-    if cpus < 1 or cpus * hardware.num_workers > num_cpus:
-        raise ValueError(
-            f"hardware.num_workers is {hardware.num_workers}, with {max(cpus, 1)} CPUs each: the cluster has "
-            f"{num_cpus}; lower it, or hardware.cpus_per_worker"
-        )
-    return gpu, cpus
-
-
 def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State:
     """Run the workers until training is done, starting dead ones again; the state of the last checkpoint."""
-    last = checkpoint.load_latest(job.run_folder, _say)
-    if last is not None and last.state.finished:
-        if show:
-            _say(f"trained already, to step {last.state.step}; to train again, delete {job.run_folder}")
-        return last.state
     hardware = job.settings.hardware
     resources = {"CPU": job.cpus} | ({"GPU": 1} if job.gpu else {})
-    trainer = TorchTrainer(
-        work,  # type: ignore[arg-type]  # mypy sees the classes of Ray Train v1 here and below
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=hardware.num_workers, use_gpu=job.gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=job.run_folder.name,
-            storage_path=str(job.run_folder.parent),
-            failure_config=FailureConfig(max_failures=hardware.max_failures),
-            callbacks=callbacks,  # type: ignore[arg-type]
-            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
-        ),
-    )
+    elastic = hardware.min_workers < hardware.max_workers
+    num_workers = (hardware.min_workers, hardware.max_workers) if elastic else hardware.max_workers
     shown = progress.shown(job.progress_file, job.settings.train.max_steps, "train") if show else nullcontext()
     try:
-        with shown:
-            result = trainer.fit()
+        with shown, tempfile.TemporaryDirectory() as rays_own:
+            result = TorchTrainer(
+                work,  # type: ignore[arg-type]  # mypy sees the classes of Ray Train v1 here and below
+                train_loop_config={"job": job},
+                torch_config=ReachableTorch(),
+                scaling_config=ScalingConfig(
+                    num_workers=num_workers,  # type: ignore[arg-type]
+                    use_gpu=job.gpu,
+                    resources_per_worker=resources,
+                ),
+                run_config=RunConfig(
+                    name=job.run_folder.name,
+                    storage_path=rays_own,  # Ray gets no checkpoint: ours lie in job.run_folder
+                    failure_config=FailureConfig(max_failures=hardware.max_failures),
+                    callbacks=callbacks,  # type: ignore[arg-type]
+                    logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+                ),
+            ).fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
             f"training failed: {_last_line(error)}; run again to go on from the last checkpoint"
         ) from error
     if stopped_by := result.return_value:  # type: ignore[attr-defined]
         raise TrainingError(stopped_by)
-    last = checkpoint.load_latest(job.run_folder, _say)
-    if last is None or not last.state.finished:
+    state = _finished(job.run_folder)
+    if state is None:
         raise TrainingError(f"training ended, but its last checkpoint is not in {job.run_folder}")
-    return last.state
+    return state
 
 
-def _complete_curves(uri: str, run_id: str, folder: Path, state: State) -> None:
+def _complete_curves(uri: str, run_id: str, state: State) -> None:
     """Points that a worker had to leave behind; and all, if this MLflow run is new to training that was done."""
-    writer = tracking.MetricWriter(uri, run_id, folder)
+    writer = tracking.MetricWriter(uri, run_id)
     for point in sorted([*state.training_curve, *state.validation_curve], key=lambda point: point["step"]):
         writer.log({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
     writer.close()
+
+
+class ReachableTorch(TorchConfig):
+    """torch.distributed between the addresses by which Ray reaches its nodes. By themselves Gloo and NCCL take the
+    address of the host's name, which on many a machine is 127.0.1.1."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _ReachableBackend
+
+
+class _ReachableBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _name_interface() -> None:
+    """In a worker, before its process group is made."""
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address == address for known in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def work(config: dict[str, Any]) -> str | None:
@@ -269,7 +275,7 @@ def work(config: dict[str, Any]) -> str | None:
     rank = context.get_world_rank()
     torch.set_num_threads(job.cpus)
     logging.getLogger("pipeline").setLevel(logging.WARNING)
-    writer = tracking.MetricWriter(job.tracking_uri, job.run_id, job.run_folder) if rank == 0 else None
+    writer = tracking.MetricWriter(job.tracking_uri, job.run_id) if rank == 0 else None
     learning_rate = rate_of_step(job.settings)
     reporter = progress.Reporter(job.progress_file) if rank == 0 else None
     devices = context.get_world_size() * (1 if job.gpu else job.cpus)
@@ -291,7 +297,7 @@ def work(config: dict[str, Any]) -> str | None:
     try:
         train_rank(
             job.settings,
-            job.data,
+            fetch(job.published) / ENCODED if job.published else job.data,
             job.run_folder,
             rank=rank,
             num_ranks=context.get_world_size(),
@@ -301,6 +307,10 @@ def work(config: dict[str, Any]) -> str | None:
             say=reporter.say if reporter else lambda line: None,
         )
     except (NotFiniteError, ValueError) as error:
+        return str(error)
+    except checkpoint.DiskFullError as error:
+        if context.get_world_size() > 1:
+            raise  # the other workers wait for this one: Ray has to end them
         return str(error)
     except torch.OutOfMemoryError as error:
         if context.get_world_size() > 1:
@@ -314,7 +324,7 @@ def work(config: dict[str, Any]) -> str | None:
     return None
 
 
-def write_model(run: Trained, settings: Settings, root: Path, target: Path) -> dict[str, Any]:
+def write_model(run: Trained, settings: Settings, root: Path, target: Folder) -> dict[str, Any]:
     """Write the final model, the average of the last checkpoints, to the folder `target`; the run's metrics."""
     weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, _say)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)

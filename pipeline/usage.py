@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.files import write_json
+from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 2.0
+STORE_INTERVAL_S = 20.0
+"""A store takes longer for a file, and money."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Usage:
 
 
 class Meter:
-    """Rank 0's side, of one attempt. At most the last INTERVAL_S of a killed attempt are lost."""
+    """Rank 0's side, of one attempt. At most the last `interval_s` of a killed attempt are lost."""
 
-    def __init__(self, run_folder: Path, devices: int) -> None:
+    def __init__(self, run_folder: Folder, devices: int) -> None:
         self.started = time.time()
         self.path = run_folder / "usage" / f"{time.time_ns()}.json"
+        self.interval_s = INTERVAL_S if isinstance(run_folder, Path) else STORE_INTERVAL_S
         self.devices, self.steps, self.written = devices, 0, 0.0
         self.first_step_at: float | None = None
         self.write()
@@ -40,7 +44,7 @@ class Meter:
         self.steps += 1
         if self.first_step_at is None:
             self.first_step_at = time.time()
-        if time.monotonic() - self.written > INTERVAL_S:
+        if time.monotonic() - self.written > self.interval_s:
             self.write()
 
     def write(self) -> None:
@@ -56,11 +60,11 @@ class Meter:
         self.written = time.monotonic()
 
 
-def usage(run_folder: Path) -> Usage:
+def usage(run_folder: Folder) -> Usage:
     """The sum over the attempts that the folder knows."""
-    attempts = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((run_folder / "usage").glob("[0-9]*.json"))
-    ]
+    with errors_of(run_folder):
+        paths: list[Folder] = sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)
+        attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return Usage(
         attempts=len(attempts),
         device_seconds=sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),

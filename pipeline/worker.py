@@ -14,12 +14,13 @@ from pipeline.batching import BatchPlan, MicroBatch, Position, collate
 from pipeline.corpus import CorpusInfo, EncodedSplit
 from pipeline.loop import Recipe, State, Step, adam, cross_entropy, perplexity, train
 from pipeline.params import Settings
+from pipeline.storage import Folder
 
 
 def train_rank(
     settings: Settings,
     data: Path,
-    run_folder: Path,
+    run_folder: Folder,
     *,
     rank: int,
     num_ranks: int,
@@ -40,10 +41,19 @@ def train_rank(
     model = Transformer(settings.model.config(info.vocab_size)).to(device)
     optimizer = adam(model, t.beta1, t.beta2, t.eps)
     state = _resume(run_folder, model, optimizer, rank, device, say)
+    for curve in (state.training_curve, state.validation_curve):  # what a worker that died had still to deliver
+        for point in curve:
+            report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
     plan = batch_plan(train_split, settings, settings.train.batch_tokens)
     if plan.num_skipped and rank == 0:
         say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
+    share = t.batch_tokens // num_ranks
+    if num_ranks > 1 and settings.hardware.micro_batch_tokens > share * 8 // 7 and rank == 0:
+        say(
+            f"{num_ranks} workers share a step of {t.batch_tokens} tokens, and some wait for others: set "
+            f"hardware.micro_batch_tokens to {share * 8 // 7} (a seventh above the share, as sentences fit badly)"
+        )
     valid_batches = _all_batches(valid_split, settings)
     mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
     bf16 = settings.hardware.precision == "bf16"
@@ -122,7 +132,7 @@ def _share(plan: BatchPlan, split: EncodedSplit, state: State, rank: int, num_ra
 
 
 def _resume(
-    run_folder: Path,
+    run_folder: Folder,
     model: Transformer,
     optimizer: torch.optim.Adam,
     rank: int,

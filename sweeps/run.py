@@ -11,14 +11,14 @@ added run. Results go to data/sweep; `python -m sweeps.report` makes the table. 
 
 import argparse
 import logging
-import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -34,10 +34,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tqdm import tqdm
 
 from pipeline import checkpoint, evaluate, progress, tracking
+from pipeline.cluster import capacity, check, here, ray_cluster, room, share_of_each_worker
 from pipeline.corpus import CLEAN
 from pipeline.files import replace_folder, write_json, write_text
-from pipeline.params import Settings, flatten
-from pipeline.train import TrainingError, end_with_dvc, ray_cluster, share_of_each_worker, training, write_model
+from pipeline.params import Settings, flatten, load_settings
+from pipeline.publish import bring, fetch
+from pipeline.storage import Folder, copy_files, errors_of, local_copy, remove, run_storage
+from pipeline.train import TrainingError, end_with_dvc, training, write_model
 from pipeline.usage import usage
 from sweeps.plan import flops_per_step, is_done, measured_rate, text
 from sweeps.trials import Sweep, Trial, load_sweep
@@ -49,44 +52,55 @@ INTERVAL_S = 1.0
 
 def run(root: Path) -> None:
     """Raises ValueError or OSError with one line for what a user can mend."""
+    storage = run_storage(root)
+    settings = load_settings(root)
+    published = bring(settings, root, storage)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
     uri = tracking.tracking_uri(root)
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
-    tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
-    parent = tracking.open_run(uri, sweep.base, sweep.run_key, {"mlflow.runName": title, "row": "all"}, root)
-    with tracking.run_guard(uri, parent):
-        tracking.end_children(uri, experiment, parent)  # of a driver that was killed
+    asha = sweep.base.sweep.scheduler == "asha"
+    # What has evaluated one trial stays for the next, with all its imports; and Ray does not warn of that.
+    os.environ.setdefault("RAY_num_workers_soft_limit", "64")
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
+    with ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext():
         if to_run:
-            asha = sweep.base.sweep.scheduler == "asha"
-            # What has evaluated one trial stays for the next, with all its imports; and Ray does not warn of that.
-            os.environ.setdefault("RAY_num_workers_soft_limit", "64")
-            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
-            with ray_cluster(sweep.base.hardware, dashboard=asha):
-                slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
-                if len({gpu for gpu, _, _ in slots}) > 1:
-                    raise ValueError(
-                        "some rows would run on GPUs and others, for want of them, on CPUs: "
-                        "set hardware.device to one of both, or lower sweep.num_workers"
-                    )
-                devices = max(slots[need] * _devices(need) for need in slots)
-                plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=_measure)
-                print(plan, flush=True)
-                write_text(root / "checkpoints" / "plan.md", plan + "\n")
-                tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
-                try:
-                    with _progress(sweep.trials):
-                        for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
-                            _tune(list(group), slots[need], root, parent, asha)
-                finally:
-                    tracking.end_children(uri, experiment, parent)  # whose process was killed
-        records = [record for trial in sweep.trials if (record := trial.record())]
-        if all(record["status"] == "failed" for record in records):
-            why = records[0]["error"] if records else "sweep.rows names none that can be built"
-            raise ValueError(f"no trial has come to a result: {why}")
-        _write_results(sweep, root, parent)
-    tracking.finish(uri, parent)
+            check(root, storage, published, uri)
+        tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
+        parent = tracking.open_run(uri, sweep.base, sweep.run_key, {"mlflow.runName": title, "row": "all"}, root)
+        with tracking.run_guard(uri, parent):
+            tracking.end_children(uri, experiment, parent)  # of a driver that was killed
+            if to_run:
+                _run_trials(sweep, to_run, root, published, parent)
+            records = [record for trial in sweep.trials if (record := trial.record())]
+            if all(record["status"] == "failed" for record in records):
+                why = records[0]["error"] if records else "sweep.rows names none that can be built"
+                raise ValueError(f"no trial has come to a result: {why}")
+            _write_results(sweep, root, parent)
+        tracking.finish(uri, parent)
+
+
+def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder | None, parent: str) -> None:
+    """Plan them, say so, run them: as many at once as the cluster has room for. Raises ValueError if it has none."""
+    slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
+    if len({gpu for gpu, _, _ in slots}) > 1:
+        raise ValueError(
+            "some rows would run on GPUs and others, for want of them, on CPUs: "
+            "set hardware.device to one of both, or lower sweep.num_workers"
+        )
+    devices = max(slots[need] * _devices(need) for need in slots)
+    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=_measure)
+    print(plan, flush=True)
+    write_text(root / "checkpoints" / "plan.md", plan + "\n")
+    uri = tracking.tracking_uri(root)
+    tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
+    try:
+        with _progress(sweep.trials):
+            for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
+                _tune(list(group), slots[need], root, published, parent)
+    finally:
+        tracking.end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
 
 def _measure(settings: Settings, root: Path, device: torch.device) -> float:
@@ -106,18 +120,14 @@ def _need(trial: Trial) -> Need:
         gpu, cpus = share_of_each_worker(trial.settings.hardware)
     except ValueError as error:
         raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
-    return gpu, cpus, trial.settings.hardware.num_workers
+    return gpu, cpus, trial.settings.hardware.max_workers
 
 
 def _slots(need: Need) -> int:
     """How many trials of this need run at once. Ray does not count a trial's workers as the trial's, so that Tune
     would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
     gpu, cpus, num_workers = need
-    workers = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            free = node["Resources"]
-            workers += int(min(free.get("CPU", 0) // cpus, free.get("GPU", 0) if gpu else math.inf))
+    workers = capacity(room(), cpus, gpu)
     if workers < num_workers:
         raise ValueError(
             f"a trial wants {num_workers} workers of {cpus} CPUs{' and a GPU' if gpu else ''}, and the nodes of the "
@@ -131,13 +141,14 @@ def _devices(need: Need) -> int:
     return num_workers * (1 if gpu else cpus)
 
 
-def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) -> None:
+def _tune(trials: list[Trial], slots: int, root: Path, published: Folder | None, parent: str) -> None:
     """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
     by_id = {trial.id: trial for trial in trials}
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # CSV, JSON and TensorBoard files that nobody reads
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is evaluated only reports nothing
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would go on as if all trials had come to their end
     scheduler = None
+    asha = trials[0].settings.sweep.scheduler == "asha"
     if asha:
         # Not by Tune's count of reports, which begins anew after a kill. The last trials are not ended at their last
         # step: they still have to be evaluated.
@@ -152,11 +163,10 @@ def _tune(trials: list[Trial], slots: int, root: Path, parent: str, asha: bool) 
             reduction_factor=REDUCTION,
             stop_last_trials=False,
         )
-    # The driver of a trial takes no CPU: its workers could not start beside it. {"CPU": 0} is refused as empty.
-    trainable = ray.tune.with_parameters(
-        run_trial, trials=by_id, root=root, parent=parent, asha=asha, environment=_environment(root)
-    )
-    trainable = ray.tune.with_resources(trainable, {"memory": 1})
+    # The driver of a trial takes no CPU: its workers could not start beside it. It runs on this node, where `root` is
+    # and whose end is the sweep's too; the others may die.
+    trainable = ray.tune.with_parameters(run_trial, trials=by_id, root=root, published=published, parent=parent)
+    trainable = ray.tune.with_resources(trainable, {here(): 1e-4})
     folder = root / "checkpoints" / ".tune"
     results = ray.tune.Tuner(
         trainable,
@@ -202,27 +212,19 @@ def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
     tracking.end_as(uri, trial.run_key, experiment, mlflow_status, reason)
 
 
-def _environment(root: Path) -> dict[str, str]:
-    """What processes on other machines have to know of this one's environment."""
-    commit = {name: os.environ[name] for name in ("GIT_COMMIT",) if name in os.environ}
-    return {"MLFLOW_TRACKING_URI": tracking.tracking_uri(root)} | commit
-
-
 def run_trial(
     config: dict[str, Any],
     trials: dict[str, Trial],
     root: Path,
+    published: Folder | None,
     parent: str,
-    asha: bool,
-    environment: dict[str, str],
 ) -> None:
     """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
     has tried again already."""
     trial = trials[config["trial"]]
-    os.environ.update(environment)
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     try:
-        trial.write_record(_train_and_evaluate(trial, root, parent, asha, environment))
+        trial.write_record(_train_and_evaluate(trial, root, published, parent))
     except ray.exceptions.RayActorError:
         raise  # Ray Train's controller is gone: the scheduler has ended this trial, or its node is down
     except Exception as error:
@@ -231,12 +233,10 @@ def run_trial(
         trial.write_record(_cost(trial, root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}})
     else:
         for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
-            shutil.rmtree(folder, ignore_errors=True)  # the weights of the result stay
+            remove(folder)  # the weights of the result stay
 
 
-def _train_and_evaluate(
-    trial: Trial, root: Path, parent: str, asha: bool, environment: dict[str, str]
-) -> dict[str, Any]:
+def _train_and_evaluate(trial: Trial, root: Path, published: Folder | None, parent: str) -> dict[str, Any]:
     """The record of a trial that comes to its end."""
     started = time.time()
     tags = {
@@ -247,21 +247,19 @@ def _train_and_evaluate(
         "change": trial.row.label,
         "seed": str(trial.seed),
     }
-    (trial.folder / "trial.json").unlink(missing_ok=True)
-    callbacks = []
-    if asha and trial.row.group != "base":  # which has to come to its end: all others are compared with it
-        callbacks = [TuneReportCallback()]
-        last = checkpoint.load_latest(trial.folder, lambda line: None)
-        for point in last.state.validation_curve if last else ():
-            ray.tune.report(point)  # of an earlier attempt, so that the scheduler compares the same points
+    with errors_of(trial.folder):
+        (trial.folder / "trial.json").unlink(missing_ok=True)
+    asha = trial.settings.sweep.scheduler == "asha"
+    # base has to come to its end: all others are compared with it
+    callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
     attempts = usage(trial.folder).attempts
-    with training(trial.settings, root, tags, trial.run_key, show=False, callbacks=callbacks) as run:
+    with training(trial.settings, root, published, tags, trial.run_key, show=False, callbacks=callbacks) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
         gpu, cpus, _ = need = _need(trial)
         # Not in the trial's own placement group, which holds no CPU.
         outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
-        metrics, evaluation = ray.get(task.remote(trial, root, cpus, environment))
+        metrics, evaluation = ray.get(task.remote(trial, root, published, cpus))
     used = usage(trial.folder)
     record = {
         "status": "finished",
@@ -286,13 +284,16 @@ def _train_and_evaluate(
 
 
 @ray.remote
-def evaluate_trial(trial: Trial, root: Path, cpus: int, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
+def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int) -> tuple[dict[str, Any], float]:
     """The evaluate stage's function in a place of its own, on the devices that training has left: the metrics, and
     the seconds that it took."""
-    os.environ.update(environment)
     torch.set_num_threads(cpus)
     started = time.time()
-    found = evaluate.run(trial.settings, root, trial.folder / "model", trial.folder, progress=False).metrics
+    root = fetch(published) if published else root
+    with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
+        found = evaluate.run(trial.settings, root, model, Path(reports), progress=False).metrics
+        with errors_of(trial.folder):
+            copy_files(Path(reports), trial.folder)
     flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
     return flat, time.time() - started
 
@@ -323,18 +324,26 @@ def _progress(trials: Sequence[Trial]) -> Iterator[None]:
 def _show(trials: Sequence[Trial], over: threading.Event) -> None:
     started = time.time()
     bar: tqdm | None = None
+    interval_s = INTERVAL_S if isinstance(trials[0].folder, Path) else progress.STORE_INTERVAL_S
     while True:
-        ended = over.wait(INTERVAL_S)
+        ended = over.wait(interval_s)
         records = [trial.record() for trial in trials]
         running, steps = 0, 0
         for trial, record in zip(trials, records, strict=True):
             step = trial.settings.train.max_steps if record else progress.step(trial.folder / "progress.json")
             steps += step
-            running += record is None and _touched_since(trial.folder / "usage", started)
+            running += record is None and _begun_since(trial.folder / "usage", started)
         statuses = [record["status"] for record in records if record]
         if bar is None:
             total = sum(trial.settings.train.max_steps for trial in trials)
-            bar = tqdm(total=total, initial=steps, desc="sweep", unit="step", dynamic_ncols=True)
+            bar = tqdm(
+                total=total,
+                initial=steps,
+                desc="sweep",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=progress.REDRAW_S,
+            )
         num_done = len(statuses) - statuses.count("failed")
         bar.set_postfix_str(
             f"trials: {num_done} done, {running} running, {statuses.count('failed')} failed, {len(trials)} in all",
@@ -346,8 +355,9 @@ def _show(trials: Sequence[Trial], over: threading.Event) -> None:
             return
 
 
-def _touched_since(folder: Path, moment: float) -> bool:
-    return folder.exists() and folder.stat().st_mtime >= moment
+def _begun_since(folder: Folder, moment: float) -> bool:
+    """Whether an attempt has begun since: its file is named after its nanosecond."""
+    return any(int(path.stem) >= moment * 1e9 for path in folder.glob("[0-9]*.json"))
 
 
 def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
@@ -364,7 +374,8 @@ def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
             translations = None
             if record["status"] == "finished":
                 translations = f"{trial.id}.txt"
-                lines = (trial.folder / "translations.tsv").read_text(encoding="utf-8").splitlines()[1:]
+                with errors_of(trial.folder):
+                    lines = (trial.folder / "translations.tsv").read_text(encoding="utf-8").splitlines()[1:]
                 write_text(folder / translations, "".join(line.split("\t")[2] + "\n" for line in lines))
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
             identity = {"row": trial.row.id, "seed": trial.seed, "name": trial.name}

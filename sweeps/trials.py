@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.corpus import CLEAN
 from pipeline.files import write_json
 from pipeline.params import Settings, load_settings
+from pipeline.storage import Folder, errors_of
 from pipeline.tracking import search_name
 from pipeline.train import run_folder, run_key
 from sweeps import table3
@@ -30,7 +31,7 @@ class Trial:
     row: Row
     seed: int
     settings: Settings
-    folder: Path
+    folder: Folder
     key: str
     run_key: str
 
@@ -47,9 +48,11 @@ class Trial:
 
     def record(self) -> dict[str, Any] | None:
         """What the trial came to, {"status", "error", "metrics", ...}; None if it has come to nothing yet."""
+        path = self.folder / "trial.json"
         try:
-            record = json.loads((self.folder / "trial.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            with errors_of(path):
+                record = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
         return record if isinstance(record, dict) and record.get("key") == self.key else None
 

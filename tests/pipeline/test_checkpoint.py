@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from upath import UPath
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
@@ -164,12 +165,58 @@ def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
     assert checkpoint.load(save(tmp_path, 7)).state.step == 7
 
 
-def test_damaged_later_checkpoints_do_not_push_out_new_ones(tmp_path):
+def test_damaged_later_checkpoints_do_not_push_out_new_ones_and_are_replaced_in_their_turn(tmp_path):
     save(tmp_path, 3)
     for step in (5, 7):
         flip_a_byte(save(tmp_path, step))
     save(tmp_path, 4, keep=2)
-    assert steps(tmp_path) == [3, 4]
+    assert steps(tmp_path) == [3, 4, 5, 7]
+    save(tmp_path, 5, keep=2)
+    save(tmp_path, 7, keep=2)
+    assert steps(tmp_path) == [5, 7]
+    assert checkpoint.load(checkpoint.folder_of(tmp_path, 7)).state.step == 7
+
+
+def test_a_store_holds_what_a_disk_does(tmp_path):
+    store = UPath("memory://checkpoints/run")
+    for step in (3, 5, 7):
+        on_disk, stored = save(tmp_path, step, keep=2), save(store, step, keep=2)
+    assert steps(store) == steps(tmp_path) == [5, 7]
+    for name in ("tensors.safetensors", "state.json", "SHA256SUMS"):
+        assert (stored / name).read_bytes() == (on_disk / name).read_bytes()
+    ours, theirs = checkpoint.load_latest(store, print), checkpoint.load(on_disk)
+    assert ours is not None
+    assert ours.state == theirs.state
+    assert all(torch.equal(value, theirs.tensors[name]) for name, value in ours.tensors.items())
+    assert [p.name for p in store.iterdir()] == ["step_00000005", "step_00000007"]
+
+
+def test_in_a_store_one_that_is_cut_short_or_damaged_is_passed_over_by_name(tmp_path):
+    store = UPath("memory://checkpoints/damaged")
+    for step in (3, 5, 7, 9):
+        save(store, step)
+    (store / "step_00000009" / "SHA256SUMS").unlink()  # it is written last
+    (store / "step_00000007" / "state.json").unlink()
+    data = bytearray((store / "step_00000005" / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (store / "step_00000005" / "tensors.safetensors").write_bytes(bytes(data))
+    warnings: list[str] = []
+    found = checkpoint.load_latest(store, warnings.append)
+    assert found is not None
+    assert found.state.step == 3
+    assert [name in line for name, line in zip(("009", "007", "005"), warnings, strict=True)] == [True] * 3
+
+
+def test_a_store_that_is_away_is_an_error_and_no_reason_to_go_back(tmp_path, monkeypatch):
+    store = UPath("memory://checkpoints/away")
+    save(store, 3)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("memory://checkpoints/away cannot be reached: no route")
+
+    monkeypatch.setattr(checkpoint, "local_copy", refuse)
+    with pytest.raises(OSError, match="cannot be reached"):
+        checkpoint.load_latest(store, print)
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -242,7 +289,7 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_checkpoi
 
 def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path):
     model, _ = trained(1)
-    with almost_full_disk(), pytest.raises(OSError, match=r"weights\.safetensors: "):
+    with almost_full_disk(), pytest.raises(OSError, match=r"too large .*weights\.safetensors"):
         checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
 
 

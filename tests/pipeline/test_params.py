@@ -83,8 +83,10 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(roo
     else:
         allowed = ALLOWED[of_type if of_type in ALLOWED else get_args(of_type)[0]]
     for value in ([3], None, {"a": 1}, 2.5 if of_type is not float else "2.5", "x" if of_type is not str else 7):
-        if type(value) is get_origin(of_type):
-            continue  # of what is in it: the next test
+        if type(value) is get_origin(of_type) or (
+            key == "num_workers" and value == [3] and of_type == int | list[int]
+        ):
+            continue  # of what is in it: the next tests
         path = edit(root, kind, section, key, value)
         refused(root, f"{path}: {section}.{key} is {value!r}: {allowed} is needed")
 
@@ -106,6 +108,15 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(roo
 def test_what_is_of_the_wrong_type_inside_a_list_or_section_is_named(root, key, value, fault):
     path = edit(root, "params", "sweep", key, value)
     refused(root, f"{path}: {fault} is needed")
+
+
+def test_the_number_of_workers_is_one_or_a_range(root):
+    for value, least, most in ((3, 3, 3), ([2, 5], 2, 5)):
+        edit(root, "hardware", "hardware", "num_workers", value)
+        hardware = load_settings(root).hardware
+        assert (hardware.min_workers, hardware.max_workers) == (least, most)
+    path = edit(root, "hardware", "hardware", "num_workers", [2, "5"])
+    refused(root, f"{path}: hardware.num_workers is '5': a whole number is needed")
 
 
 def test_lists_and_sections_arrive_with_values_of_every_type(root):
@@ -170,7 +181,10 @@ IMPOSSIBLE = [
     ("model", "train", "patience", -1, FROM_0),
     ("model", "train", "average_checkpoints", 0, "a number from 1 to train.keep_checkpoints (5)"),
     ("model", "train", "average_checkpoints", 6, "a number from 1 to train.keep_checkpoints (5)"),
-    ("hardware", "hardware", "num_workers", 0, FROM_1),
+    *[
+        ("hardware", "hardware", "num_workers", workers, "a number from 1 up, or [least, most],")
+        for workers in (0, [], [3], [0, 3], [3, 2], [2, 3, 5])
+    ],
     ("hardware", "hardware", "micro_batch_tokens", 0, FROM_1),
     ("hardware", "hardware", "cpus_per_worker", -1, FROM_0),
     ("hardware", "hardware", "max_failures", -1, FROM_0),

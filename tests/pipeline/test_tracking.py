@@ -266,8 +266,8 @@ def test_the_guard_leaves_a_good_end_for_finish_to_say(uri: str, run_id: str) ->
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
 
 
-def test_curves_arrive_whole_and_in_order(uri: str, run_id: str, tmp_path: Path) -> None:
-    writer = MetricWriter(uri, run_id, tmp_path / "waiting")
+def test_curves_arrive_whole_and_in_order(uri: str, run_id: str) -> None:
+    writer = MetricWriter(uri, run_id)
     for step in range(1, 1501):  # more than MLflow takes at once
         writer.log({"train_loss": 1 / step, "learning_rate": step}, step)
     writer.log({"train_loss": float("nan")}, 1501)
@@ -276,12 +276,11 @@ def test_curves_arrive_whole_and_in_order(uri: str, run_id: str, tmp_path: Path)
     assert points[:-1] == [(step, 1 / step) for step in range(1, 1501)]
     assert curve(uri, run_id, "learning_rate")[-1] == (1500, 1500)
     assert len(points) == 1501
-    assert not list((tmp_path / "waiting").iterdir())
 
 
-def test_steps_taken_again_after_a_resume_are_not_drawn_twice(uri: str, run_id: str, tmp_path: Path) -> None:
+def test_steps_taken_again_after_a_resume_are_not_drawn_twice(uri: str, run_id: str) -> None:
     for first, last in ((1, 55), (51, 90)):  # killed at 55, continued from the checkpoint at 50
-        writer = MetricWriter(uri, run_id, tmp_path)
+        writer = MetricWriter(uri, run_id)
         for step in range(first, last + 1):
             writer.log({"train_loss": step}, step)
             if step % 10 == 0:
@@ -303,7 +302,7 @@ def test_a_lost_answer_does_not_double_a_point(
             raise ConnectionResetError
 
     monkeypatch.setattr(MlflowClient, "log_batch", lose_the_first_answer)
-    writer = MetricWriter(uri, run_id, tmp_path)
+    writer = MetricWriter(uri, run_id)
     writer.log({"train_loss": 3.0}, 1)
     writer.log({"train_loss": 2.0}, 2)
     assert writer.close()
@@ -311,34 +310,16 @@ def test_a_lost_answer_does_not_double_a_point(
     assert curve(uri, run_id, "train_loss") == [(1, 3.0), (2, 2.0)]
 
 
-def test_points_of_a_killed_process_are_delivered_by_the_next(uri: str, run_id: str, tmp_path: Path) -> None:
-    script = (
-        "import os, sys, pathlib\n"
-        "from pipeline.tracking import MetricWriter\n"
-        "writer = MetricWriter('http://127.0.0.1:9', sys.argv[1], pathlib.Path(sys.argv[2]))\n"
-        "for step in range(1, 8): writer.log({'train_loss': step}, step)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, run_id, str(tmp_path / "waiting")], cwd=REPOSITORY)
-    (journal,) = (tmp_path / "waiting").iterdir()
-    with journal.open("a") as file:
-        file.write('{"step": 8, "ti')  # cut short by the kill
-    writer = MetricWriter(uri, run_id, tmp_path / "waiting")
-    writer.log({"train_loss": 8}, 8)
-    assert writer.close()
-    assert curve(uri, run_id, "train_loss") == [(step, step) for step in range(1, 9)]
-
-
 def test_a_run_deleted_in_mid_training_is_one_warning(
     uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     MlflowClient(uri).delete_run(run_id)
-    writer = MetricWriter(uri, run_id, tmp_path)
+    writer = MetricWriter(uri, run_id)
     writer.log({"train_loss": 1}, 1)
     assert not writer.close()
     refused, left = (record.message for record in caplog.records)
     assert refused.startswith(f"MLflow refuses the metrics of run {run_id}: ")
-    assert left == f"1 points for MLflow are left in {tmp_path}/metrics-{run_id}.jsonl."
+    assert left == f"MLflow run {run_id} lacks 1 points."
 
 
 class Server:
@@ -387,7 +368,7 @@ def test_while_the_server_is_away_training_goes_on_and_afterwards_mlflow_has_eve
     server: Server, root: Path, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = tracking.open_run(server.uri, settings, "key", {}, root)
-    writer = MetricWriter(server.uri, run_id, root / "waiting")
+    writer = MetricWriter(server.uri, run_id)
     seconds: list[float] = []
 
     def ours() -> list[str]:

@@ -22,7 +22,7 @@ def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(train, "train_rank", refuse)
         settings = load_settings(Path(__file__).parents[2])
         cpus = torch.get_num_threads()
-        job = train.Job(settings, tmp_path, tmp_path, "", "", cpus=cpus, gpu=False, reports_to_ray=False)
+        job = train.Job(settings, tmp_path, None, tmp_path, "", "", cpus=cpus, gpu=False, reports_to_ray=False)
         return train.work({"job": job})
 
     return run

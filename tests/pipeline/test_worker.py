@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -192,6 +193,32 @@ def test_a_damaged_last_checkpoint_is_said_and_changes_nothing_in_the_end(data, 
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
 
 
+def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_have_arrived(data, tmp_path):
+    whole: list[tuple[int, dict[str, float]]] = []
+    run(data, tmp_path / "whole", report=lambda metrics, step: whole.append((step, metrics)))
+    with pytest.raises(Stopped):
+        run(data, tmp_path / "parts", stop=8)
+    again: list[tuple[int, dict[str, float]]] = []
+    run(data, tmp_path / "parts", report=lambda metrics, step: again.append((step, metrics)))
+
+    def points(reported: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+        timeless = [(step, {k: v for k, v in m.items() if k != "tokens_per_second"}) for step, m in reported]
+        return sorted(timeless, key=lambda point: (point[0], "valid_loss" in point[1]))
+
+    assert points(again) == points(whole)
+
+
+def test_workers_that_would_wait_for_others_are_said_with_the_setting(data, tmp_path):
+    small = make_settings(hardware={"micro_batch_tokens": 97})
+    torch.multiprocessing.spawn(as_rank, (str(tmp_path), small), nprocs=2)
+    assert json.loads((tmp_path / "0.json").read_text()) == []
+    large = make_settings(hardware={"micro_batch_tokens": 98})
+    torch.multiprocessing.spawn(as_rank, (str(tmp_path), large), nprocs=2)
+    (said,) = json.loads((tmp_path / "0.json").read_text())
+    assert said.startswith("2 workers share a step of 170 tokens, and some wait for others: set hardware.micro_b")
+    assert "micro_batch_tokens to 97 " in said
+
+
 def test_a_finished_run_is_not_trained_further(data, tmp_path):
     first = run(data, tmp_path / "run")
     before = tensors(tmp_path / "run")
@@ -251,12 +278,18 @@ def test_validation_pairs_that_are_too_long_stop_it_with_the_way_out(data, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def as_rank(rank: int, folder: str) -> None:
+def as_rank(rank: int, folder: str, settings: Settings | None = None) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet-{os.getppid()}-{settings and settings.hardware.micro_batch_tokens}",
+        rank=rank,
+        world_size=2,
+    )
     said: list[str] = []
     try:
-        run(Path(folder) / "encoded", Path(folder) / "parts", stop=8, say=said.append, rank=rank, num_ranks=2)
+        parts = Path(folder) / ("parts" if settings is None else f"{settings.hardware.micro_batch_tokens}")
+        run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=2)
     except Stopped:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()

@@ -80,7 +80,7 @@ class Project:
     @property
     def environment(self):
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_"))}
-        for name in ("CORPUS_MIRROR", "GIT_COMMIT", "PYTHONPATH", "VIRTUAL_ENV"):
+        for name in ("CORPUS_MIRROR", "GIT_COMMIT", "PYTHONPATH", "RUN_STORAGE", "VIRTUAL_ENV"):
             ours.pop(name, None)
         identity = {
             f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
@@ -104,10 +104,11 @@ class Project:
         return done.stdout
 
     @contextmanager
-    def started(self, *command):
+    def started(self, *command, **environment):
         """The running command; `log` has its output. It and all that it started are gone at the end of the block."""
+        environment = self.environment | environment
         with (self.root / "log.txt").open("w") as out:
-            process = psutil.Popen(command, cwd=self.root, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
+            process = psutil.Popen(command, cwd=self.root, env=environment, stdout=out, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
@@ -229,3 +230,24 @@ def trained(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
     project.output = project.run("dvc", "repro", "evaluate")
     project.commit()
     return project
+
+
+FIGURES: dict[str, dict[str, object]] = {}
+"""Of the faults that tests have caused: what was lost, how long it took."""
+
+
+@pytest.fixture(scope="session")
+def figures():
+    """figures("what happened", **{"steps lost": 3}): shown at the end of the tests."""
+
+    def add(what: str, **values: object) -> None:
+        FIGURES[what] = values
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if FIGURES:
+        terminalreporter.section("figures")
+        for what, values in FIGURES.items():
+            terminalreporter.line(f"{what}: {', '.join(f'{key} {value}' for key, value in values.items())}")

@@ -1,0 +1,153 @@
+"""Run training or a sweep on a Ray cluster, from anywhere that reaches its dashboard: `ray job submit`, filled in.
+
+    python -m pipeline.submit train
+    python -m pipeline.submit sweep --env OMP_NUM_THREADS=4
+
+The job gets this folder without what .rayignore and .gitignore name, RUN_STORAGE and MLFLOW_TRACKING_URI as they
+are here or as options say, and the Git commit. It runs `python -m pipeline.train` or `python -m sweeps.run` on the
+cluster's head; its log is shown here until it ends, and Ctrl-C ends the showing alone. Submitted again, it goes on
+from where it was. Afterwards the same command without submission, with the same RUN_STORAGE and MLFLOW_TRACKING_URI,
+brings the results here: `dvc repro` finds the training done.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from pipeline.cluster import TOKENS
+from pipeline.params import load_settings
+from pipeline.storage import VARIABLE
+from pipeline.tracking import git_tags
+
+ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+def environment(root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]) -> dict[str, str]:
+    """What the job has to know, by name. Raises ValueError for what no cluster of several nodes could use."""
+    if not storage or not ("://" in storage or Path(storage).is_absolute()):
+        raise ValueError(
+            f"{VARIABLE} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
+            "s3://bucket/runs, is needed (or --storage)"
+        )
+    if not tracking_uri or not tracking_uri.startswith("http"):
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
+            "needed (or --tracking-uri)"
+        )
+    found = {VARIABLE: storage, "MLFLOW_TRACKING_URI": tracking_uri}
+    tags = git_tags(root)
+    if "git_commit" in tags:
+        found |= {"GIT_COMMIT": tags["git_commit"], "GIT_DIRTY": tags.get("git_dirty", "true")}
+    for name in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY"):
+        if name in os.environ:
+            found[name] = os.environ[name]
+    return found | more
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Raises ConnectionError, with one line, if nobody answers, or not us, or another version."""
+    try:
+        client = JobSubmissionClient(address)
+        theirs = client._server_ray_version
+    except Exception as error:  # Ray passes on what its HTTP library says
+        text = " ".join(str(error).split()) or type(error).__name__
+        if any(sign in text.lower() for sign in ("401", "403", "token", "unauth")):
+            raise ConnectionError(f"the cluster at {address} refuses us ({text[:200]}): {TOKENS}") from error
+        raise ConnectionError(
+            f"no Ray dashboard answers at {address} ({text[:200]}): name the cluster's with --address or "
+            "RAY_API_SERVER_ADDRESS (http://host:8265; ray dashboard makes a tunnel)"
+        ) from error
+    for name in ("ray", "ray.dashboard", "ray._private"):  # they tell of every file that is left out
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if theirs != ray.__version__:
+        raise ConnectionError(
+            f"the cluster at {address} runs Ray {theirs}, here is {ray.__version__}: start it from the image of this "
+            "version (infra/Dockerfile), or check out the version that it runs"
+        )
+    return client
+
+
+def submit(client: JobSubmissionClient, what: str, root: Path, environment: dict[str, str]) -> str:
+    """The job's name."""
+    runtime_env: dict[str, Any] = {"working_dir": str(root), "env_vars": environment}
+    return client.submit_job(entrypoint=ENTRYPOINTS[what], runtime_env=runtime_env)
+
+
+def follow(client: JobSubmissionClient, job: str) -> JobStatus:
+    """Show the job's log until it ends."""
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    asyncio.run(tail())
+    return client.get_job_status(job)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is needed")
+    return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=ENTRYPOINTS, help="what to run")
+    parser.add_argument("--address", help=f"of the dashboard (RAY_API_SERVER_ADDRESS, else {DEFAULT_ADDRESS})")
+    parser.add_argument("--storage", metavar="URI", help=f"where data and checkpoints lie ({VARIABLE})")
+    parser.add_argument("--tracking-uri", metavar="URL", help="of the MLflow server (MLFLOW_TRACKING_URI)")
+    parser.add_argument("--env", metavar="NAME=VALUE", type=_named, action="append", default=[], help="more of it")
+    parser.add_argument("--no-wait", action="store_true", help="do not show the log")
+    arguments = parser.parse_args()
+    root = Path().resolve()
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    try:
+        load_settings(root)
+        variables = environment(
+            root,
+            arguments.storage or os.environ.get(VARIABLE),
+            arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"),
+            dict(arguments.env),
+        )
+        client = connect(address)
+        job = submit(client, arguments.what, root, variables)
+    except (ValueError, OSError) as error:
+        print(f"submit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    print(
+        f"submit: {job} runs {ENTRYPOINTS[arguments.what]}\n"
+        f"  log:  ray job logs --address {address} --follow {job}\n"
+        f"  end:  ray job stop --address {address} {job}\n"
+        f"  runs: {variables['MLFLOW_TRACKING_URI']}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if arguments.no_wait:
+        return
+    try:
+        status = follow(client, job)
+    except KeyboardInterrupt:
+        print(f"submit: {job} goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:  # of Ray's HTTP library, of several kinds
+        print(
+            f"submit: the cluster at {address} does not answer any more ({type(error).__name__}): see whether {job} "
+            "still runs; if the head died, start it and submit it again: it goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    print(f"submit: {job} {status.value.lower()}", file=sys.stderr)
+    raise SystemExit(0 if status == JobStatus.SUCCEEDED else 1)
+
+
+if __name__ == "__main__":
+    main()

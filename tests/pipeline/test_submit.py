@@ -1,0 +1,86 @@
+"""What a job takes along, and what is said before it is sent. A real cluster: tests/system/test_cluster.py."""
+
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from ray._private import ray_constants
+from ray._private.runtime_env import packaging
+
+from pipeline import submit
+
+ROOT = Path(__file__).parents[2]
+SECRETS = [
+    ".env",
+    ".dvc/config.local",
+    ".dvc/cache/files/md5/00/11",
+    "mlflow.db",
+    "mlflow.db-wal",
+    "infra/secrets/token",
+]
+DATA = ["data/raw/train.en", "data/encoded/meta.json", "checkpoints/run/step_00000001/state.json", "models/final/x"]
+CACHES = ["mlartifacts/1/x", "reports/table3.html", ".git/config", ".venv/bin/python", "model/__pycache__/x.pyc"]
+NEEDED = [
+    "params.yaml",
+    "conf/model/mini.yaml",
+    "pipeline/train.py",
+    "model/transformer.py",
+    "sweeps/run.py",
+    "dvc.lock",
+]
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> set[str]:
+    """The names in the package that Ray would make of this project with secrets, data and caches in it."""
+    folder = tmp_path / "project"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for name in (*SECRETS, *DATA, *CACHES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("secret")
+    target = tmp_path / "package.zip"
+    excludes = ray_constants.get_runtime_env_default_excludes()
+    packaging.create_package(str(folder), target, include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(target) as package:
+        return set(package.namelist())
+
+
+def test_secrets_data_caches_and_databases_stay_here_and_code_and_settings_go(upload):
+    assert sorted(upload & {*SECRETS, *DATA, *CACHES}) == []
+    assert upload >= set(NEEDED)
+
+
+def test_the_job_gets_storage_tracking_commit_and_what_was_asked_for(monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    monkeypatch.setenv("GIT_DIRTY", "false")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+    found = submit.environment(ROOT, "s3://bucket/runs", "http://mlflow:5000", {"OMP_NUM_THREADS": "3"})
+    assert found["RUN_STORAGE"] == "s3://bucket/runs"
+    assert found["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    assert (found["GIT_COMMIT"], found["GIT_DIRTY"], found["OMP_NUM_THREADS"]) == ("abc", "false", "3")
+    assert "a secret" not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("storage", "tracking_uri", "fault"),
+    [
+        (None, "http://mlflow:5000", "RUN_STORAGE is not set: an absolute path that all nodes see"),
+        ("runs", "http://mlflow:5000", "RUN_STORAGE is runs: an absolute path"),
+        ("/srv/runs", None, "MLFLOW_TRACKING_URI is not set: the address of a server"),
+        ("/srv/runs", "sqlite:///mlflow.db", "MLFLOW_TRACKING_URI is sqlite:///mlflow.db: the address"),
+    ],
+)
+def test_what_other_machines_could_not_use_is_refused_here(storage, tracking_uri, fault):
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        submit.environment(ROOT, storage, tracking_uri, {})
+
+
+def test_where_no_dashboard_answers_the_option_is_named():
+    with pytest.raises(ConnectionError, match=r"^no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
+        submit.connect("http://127.0.0.1:9")
