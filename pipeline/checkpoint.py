@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.loop import State
-from pipeline.storage import Folder, copy_file, errors_of, local_copy, remove
+from pipeline.storage import Folder, copy_file, errors_of, local_copy, remove, temporary_folder
 
 FILES, SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,56 +66,73 @@ def save(
     settings: dict[str, Any],
     keep: int,
 ) -> Folder:
-    """Write step_<n>, then delete those before the last `keep` up to it. On an error (a full disk, say) nothing is
-    left of it, those before it stand, and OSError says so. Later ones, which are damaged, wait for their step."""
+    """Write step_<n>, then delete those before the last `keep` up to it. Later ones, which are damaged, wait for
+    their step; the last checkpoint of a run removes them. Raises DiskFullError or OSError; those before it stand."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     target = folder_of(run_folder, state.step)
-    temporary: Path | None = None
     try:
-        temporary = _new_folder(run_folder, target.name)
-        path = temporary / "tensors.safetensors"
-        _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-        content = {"state": asdict(state), "settings": settings}
-        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
-        sums = [f"{_sha256(temporary / name)}  {name}\n" for name in FILES]
-        (temporary / SUMS).write_text("".join(sums), encoding="utf-8")  # as sha256sum writes and checks them
-        remove(target)  # a damaged one of the same step
         if isinstance(run_folder, Path):
-            for file in (*temporary.iterdir(), temporary):
-                _flush(file)
-            temporary.rename(str(target))
-            _flush(run_folder)
+            _save_to_disk(run_folder, target.name, tensors, state, settings)
         else:
-            with errors_of(target):
-                for name in (*FILES, SUMS):
-                    copy_file(temporary / name, target / name)
+            with temporary_folder() as temporary:
+                _write(temporary, tensors, state, settings)
+                _upload(temporary, target)
     except OSError as error:
-        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OSError
-        raise kind(
-            f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}; "
-            "the ones before it stand: make room and run again"
-        ) from error
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
-    found = [folder for folder in folders(run_folder) if folder.name <= target.name]
-    for folder in found[:-keep]:
+        said = f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{said}; the ones before it stand: make room and run again") from error
+        raise OSError(f"{said}; the ones before it stand") from error
+    found = folders(run_folder)
+    last = [folder.name for folder in found].index(target.name) + 1
+    for folder in (*found[: max(0, last - keep)], *(found[last:] if state.finished else ())):
         remove(folder)
     return target
 
 
-def _new_folder(run_folder: Folder, name: str) -> Path:
-    """To write a checkpoint into: beside the others, or for a store on this machine's disk."""
-    if not isinstance(run_folder, Path):
-        return Path(tempfile.mkdtemp())
+def _save_to_disk(
+    run_folder: Path, name: str, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]
+) -> None:
+    """Beside the others, then under its name: whoever looks sees the whole of it, or what was there before."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    for leftover in run_folder.glob(".step_*"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = run_folder / f".{name}.{os.getpid()}"
-    temporary.mkdir()
-    return temporary
+    host = socket.gethostname()
+    for leftover in run_folder.glob(f".step_*.{host}.*"):  # of processes that were killed while they wrote
+        pid = leftover.name.rpartition(".")[2]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = run_folder / f".{name}.{host}.{os.getpid()}"
+    damaged = run_folder / f".{name}-damaged.{host}.{os.getpid()}"
+    try:
+        temporary.mkdir()
+        _write(temporary, tensors, state, settings)
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        if (run_folder / name).exists():
+            (run_folder / name).rename(damaged)
+        temporary.rename(run_folder / name)
+        _flush(run_folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]) -> None:
+    path = folder / "tensors.safetensors"
+    _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    content = {"state": asdict(state), "settings": settings}
+    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    sums = [f"{_sha256(folder / name)}  {name}\n" for name in FILES]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")  # as sha256sum writes and checks them
+
+
+def _upload(source: Path, target: Folder) -> None:
+    """The checksums last: without them it is not whole."""
+    with errors_of(target):
+        if (target / SUMS).exists():
+            (target / SUMS).unlink()
+        for name in (*FILES, SUMS):
+            copy_file(source / name, target / name)
 
 
 def folder_of(run_folder: Folder, step: int) -> Folder:
@@ -130,16 +147,14 @@ def folders(run_folder: Folder) -> list[Folder]:
 
 
 def load(folder: Folder) -> Checkpoint:
-    """Read and verify one. Raises DamagedCheckpointError, and OSError when its store cannot be reached."""
+    """Read and verify one. Raises DamagedCheckpointError; and OSError when it cannot be read, for it may well be
+    whole, and to go back behind it would lose work."""
     try:
         with local_copy(folder) as local:
             return _load(folder, local)
     except DamagedCheckpointError:
         raise
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        away = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if away and not isinstance(folder, Path):
-            raise  # it may well be whole: to go back behind it would lose work
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
 
 

@@ -3,8 +3,7 @@
 import logging
 import os
 import platform
-import urllib.error
-import urllib.request
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.files import write_text
 from pipeline.params import Hardware
-from pipeline.storage import VARIABLE, Folder, errors_of
+from pipeline.publish import fetch
+from pipeline.storage import VARIABLE, Folder, errors_of, is_named
 
 OBJECT_STORE_BYTES = 200_000_000
 """Of Ray on this machine: nothing large passes through it."""
@@ -33,7 +33,8 @@ ENVIRONMENT = (
 own right to storage and tracking."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in what `ray job submit` runs."""
-PROBE_S = 60
+PROBE_S = 300
+"""A node that runs our code for the first time unpacks it and imports torch."""
 TOKENS = (
     "all nodes, and who submits to them, need the same token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=its file "
     "(ray get-auth-token --generate makes one)"
@@ -61,7 +62,9 @@ def ray_cluster(hardware: Hardware, root: Path, dashboard: bool = False) -> Iter
         }
         # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
         # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
-        if not dashboard:
+        if dashboard:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # of another cluster
+        else:
             os.environ["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"
     elif address.startswith(("ray://", "http://", "https://")):
         raise ValueError(
@@ -89,10 +92,13 @@ def _why_not(error: Exception, address: str | None) -> str:
             f"the cluster at {address} has another version ({text[:300]}): all nodes and the submitting side need "
             f"Python {platform.python_version()} and Ray {ray.__version__}"
         )
-    if any(word in text.lower() for word in ("token", "unauthenticated", "authentication", "unauthorized")):
+    if address and any(word in text.lower() for word in ("token", "unauthenticated", "authentication")):
         return f"the cluster at {address} refuses us ({text[:300]}): {TOKENS}"
     if address:
-        return f"no Ray cluster answers at {address} (RAY_ADDRESS): {text[:300]}; unset it to use this machine alone"
+        return (  # Ray says no more when it is the token
+            f"no Ray cluster answers at {address} (RAY_ADDRESS), or not with our token: {text[:300]}; {TOKENS}; "
+            "unset RAY_ADDRESS to use this machine alone"
+        )
     return f"Ray did not start here: {text[:300]}"
 
 
@@ -142,40 +148,44 @@ def share_of_each_worker(hardware: Hardware) -> tuple[bool, int]:
     return gpu, cpus
 
 
-def check(root: Path, storage: Folder, published: Folder | None, tracking_uri: str) -> None:
+def check(hardware: Hardware, root: Path, storage: Folder, published: Folder | None, tracking_uri: str) -> None:
     """What would fail later, and not say why: raises ValueError with the setting to change. Nothing has started yet.
 
     A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
     all; a job's own folder is thrown away with it. `published` is the corpus where the nodes find it.
     """
-    alive = nodes()
-    if len(alive) < 2 and JOB not in os.environ:
+    alive, job = nodes(), JOB in os.environ
+    if not (job or os.environ.get("RAY_ADDRESS")):
+        return  # Ray was started here
+    if len(alive) == 1 and not job and hardware.max_workers == hardware.min_workers:
         return
-    many = f"the cluster has {len(alive)} nodes" if len(alive) > 1 else "a job's folder is thrown away with it"
-    if storage == root.resolve():
+    why = f"the cluster has {len(alive)} nodes" if len(alive) > 1 else "more nodes may join the cluster"
+    if job:
+        why = f"{why}, and a job's folder is thrown away with it"
+    if not is_named():
         raise ValueError(
-            f"{many} and {VARIABLE} is not set: name a folder that all nodes see, or a URI such as s3://bucket/runs, "
+            f"{why}, and {VARIABLE} is not set: name a folder that all nodes see, or a URI such as s3://bucket/runs, "
             "for checkpoints and data (and run python -m pipeline.publish once)"
         )
-    if not tracking_uri.startswith("http"):
+    if tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri:
         raise ValueError(
-            f"{many} and MLFLOW_TRACKING_URI is {tracking_uri}, a file of this one: start a server (mlflow server) "
-            "and name it"
+            f"{why}, and MLFLOW_TRACKING_URI is {tracking_uri}, a file: start a server (mlflow server) and name it"
         )
     probe = storage / f".probe-{uuid.uuid4().hex}"
     write_text(probe, "")
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    tasks = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            probe, published, tracking_uri, versions()
+        )
+        for node in alive
+    ]
+    deadline = time.monotonic() + PROBE_S
     try:
-        tasks = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                probe, published, tracking_uri, versions()
-            )
-            for node in alive
-        ]
         for node, task in zip(alive, tasks, strict=True):
             try:
-                problem = ray.get(task, timeout=PROBE_S)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                problem = ray.get(task, timeout=max(1.0, deadline - time.monotonic()))
+            except ray.exceptions.RayError as error:
                 problem = f"does not run our code ({' '.join(str(error).split())[-300:]})"
             if problem:
                 raise ValueError(f"node {node['NodeManagerAddress']} {problem}")
@@ -196,19 +206,25 @@ def _look(probe: Folder, published: Folder | None, tracking_uri: str, expected: 
     """What this node lacks, from the node."""
     if (ours := versions()) != expected:
         return f"has {ours}, the driver {expected}: give all nodes the same image"
-    for path, advice in (
-        (probe, f"set {VARIABLE} to a folder that all nodes see, or to a URI such as s3://bucket/runs"),
-        (published / "SHA256SUMS" if published else probe, "publish the corpus where all nodes can read it"),
-    ):
-        try:
-            with errors_of(path):
-                path.read_text(encoding="utf-8")
-        except (OSError, ImportError) as error:
-            return f"cannot read {path} ({error}): {advice}"
+    own = probe.with_name(f"{probe.name}-{uuid.uuid4().hex}")
     try:
-        with urllib.request.urlopen(f"{tracking_uri.rstrip('/')}/health", timeout=10):
-            return None
-    except urllib.error.HTTPError:
-        return None  # it answers
-    except OSError as error:
-        return f"gets no answer from {tracking_uri} ({error}): set MLFLOW_TRACKING_URI to one that all nodes reach"
+        with errors_of(probe):
+            probe.read_text(encoding="utf-8")
+            own.write_text("", encoding="utf-8")
+            own.unlink()
+    except (OSError, ImportError) as error:
+        return (
+            f"cannot read and write {probe.parent} ({error}): set {VARIABLE} to a folder that all nodes see, or to a "
+            "URI such as s3://bucket/runs"
+        )
+    if published:
+        try:
+            fetch(published)
+        except (OSError, ValueError) as error:
+            return f"cannot read the corpus: {error}"
+    from pipeline.tracking import answers, without_password  # here, where MLflow may be slow to import
+
+    if not answers(tracking_uri):
+        address = without_password(tracking_uri)
+        return f"gets no answer from {address}: set MLFLOW_TRACKING_URI to an address that all nodes reach"
+    return None

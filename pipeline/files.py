@@ -5,13 +5,16 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import Folder, copy_files, errors_of
+from pipeline.storage import Folder, copy_files, errors_of, temporary_folder
+
+STORE_PAUSE_S = 30.0
+"""After a store could not be reached."""
 
 
 @contextmanager
@@ -22,10 +25,9 @@ def replace_folder(target: Folder) -> Iterator[Path]:
     store, which takes one file at a time, the files of the folder go at the end.
     """
     if not isinstance(target, Path):
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-            with errors_of(target):
-                copy_files(Path(temporary), target)
+        with temporary_folder() as temporary:
+            yield temporary
+            copy_files(temporary, target)
         return
     partial, old = _beside(target, "partial"), _beside(target, "old")
     with naming(target):
@@ -69,6 +71,44 @@ def write_json(target: Folder, values: Any) -> None:
     write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+class LiveFile:
+    """A small JSON file that is written again and again, for others to look at. A full disk stops nobody for it, nor
+    does a store: to that it goes from a thread of its own, the newest values alone."""
+
+    def __init__(self, path: Folder) -> None:
+        self.path = path
+        self._newest: Any = None
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"writes {path.name}", daemon=True)
+        if not isinstance(path, Path):
+            self._thread.start()
+
+    def write(self, values: Any) -> None:
+        if isinstance(self.path, Path):
+            with suppress(OSError):
+                write_json(self.path, values)
+        else:
+            self._newest = values
+            self._wake.set()
+
+    def close(self) -> None:
+        """Wait for the last values to arrive, for a while."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STORE_PAUSE_S)
+
+    def _run(self) -> None:
+        while not self._closing.is_set() or self._wake.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                if self._newest is not None:
+                    write_json(self.path, self._newest)
+            except OSError:
+                self._closing.wait(STORE_PAUSE_S)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """A full disk's error comes without a file name: raise it again with `path` and with the way out."""
@@ -86,7 +126,7 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

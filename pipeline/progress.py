@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.files import write_json
+from pipeline.files import LiveFile
 from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 0.5
@@ -23,14 +23,13 @@ REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
 
 
 class Reporter:
-    """The worker's side. Writing the file is cheap, and done twice a second at most; neither a full disk nor a store
-    that cannot be reached stops it.
+    """The worker's side. Writing the file is cheap, and done twice a second at most.
 
     A worker that takes a dead one's place adds to what that one said.
     """
 
     def __init__(self, path: Folder) -> None:
-        self.path, self.written = path, 0.0
+        self.file, self.written = LiveFile(path), 0.0
         self.interval_s = _interval_s(path)
         news = _read(path)
         self.said: list[str] = news["said"] if news else []
@@ -46,9 +45,12 @@ class Reporter:
         self.flush()
 
     def flush(self) -> None:
-        with suppress(OSError):
-            write_json(self.path, {"step": self.step, "text": self.text, "said": self.said})
+        self.file.write({"step": self.step, "text": self.text, "said": [*self.said]})
         self.written = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
 
 
 @contextmanager

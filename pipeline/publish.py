@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, CorpusInfo
 from pipeline.files import replace_folder, write_json, write_text
 from pipeline.params import Settings, load_settings
-from pipeline.storage import CHUNK_BYTES, VARIABLE, Folder, errors_of, run_storage
+from pipeline.storage import VARIABLE, Folder, cache, copy_file, errors_of, run_storage
 
 SUMS = "SHA256SUMS"
 
@@ -38,7 +37,8 @@ def publish(settings: Settings, root: Path, storage: Folder) -> Folder:
             size = sum(path.stat().st_size for path in paths)
             with tqdm(total=size, desc=f"publish to {storage}", unit="B", unit_scale=True) as bar:
                 sums = [
-                    f"{_copy(path, target / path.relative_to(root).as_posix(), bar)}  {path.relative_to(root)}\n"
+                    f"{copy_file(path, target / path.relative_to(root).as_posix(), bar.update)}  "
+                    f"{path.relative_to(root)}\n"
                     for path in paths
                 ]
             write_text(target / SUMS, "".join(sums))  # last: with it the folder is whole
@@ -63,27 +63,37 @@ def published(settings: Settings, storage: Folder) -> Folder:
 
 
 def fetch(source: Folder) -> Path:
-    """A folder of this machine with the data/ of a published corpus: copied and verified by whoever comes first,
-    while others wait. Raises ValueError if what arrives is not what was published, OSError."""
-    cache = Path(tempfile.gettempdir()) / f"transformer-data-{os.getuid()}"
-    target = cache / source.name
-    cache.mkdir(mode=0o700, exist_ok=True)
-    if cache.stat().st_uid != os.getuid():
-        raise OSError(f"{cache} belongs to another user: remove it, or set TMPDIR")
-    with _locked(cache / f"{source.name}.lock"), errors_of(source):
-        if not target.exists():
+    """A folder of this machine with the data/ of a published corpus: copied by whoever comes first, while others
+    wait, and verified each time. Raises ValueError if what arrives is not what was published, OSError."""
+    target = cache() / source.name
+    with _locked(cache() / f"{source.name}.lock"), errors_of(source):
+        if not _is_whole(target):
             sums = _read_sums(source)
             with replace_folder(target) as partial:
                 for name, digest in sums.items():
-                    if _copy(source / name, partial / name) != digest:
+                    if copy_file(source / name, partial / name) != digest:
                         raise ValueError(f"{source / name} is not what was published: publish the corpus again")
+                copy_file(source / SUMS, partial / SUMS)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the copy is all there: what cleans up temporary folders may have taken some of it."""
+    try:
+        sums = _read_sums(folder)
+        for name, digest in sums.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def bring(settings: Settings, root: Path, storage: Folder) -> Folder | None:
     """Make data/ of `root` be there, from what is published if need be; where other machines find the same, None if
     it is not published. Raises ValueError if both are there and differ, or neither is."""
-    if storage == root.resolve():
+    if storage == root.resolve():  # where other machines see it too, if there are any
         return None
     source = published(settings, storage)
     links = [root / name for name in (ENCODED, TOKENIZER, CLEAN)]
@@ -115,20 +125,6 @@ def _files(settings: Settings, root: Path) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: run dvc repro tokenize first")
     return paths
-
-
-def _copy(source: Folder, target: Folder, bar: tqdm | None = None) -> str:
-    """Returns the SHA-256 of what was copied."""
-    if isinstance(target, Path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(CHUNK_BYTES):
-            digest.update(chunk)
-            writer.write(chunk)
-            if bar is not None:
-                bar.update(len(chunk))
-    return digest.hexdigest()
 
 
 def _read_sums(source: Folder) -> dict[str, str]:

@@ -6,20 +6,24 @@ methods; what the two do differently is here, in files.py and in checkpoint.py. 
 read it come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 
 if TYPE_CHECKING:
     from upath import UPath
 
 Folder: TypeAlias = Union[Path, "UPath"]
 VARIABLE = "RUN_STORAGE"
+T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
+PATIENCE_S = 600
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
 """Libraries below fsspec, some of whose errors it lets through."""
 
@@ -44,33 +48,80 @@ def run_storage(root: Path) -> Folder:
     return found
 
 
+def is_named() -> bool:
+    """Whether RUN_STORAGE says where; it may be the project's own folder, on a file system that all nodes see."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def cache() -> Path:
+    """A folder of this user on this machine's own disk, for copies. Raises OSError if it is another user's."""
+    folder = Path(tempfile.gettempdir()) / f"transformer-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user: remove it, or set TMPDIR")
+    return folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """In the cache. What processes left there that were killed is removed: it may be as large as a checkpoint."""
+    for leftover in cache().glob("tmp-*-*"):
+        if not Path("/proc", leftover.name.split("-")[1]).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=cache()) as folder:
+        yield Path(folder)
+
+
 @contextmanager
 def local_copy(source: Folder) -> Iterator[Path]:
-    """The files of a folder as they are on this machine: itself, or a copy for as long as the block takes."""
+    """The files of a folder as they are on this machine: itself, or a copy for as long as the block takes. Raises
+    FileNotFoundError if there are none."""
     if isinstance(source, Path):
         yield source
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         with errors_of(source):
-            copy_files(source, Path(temporary))
-        yield Path(temporary)
+            files = list(source.iterdir())
+            for path in files:
+                copy_file(path, temporary / path.name)
+        if not files:
+            raise FileNotFoundError(f"{source} does not exist")
+        yield temporary
 
 
-def copy_files(source: Folder, target: Folder) -> None:
-    """All files of one folder, without folders within it. Raises FileNotFoundError if there are none."""
-    files = [path for path in source.iterdir() if path.is_file()]
-    if not files:
-        raise FileNotFoundError(f"{source} does not exist")
-    for path in files:
-        copy_file(path, target / path.name)
+def copy_files(source: Path, target: Folder) -> None:
+    """The files of a folder, without folders within it."""
+    with errors_of(target):
+        for path in source.iterdir():
+            if path.is_file():
+                copy_file(path, target / path.name)
 
 
-def copy_file(source: Folder, target: Folder) -> None:
-    """By chunks. Folders above a local target are made; a store needs none."""
+def copy_file(source: Folder, target: Folder, progress: Callable[[int], object] = lambda count: None) -> str:
+    """By chunks, each of whose bytes are told to `progress`; returns the SHA-256. Folders above a local target are
+    made; a store needs none."""
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with source.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        while chunk := reader.read(CHUNK_BYTES):
+            digest.update(chunk)
+            writer.write(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def patiently(action: Callable[[], T], folder: Folder, say: Callable[[str], object]) -> T:
+    """What `action` returns; when a store cannot be reached, tried again for PATIENCE_S seconds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if isinstance(folder, Path) or time.monotonic() > deadline:
+                raise
+            say(f"{error}; trying again for {max(0, deadline - time.monotonic()):.0f} s")
+            time.sleep(10)
 
 
 def remove(folder: Folder) -> None:

@@ -24,10 +24,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from pipeline.cluster import TOKENS
 from pipeline.params import load_settings
 from pipeline.storage import VARIABLE
-from pipeline.tracking import git_tags
+from pipeline.tracking import git_tags, without_password
 
 ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ASK_S = 60.0
 
 
 def environment(root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]) -> dict[str, str]:
@@ -37,7 +38,7 @@ def environment(root: Path, storage: str | None, tracking_uri: str | None, more:
             f"{VARIABLE} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
             "s3://bucket/runs, is needed (or --storage)"
         )
-    if not tracking_uri or not tracking_uri.startswith("http"):
+    if not tracking_uri or tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri:
         raise ValueError(
             f"MLFLOW_TRACKING_URI is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
             "needed (or --tracking-uri)"
@@ -76,20 +77,36 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, what: str, root: Path, environment: dict[str, str]) -> str:
-    """The job's name."""
+    """The job's name. Raises ConnectionError."""
     runtime_env: dict[str, Any] = {"working_dir": str(root), "env_vars": environment}
-    return client.submit_job(entrypoint=ENTRYPOINTS[what], runtime_env=runtime_env)
+    try:
+        return client.submit_job(entrypoint=ENTRYPOINTS[what], runtime_env=runtime_env)
+    except RuntimeError as error:  # whatever the dashboard answers
+        text = " ".join(str(error).split())[-300:]
+        raise ConnectionError(f"the cluster at {client.get_address()} did not take the job: {text}") from error
 
 
 def follow(client: JobSubmissionClient, job: str) -> JobStatus:
-    """Show the job's log until it ends."""
+    """Show the job's log until it ends. Raises whatever Ray's HTTP library does when the cluster is gone."""
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
             print(lines, end="", flush=True)
 
-    asyncio.run(tail())
-    return client.get_job_status(job)
+    async def status() -> JobStatus:
+        return await asyncio.wait_for(asyncio.to_thread(client.get_job_status, job), ASK_S)
+
+    async def until_its_end() -> JobStatus:
+        while True:
+            log = asyncio.create_task(tail())
+            while not (await asyncio.wait({log}, timeout=ASK_S))[0]:
+                await status()  # a head that is cut off says nothing, and its log has no end
+            await log
+            if (found := await status()).is_terminal():
+                return found
+            await asyncio.sleep(1)
+
+    return asyncio.run(until_its_end())
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -105,7 +122,14 @@ def main() -> None:
     parser.add_argument("--address", help=f"of the dashboard (RAY_API_SERVER_ADDRESS, else {DEFAULT_ADDRESS})")
     parser.add_argument("--storage", metavar="URI", help=f"where data and checkpoints lie ({VARIABLE})")
     parser.add_argument("--tracking-uri", metavar="URL", help="of the MLflow server (MLFLOW_TRACKING_URI)")
-    parser.add_argument("--env", metavar="NAME=VALUE", type=_named, action="append", default=[], help="more of it")
+    parser.add_argument(
+        "--env",
+        metavar="NAME=VALUE",
+        type=_named,
+        action="append",
+        default=[],
+        help="more of the job's environment; the dashboard shows it: no secrets",
+    )
     parser.add_argument("--no-wait", action="store_true", help="do not show the log")
     arguments = parser.parse_args()
     root = Path().resolve()
@@ -127,7 +151,7 @@ def main() -> None:
         f"submit: {job} runs {ENTRYPOINTS[arguments.what]}\n"
         f"  log:  ray job logs --address {address} --follow {job}\n"
         f"  end:  ray job stop --address {address} {job}\n"
-        f"  runs: {variables['MLFLOW_TRACKING_URI']}",
+        f"  runs: {without_password(variables['MLFLOW_TRACKING_URI'])}",
         file=sys.stderr,
         flush=True,
     )
@@ -138,6 +162,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"submit: {job} goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`, say
+        raise
     except Exception as error:  # of Ray's HTTP library, of several kinds
         print(
             f"submit: the cluster at {address} does not answer any more ({type(error).__name__}): see whether {job} "

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,8 @@ VIEW = "rows"
 """The name of the view that `share_view` gives to an experiment."""
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves."""
+LONG_SILENCE_S = 90
+"""After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
@@ -76,7 +79,7 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def _answers(uri: str) -> bool:
+def answers(uri: str) -> bool:
     """Whether there is a server at `uri`; a database needs none."""
     if not uri.startswith("http"):
         return True
@@ -89,20 +92,31 @@ def _answers(uri: str) -> bool:
 def _await_server(uri: str, patience_s: float) -> None:
     """Raises ConnectionError when the server has not answered for `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
-    warned = False
-    while not _answers(uri):
+    warned, shown = False, without_password(uri)
+    while not answers(uri):
         if time.monotonic() > deadline:
             raise ConnectionError(
-                f"the MLflow server {uri} does not answer: start it, or set MLFLOW_TRACKING_URI to another, "
+                f"the MLflow server {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another, "
                 "or unset it to use the file mlflow.db"
             )
         if not warned:
-            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", uri, patience_s)
+            logger.warning(
+                "The MLflow server %s does not answer; waiting up to %.0f s for it.",
+                shown,
+                patience_s,
+            )
             warned = True
         time.sleep(min(2.0, patience_s))
 
 
-def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str], root: Path = Path()) -> str:
+def open_run(
+    uri: str,
+    settings: Settings,
+    run_key: str,
+    tags: Mapping[str, str],
+    root: Path = Path(),
+    last_sign_at: float | None = None,
+) -> str:
     """The id of the run of `run_key`, RUNNING and owned by this process; made if there is none.
 
     To be called by the driver before any worker opens the store: it also creates a new database, which several
@@ -110,8 +124,10 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
     and may set MLflow's own, such as mlflow.runName and mlflow.parentRunId. A tag `change` is a parameter too: where
     MLflow compares runs it shows no tags, and of the parameters the first three in the alphabet.
 
-    Raises ConnectionError when the server does not answer, ValueError when another process of this machine
-    is at work on the same run.
+    `last_sign_at` is when the run was last heard of in its folder (seconds since the epoch).
+
+    Raises ConnectionError when the server does not answer, ValueError when another process of this machine is at
+    work on the same run, or one elsewhere was LONG_SILENCE_S seconds ago.
     """
     _await_server(uri, patience_s=10)
     client = _client(uri)
@@ -122,6 +138,8 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
             f"the same training is running already (process {run.data.tags['owner_pid']}, "
             f"MLflow run {run.info.run_id}): wait for it or stop it"
         )
+    if run is not None and last_sign_at is not None:
+        _refuse_if_elsewhere(run, last_sign_at)
     hashes = _dvc_hashes(root)
     all_tags = {
         "mlflow.runName": f"{settings.data_name} {settings.model_name}, seed {settings.seed}",
@@ -153,6 +171,17 @@ def open_run(uri: str, settings: Settings, run_key: str, tags: Mapping[str, str]
         except MlflowException:  # another process was first to log this data, at the same moment
             client.log_inputs(run_id, inputs)
     return run_id
+
+
+def _refuse_if_elsewhere(run: Run, last_sign_at: float) -> None:
+    """From another machine's sign of life, for its processes cannot be asked."""
+    host = run.data.tags.get("owner_host")
+    silence_s = time.time() - last_sign_at
+    if run.info.status == "RUNNING" and host != socket.gethostname() and silence_s < LONG_SILENCE_S:
+        raise ValueError(
+            f"{host} is at work on this (MLflow run {run.info.run_id}, heard of {max(0, silence_s):.0f} s ago): wait "
+            f"for it or stop it; if it is dead, start again {LONG_SILENCE_S} s after its last sign"
+        )
 
 
 def run_params(settings: Settings) -> dict[str, str]:
@@ -204,6 +233,11 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, previous)
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def reconcile(uri: str, experiment: str) -> list[str]:
@@ -436,7 +470,7 @@ class MetricWriter:
     def _deliver(self) -> bool:
         """Whether all that waited is delivered."""
         try:
-            if self._points and not _answers(self._uri):
+            if self._points and not answers(self._uri):
                 raise ConnectionError("no answer")
             client = _client(self._uri)
             if self._last_steps is None:
@@ -450,11 +484,11 @@ class MetricWriter:
                 logger.warning("MLflow refuses the metrics of run %s: %s", self._run_id, error)
             elif not self._away:
                 self._away = True
-                logger.warning("MLflow at %s is away (%s); training goes on.", self._uri, error)
+                logger.warning("MLflow at %s is away (%s); training goes on.", without_password(self._uri), error)
             return False
         if self._away:
             self._away = False
-            logger.warning("MLflow at %s is back; it has all points.", self._uri)
+            logger.warning("MLflow at %s is back; it has all points.", without_password(self._uri))
         return True
 
     def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> int:

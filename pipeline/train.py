@@ -40,8 +40,8 @@ from pipeline.files import replace_folder, write_json, write_text
 from pipeline.loop import NotFiniteError, State
 from pipeline.params import Hardware, Settings, load_settings
 from pipeline.publish import bring, fetch
-from pipeline.storage import Folder, run_storage
-from pipeline.usage import Meter
+from pipeline.storage import PATIENCE_S, VARIABLE, Folder, errors_of, run_storage
+from pipeline.usage import Meter, usage
 from pipeline.worker import rate_of_step, train_rank
 
 CHECKPOINTS, FINAL, REPORTS = Path("checkpoints"), Path("models/final"), Path("reports")
@@ -98,7 +98,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     done = _finished(folder) is not None
     with nullcontext() if done else ray_cluster(settings.hardware, root):
         if not done:
-            check(root, run_storage(root), published, uri)
+            check(settings.hardware, root, run_storage(root), published, uri)
         tracking.reconcile(uri, settings.tracking.experiment)
         with training(settings, root, published) as run:
             metrics = write_model(run, settings, root, root / FINAL)
@@ -131,9 +131,9 @@ def training(
     if state and show:
         _say(f"trained already, to step {state.step}; to train again, delete {folder}")
     gpu, cpus = (False, 0) if state else share_of_each_worker(settings.hardware)
-    run_id = tracking.open_run(
-        uri, settings, key, ({} if state else _makeup(settings.hardware, gpu, cpus)) | dict(tags or {}), root
-    )
+    makeup = {} if state else _makeup(settings.hardware, gpu, cpus)
+    last_sign_at = None if state else usage(folder).last_sign_at
+    run_id = tracking.open_run(uri, settings, key, makeup | dict(tags or {}), root, last_sign_at)
     with tracking.run_guard(uri, run_id):
         if state is None:
             job = Job(
@@ -202,8 +202,11 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
     hardware = job.settings.hardware
     resources = {"CPU": job.cpus} | ({"GPU": 1} if job.gpu else {})
     elastic = hardware.min_workers < hardware.max_workers
+    if elastic:  # seconds for which Ray waits for all that were there, before it takes those that are: from 60
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     num_workers = (hardware.min_workers, hardware.max_workers) if elastic else hardware.max_workers
     shown = progress.shown(job.progress_file, job.settings.train.max_steps, "train") if show else nullcontext()
+    write_json(_settings_file(job.run_folder), asdict(job.settings))
     try:
         with shown, tempfile.TemporaryDirectory() as rays_own:
             result = TorchTrainer(
@@ -229,10 +232,15 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
         ) from error
     if stopped_by := result.return_value:  # type: ignore[attr-defined]
         raise TrainingError(stopped_by)
-    state = _finished(job.run_folder)
-    if state is None:
+    last = checkpoint.load_latest(job.run_folder, _say)
+    if last is None or not last.state.finished:
         raise TrainingError(f"training ended, but its last checkpoint is not in {job.run_folder}")
-    return state
+    return last.state
+
+
+def _settings_file(run_folder: Folder) -> Folder:
+    """What a run was made with; that a worker finds it shows that it has the driver's storage before it."""
+    return run_folder / "settings.json"
 
 
 def _complete_curves(uri: str, run_id: str, state: State) -> None:
@@ -240,7 +248,7 @@ def _complete_curves(uri: str, run_id: str, state: State) -> None:
     writer = tracking.MetricWriter(uri, run_id)
     for point in sorted([*state.training_curve, *state.validation_curve], key=lambda point: point["step"]):
         writer.log({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
-    writer.close()
+    writer.close(PATIENCE_S)
 
 
 class ReachableTorch(TorchConfig):
@@ -295,6 +303,9 @@ def work(config: dict[str, Any]) -> str | None:
             reporter.progress(state.step, f"loss {loss:.3f}, {valid}{speed:,.0f} tokens/s, rate {rate:.1e}")
 
     try:
+        with errors_of(job.run_folder):
+            if not _settings_file(job.run_folder).exists():
+                raise OSError(f"{job.run_folder} lacks what the driver wrote: is {VARIABLE} the same on this node?")
         train_rank(
             job.settings,
             fetch(job.published) / ENCODED if job.published else job.data,
@@ -306,20 +317,18 @@ def work(config: dict[str, Any]) -> str | None:
             progress=show,
             say=reporter.say if reporter else lambda line: None,
         )
-    except (NotFiniteError, ValueError) as error:
+    except NotFiniteError as error:  # on all workers alike
         return str(error)
-    except checkpoint.DiskFullError as error:
+    except (ValueError, checkpoint.DiskFullError, torch.OutOfMemoryError) as error:
         if context.get_world_size() > 1:
             raise  # the other workers wait for this one: Ray has to end them
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"out of memory: {_last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
         return str(error)
-    except torch.OutOfMemoryError as error:
-        if context.get_world_size() > 1:
-            raise  # the other workers wait for this one: Ray has to end them
-        return f"out of memory: {_last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
     finally:
         if reporter and writer and meter:
-            reporter.flush()
-            meter.write()
+            reporter.close()
+            meter.close()
             writer.close()
     return None
 

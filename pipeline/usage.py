@@ -4,11 +4,10 @@ Each attempt keeps a small file of the run's folder up to date; `usage` adds the
 
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import write_json
+from pipeline.files import LiveFile
 from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 2.0
@@ -20,12 +19,13 @@ STORE_INTERVAL_S = 20.0
 class Usage:
     """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
     `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
-    (seconds since the epoch; None: it took none)."""
+    (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of."""
 
     attempts: int = 0
     device_seconds: float = 0.0
     steps: int = 0
     first_step_at: float | None = None
+    last_sign_at: float | None = None
 
 
 class Meter:
@@ -33,7 +33,7 @@ class Meter:
 
     def __init__(self, run_folder: Folder, devices: int) -> None:
         self.started = time.time()
-        self.path = run_folder / "usage" / f"{time.time_ns()}.json"
+        self.file = LiveFile(run_folder / "usage" / f"{time.time_ns()}.json")
         self.interval_s = INTERVAL_S if isinstance(run_folder, Path) else STORE_INTERVAL_S
         self.devices, self.steps, self.written = devices, 0, 0.0
         self.first_step_at: float | None = None
@@ -55,9 +55,12 @@ class Meter:
             "steps": self.steps,
             "first_step_at": self.first_step_at,
         }
-        with suppress(OSError):  # a full disk does not stop training for it
-            write_json(self.path, values)
+        self.file.write(values)
         self.written = time.monotonic()
+
+    def close(self) -> None:
+        self.write()
+        self.file.close()
 
 
 def usage(run_folder: Folder) -> Usage:
@@ -70,4 +73,5 @@ def usage(run_folder: Folder) -> Usage:
         device_seconds=sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
         steps=sum(attempt["steps"] for attempt in attempts),
         first_step_at=attempts[-1]["first_step_at"] if attempts else None,
+        last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
     )

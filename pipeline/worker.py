@@ -14,7 +14,7 @@ from pipeline.batching import BatchPlan, MicroBatch, Position, collate
 from pipeline.corpus import CorpusInfo, EncodedSplit
 from pipeline.loop import Recipe, State, Step, adam, cross_entropy, perplexity, train
 from pipeline.params import Settings
-from pipeline.storage import Folder
+from pipeline.storage import Folder, patiently
 
 
 def train_rank(
@@ -66,9 +66,20 @@ def train_rank(
             "valid_ppl_word": perplexity(total, info.words["valid"]["tgt"]),
         }
 
+    def write_checkpoint(state: State) -> None:
+        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
+
     def save(state: State) -> None:
-        if rank == 0:
-            checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
+        if rank != 0:
+            return
+        if state.finished:
+            return patiently(lambda: write_checkpoint(state), run_folder, say)
+        try:
+            write_checkpoint(state)
+        except checkpoint.DiskFullError:
+            raise
+        except OSError as error:  # a store that is away may be back for the next
+            say(f"{error}; training goes on")
 
     recipe = Recipe(
         seed=settings.seed,
@@ -140,14 +151,15 @@ def _resume(
     say: Callable[[str], None],
 ) -> State:
     """The last whole checkpoint, as rank 0 finds it: all ranks go on from the same step."""
-    found = checkpoint.load_latest(run_folder, say) if rank == 0 else None
+    found = patiently(lambda: checkpoint.load_latest(run_folder, say), run_folder, say) if rank == 0 else None
     step = torch.tensor(found.state.step if found else -1, device=device)
     if dist.is_initialized():
         dist.broadcast(step, src=0)
     if step.item() < 0:
         return State()
     if found is None:
-        found = checkpoint.load(checkpoint.folder_of(run_folder, int(step.item())))
+        at = checkpoint.folder_of(run_folder, int(step.item()))
+        found = patiently(lambda: checkpoint.load(at), run_folder, say)
     if rank == 0:
         say(f"continuing from the checkpoint of step {found.state.step}")
     return found.restore(model, optimizer)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,11 @@ def run(root: Path) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
     with ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext():
         if to_run:
-            check(root, storage, published, uri)
+            check(sweep.base.hardware, root, storage, published, uri)
         tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
-        parent = tracking.open_run(uri, sweep.base, sweep.run_key, {"mlflow.runName": title, "row": "all"}, root)
+        signs = [sign for trial in to_run if (sign := usage(trial.folder).last_sign_at)]
+        tags = {"mlflow.runName": title, "row": "all"}
+        parent = tracking.open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
         with tracking.run_guard(uri, parent):
             tracking.end_children(uri, experiment, parent)  # of a driver that was killed
             if to_run:
@@ -90,7 +93,7 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder
             "set hardware.device to one of both, or lower sweep.num_workers"
         )
     devices = max(slots[need] * _devices(need) for need in slots)
-    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=_measure)
+    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, published))
     print(plan, flush=True)
     write_text(root / "checkpoints" / "plan.md", plan + "\n")
     uri = tracking.tracking_uri(root)
@@ -103,12 +106,13 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder
         tracking.end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
 
-def _measure(settings: Settings, root: Path, device: torch.device) -> float:
+def _measure(published: Folder | None, settings: Settings, root: Path, device: torch.device) -> float:
     """`measured_rate`, on a GPU in a process of its own: this one may have none, and would keep its memory."""
-    if device.type == "cpu":
-        return measured_rate(settings, root, device)
-    task = ray.remote(num_gpus=1, max_calls=1)(measured_rate)
-    return ray.get(task.remote(settings, root, device))
+
+    def there() -> float:
+        return measured_rate(settings, fetch(published) if published else root, device)
+
+    return there() if device.type == "cpu" else ray.get(ray.remote(num_gpus=1, max_calls=1)(there).remote())
 
 
 Need = tuple[bool, int, int]
@@ -120,7 +124,8 @@ def _need(trial: Trial) -> Need:
         gpu, cpus = share_of_each_worker(trial.settings.hardware)
     except ValueError as error:
         raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
-    return gpu, cpus, trial.settings.hardware.max_workers
+    hardware = trial.settings.hardware
+    return gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, capacity(room(), cpus, gpu)))
 
 
 def _slots(need: Need) -> int:
@@ -292,8 +297,7 @@ def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate.run(trial.settings, root, model, Path(reports), progress=False).metrics
-        with errors_of(trial.folder):
-            copy_files(Path(reports), trial.folder)
+        copy_files(Path(reports), trial.folder)
     flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
     return flat, time.time() - started
 
@@ -327,12 +331,17 @@ def _show(trials: Sequence[Trial], over: threading.Event) -> None:
     interval_s = INTERVAL_S if isinstance(trials[0].folder, Path) else progress.STORE_INTERVAL_S
     while True:
         ended = over.wait(interval_s)
-        records = [trial.record() for trial in trials]
         running, steps = 0, 0
-        for trial, record in zip(trials, records, strict=True):
-            step = trial.settings.train.max_steps if record else progress.step(trial.folder / "progress.json")
-            steps += step
-            running += record is None and _begun_since(trial.folder / "usage", started)
+        try:
+            records = [trial.record() for trial in trials]
+            for trial, record in zip(trials, records, strict=True):
+                step = trial.settings.train.max_steps if record else progress.step(trial.folder / "progress.json")
+                steps += step
+                running += record is None and _begun_since(trial.folder / "usage", started)
+        except OSError:  # a store that is away
+            if ended:
+                return
+            continue
         statuses = [record["status"] for record in records if record]
         if bar is None:
             total = sum(trial.settings.train.max_steps for trial in trials)

@@ -62,39 +62,49 @@ def test_more_workers_than_there_can_ever_be_are_refused_with_the_setting(rooms)
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch):
-    """A cluster of so many nodes; checks stop where they would ask the nodes themselves."""
+    """A cluster of so many nodes, joined by address or by a job; checks stop where they would ask the nodes."""
 
-    def set_nodes(count: int, job: bool = False) -> None:
+    def set_nodes(count: int, joined_by: str | None) -> None:
         monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True}] * count)
-        if job:
-            monkeypatch.setenv(cluster.JOB, "{}")
-        else:
-            monkeypatch.delenv(cluster.JOB, raising=False)
+        for name in ("RAY_ADDRESS", cluster.JOB, "RUN_STORAGE"):
+            monkeypatch.delenv(name, raising=False)
+        if joined_by:
+            monkeypatch.setenv(joined_by, "10.0.0.1:6379")
 
     return set_nodes
 
 
-def test_one_node_of_ones_own_needs_nothing(nodes, tmp_path):
-    nodes(1)
-    cluster.check(tmp_path, tmp_path, None, "sqlite:///mlflow.db")
+@pytest.mark.parametrize(("count", "joined_by"), [(1, None), (1, "RAY_ADDRESS")])
+def test_one_node_of_ones_own_needs_nothing(nodes, tmp_path, count, joined_by):
+    nodes(count, joined_by)
+    cluster.check(HARDWARE, tmp_path, tmp_path, None, "sqlite:///mlflow.db")
 
 
-@pytest.mark.parametrize(("count", "job", "why"), [(3, False, "has 3 nodes"), (1, True, "a job's folder is thrown")])
+@pytest.mark.parametrize(
+    ("count", "joined_by", "workers", "why"),
+    [
+        (3, "RAY_ADDRESS", 1, "the cluster has 3 nodes"),
+        (1, "RAY_ADDRESS", [1, 8], "more nodes may join the cluster"),
+        (1, cluster.JOB, 1, "a job's folder is thrown away with it"),
+    ],
+)
 def test_local_storage_and_a_tracking_file_are_refused_where_others_could_not_see_them(
-    nodes, tmp_path, count, job, why
+    nodes, tmp_path, monkeypatch, count, joined_by, workers, why
 ):
-    nodes(count, job)
+    nodes(count, joined_by)
+    hardware = replace(HARDWARE, num_workers=workers)
     with pytest.raises(ValueError, match=f"{why}.* and RUN_STORAGE is not set: name a folder that all nodes see"):
-        cluster.check(tmp_path, tmp_path, None, "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=f"{why}.* and MLFLOW_TRACKING_URI is sqlite:///x.db, a file"):
-        cluster.check(tmp_path, tmp_path / "shared", None, "sqlite:///x.db")
+        cluster.check(hardware, tmp_path, tmp_path, None, "http://127.0.0.1:9")
+    monkeypatch.setenv("RUN_STORAGE", str(tmp_path / "shared"))
+    for uri in ("sqlite:///x.db", "file:///x", "/mlruns"):
+        with pytest.raises(ValueError, match=f"{why}.* and MLFLOW_TRACKING_URI is {uri}, a file"):
+            cluster.check(hardware, tmp_path, tmp_path / "shared", None, uri)
 
 
 def look(tmp_path: Path, **changes: object) -> str | None:
     probe = tmp_path / "probe"
     probe.write_text("")
-    (tmp_path / "SHA256SUMS").write_text("")
-    arguments = {"probe": probe, "published": tmp_path, "tracking_uri": "http://127.0.0.1:9"}
+    arguments = {"probe": probe, "published": None, "tracking_uri": "http://us:secret@127.0.0.1:9"}
     return cluster._look(**arguments | {"expected": cluster.versions()} | changes)  # type: ignore[arg-type]
 
 
@@ -105,10 +115,12 @@ def test_a_node_with_another_version_says_which(tmp_path):
     assert problem.endswith("give all nodes the same image")
 
 
-def test_a_node_that_cannot_read_the_storage_or_the_data_or_ask_the_server_names_the_setting(tmp_path):
+def test_a_node_that_cannot_use_the_storage_or_read_the_data_or_ask_the_server_says_so(tmp_path, monkeypatch):
     assert "set RUN_STORAGE to a folder that all nodes see" in str(look(tmp_path, probe=tmp_path / "none"))
-    assert "publish the corpus where all nodes" in str(look(tmp_path, published=tmp_path / "none"))
-    assert "gets no answer from http://127.0.0.1:9" in str(look(tmp_path))
+    assert str(look(tmp_path, published=tmp_path / "none")).startswith("cannot read the corpus: ")
+    assert str(look(tmp_path)).startswith("gets no answer from http://127.0.0.1:9: set MLFLOW_TRACKING_URI")
+    assert look(tmp_path, tracking_uri="sqlite:///x.db") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
 
 
 @pytest.mark.parametrize(

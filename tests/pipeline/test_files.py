@@ -1,10 +1,14 @@
 import errno
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
-from pipeline.files import replace_folder, write_json, write_text
+from pipeline import files
+from pipeline.files import LiveFile, replace_folder, write_json, write_text
 
 FULL_DISK = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
@@ -81,3 +85,54 @@ def test_json_comes_back(tmp_path):
     values = {"train": {"pairs": 29_000, "origin": "Größe"}}
     write_json(tmp_path / "a.json", values)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
+
+
+def test_a_live_file_in_a_store_has_the_newest_values_at_the_end_and_holds_nobody_up(monkeypatch):
+    path = UPath("memory://files/live.json")
+    held = threading.Event()
+    written = []
+
+    def slowly(target, values):
+        held.wait(10)
+        written.append(values)
+        target.write_text(json.dumps(values))
+
+    monkeypatch.setattr(files, "write_json", slowly)
+    live = LiveFile(path)
+    began = time.monotonic()
+    for number in range(1, 8):
+        live.write({"step": number})
+    assert time.monotonic() - began < 5
+    held.set()
+    live.close()
+    assert json.loads(path.read_text()) == {"step": 7}
+    assert len(written) < 4
+
+
+def test_a_store_that_is_away_for_a_while_gets_the_newest_values_afterwards(monkeypatch):
+    path = UPath("memory://files/away.json")
+    monkeypatch.setattr(files, "STORE_PAUSE_S", 0.05)
+    faults = [OSError("away"), OSError("away")]
+
+    def sometimes(target, values):
+        if faults:
+            raise faults.pop()
+        target.write_text(json.dumps(values))
+
+    monkeypatch.setattr(files, "write_json", sometimes)
+    live = LiveFile(path)
+    for number in (3, 5, 7):
+        live.write(number)
+        time.sleep(0.2)
+    assert json.loads(path.read_text()) == 7
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with replace_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "link").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert (tmp_path / "there" / "kept").exists()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import progress
+from pipeline import files, progress
 from pipeline.progress import Reporter, shown, step
 
 
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_does_not_stop_training(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(progress, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     reporter = Reporter(tmp_path / "p.json")
     reporter.say("still here")
     reporter.progress(3, "")

@@ -65,7 +65,7 @@ def test_what_arrives_is_what_was_there_without_the_training_texts(storage, tmp_
 def test_it_is_copied_once_to_a_machine_and_nothing_is_published_twice(storage, tmp_path, monkeypatch):
     there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     first = fetch(there)
-    monkeypatch.setattr(module, "_copy", lambda *arguments: pytest.fail("copied again"))
+    monkeypatch.setattr(module, "copy_file", lambda *arguments: pytest.fail("copied again"))
     assert fetch(there) == first
     assert publish(SETTINGS, tmp_path / "root", storage) == there
 
@@ -74,8 +74,8 @@ def test_processes_that_come_at_once_wait_for_the_one_that_copies(tmp_path):
     there = publish(SETTINGS, make_root(tmp_path / "root"), tmp_path / "shared")
     script = (
         "import sys; from pathlib import Path; from pipeline import publish\n"
-        "copy = publish._copy\n"
-        "publish._copy = lambda *a: (print('copied'), copy(*a))[1]\n"
+        "copy = publish.copy_file\n"
+        "publish.copy_file = lambda *a: (print('copied'), copy(*a))[1]\n"
         "print(publish.fetch(Path(sys.argv[1])))"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
@@ -93,6 +93,15 @@ def test_another_corpus_under_the_name_leaves_the_first_where_it_is(storage, tmp
     second = publish(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
     assert published(SETTINGS, storage) == second
     assert (first / "SHA256SUMS").exists()
+
+
+def test_a_copy_of_which_something_was_taken_or_changed_is_made_again(storage, tmp_path):
+    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    expected = files(fetch(there))
+    (fetch(there) / "data/encoded/meta.json").unlink()  # as what cleans up /tmp does
+    assert files(fetch(there)) == expected
+    (fetch(there) / "data/tokenizer/spm.model").write_bytes(b"others")
+    assert files(fetch(there)) == expected
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing sums"])

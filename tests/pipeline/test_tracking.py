@@ -266,6 +266,26 @@ def test_the_guard_leaves_a_good_end_for_finish_to_say(uri: str, run_id: str) ->
     assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_another_machine_was_just_heard_of_is_refused_and_taken_over_after_its_silence(
+    uri: str, settings: Settings, root: Path
+) -> None:
+    elsewhere = {"owner_host": "worker7.example.org"}
+    run_id = tracking.open_run(uri, settings, "shared", elsewhere, root)
+    with pytest.raises(ValueError, match=r"^worker7\.example\.org is at work on this .* heard of 5 s ago"):
+        tracking.open_run(uri, settings, "shared", {}, root, last_sign_at=time.time() - 5)
+    silent_since = time.time() - tracking.LONG_SILENCE_S - 1
+    assert tracking.open_run(uri, settings, "shared", {}, root, last_sign_at=silent_since) == run_id
+    assert tracking.open_run(uri, settings, "shared", {}, root, last_sign_at=time.time()) == run_id  # ours by now
+    ended = tracking.open_run(uri, settings, "ended", elsewhere, root)
+    tracking.finish(uri, ended)
+    assert tracking.open_run(uri, settings, "ended", {}, root, last_sign_at=time.time()) == ended
+
+
+def test_addresses_are_shown_without_passwords() -> None:
+    assert tracking.without_password("https://us:secret@mlflow:5000/x") == "https://mlflow:5000/x"
+    assert tracking.without_password("http://mlflow:5000/@x") == "http://mlflow:5000/@x"
+
+
 def test_curves_arrive_whole_and_in_order(uri: str, run_id: str) -> None:
     writer = MetricWriter(uri, run_id)
     for step in range(1, 1501):  # more than MLflow takes at once
@@ -346,7 +366,7 @@ class Server:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        while not tracking._answers(self.uri):
+        while not tracking.answers(self.uri):
             assert time.monotonic() < deadline, (self.root / "server.log").read_text()
             time.sleep(0.2)
 

@@ -21,6 +21,7 @@ def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(train, "get_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(train, "train_rank", refuse)
         settings = load_settings(Path(__file__).parents[2])
+        (tmp_path / "settings.json").write_text("{}")
         cpus = torch.get_num_threads()
         job = train.Job(settings, tmp_path, None, tmp_path, "", "", cpus=cpus, gpu=False, reports_to_ray=False)
         return train.work({"job": job})
@@ -33,6 +34,12 @@ def test_a_worker_alone_that_has_too_little_memory_says_so_and_is_not_started_ag
         "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; "
         "lower hardware.micro_batch_tokens, or take more workers"
     )
+
+
+def test_a_worker_that_does_not_see_the_drivers_storage_names_the_setting(out_of_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_settings_file", lambda run_folder: tmp_path / "none")
+    with pytest.raises(OSError, match=r"lacks what the driver wrote: is RUN_STORAGE the same on this node\?"):
+        out_of_memory(1)
 
 
 def test_one_of_several_workers_dies_of_it_because_the_others_wait_for_it(out_of_memory):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import files
 from pipeline import usage as module
 from pipeline.usage import INTERVAL_S, Meter, Usage, usage
 
@@ -55,7 +56,9 @@ def test_device_seconds_are_wall_time_from_the_first_line_to_the_last_times_all_
     meter.step()
     clock.now += 11  # after the last
     meter.write()
-    assert usage(tmp_path) == Usage(attempts=1, device_seconds=7 * 19.0, steps=2, first_step_at=began + 3)
+    found = usage(tmp_path)
+    assert (found.attempts, found.device_seconds, found.steps) == (1, 7 * 19.0, 2)
+    assert (found.first_step_at, found.last_sign_at) == (began + 3, pytest.approx(began + 19))
 
 
 def test_attempts_add_up_each_with_its_own_devices(tmp_path, clock):
@@ -63,9 +66,9 @@ def test_attempts_add_up_each_with_its_own_devices(tmp_path, clock):
     clock.now += 1_000  # nobody at work
     began = clock.time()
     attempt(clock, tmp_path, devices=3, steps=7, seconds_a_step=11.0).write()
-    assert usage(tmp_path) == Usage(
-        attempts=2, device_seconds=2 * 5 * 3.0 + 3 * 7 * 11.0, steps=12, first_step_at=began + 11
-    )
+    found = usage(tmp_path)
+    assert (found.attempts, found.device_seconds, found.steps) == (2, 2 * 5 * 3.0 + 3 * 7 * 11.0, 12)
+    assert (found.first_step_at, found.last_sign_at) == (began + 11, pytest.approx(began + 77))
 
 
 def test_an_attempt_that_is_killed_counts_but_for_its_last_moments(tmp_path, clock):
@@ -87,7 +90,7 @@ def test_an_attempt_that_is_killed_before_its_first_step_counts_as_one_and_has_n
 
 def test_the_file_is_written_every_other_second_at_most(tmp_path, clock, monkeypatch):
     written = []
-    monkeypatch.setattr(module, "write_json", lambda path, values: written.append(values["steps"]))
+    monkeypatch.setattr(files, "write_json", lambda path, values: written.append(values["steps"]))
     attempt(clock, tmp_path, devices=1, steps=100, seconds_a_step=0.25)  # 25 seconds
     assert written[0] == 0
     assert 8 <= len(written) <= 13
@@ -106,7 +109,7 @@ def test_a_disk_that_is_full_does_not_stop_training(tmp_path, clock, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", full)
+        patch.setattr(files, "write_json", full)
         meter = attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0)
         meter.write()
     assert usage(tmp_path) == Usage()

@@ -1,0 +1,154 @@
+"""A cluster's stores, small and on this machine: an S3 server (moto's), PostgreSQL, MLflow's server over both.
+
+All bind 127.0.0.1 and a free port; what is installed of PostgreSQL lends its programs only, not its data.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+
+import boto3
+import requests
+
+POSTGRES_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+"""Where Debian's package `postgresql` puts them: in no folder of PATH, one folder a version."""
+SECRETS = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+"""S3's, for environments alone; moto takes any."""
+PATIENCE_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+@contextmanager
+def _started(
+    command: Sequence[str | Path], ready: Callable[[], bool], end: signal.Signals, **options
+) -> Iterator[None]:
+    """The running command, as soon as it is `ready`; all of its processes are gone afterwards."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not ready():
+            assert process.poll() is None, f"{command[0]} ended with exit code {process.returncode}"
+            assert time.monotonic() < deadline, f"{command[0]} is not ready after {PATIENCE_S} s"
+            time.sleep(0.1)
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, end)
+        process.wait(PATIENCE_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+class S3:
+    """A server whose objects are gone with it."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which boto3, and so MLflow and DVC, find this server and no other."""
+        return SECRETS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+
+    def started(self) -> AbstractContextManager[None]:
+        command = [Path(sys.executable).parent / "moto_server", "--host", "127.0.0.1", "--port", str(self.port)]
+        url = f"http://127.0.0.1:{self.port}/moto-api/"
+        return _started(command, lambda: _answers(url), signal.SIGKILL, stderr=subprocess.DEVNULL)
+
+    @contextmanager
+    def client(self) -> Iterator:
+        found = boto3.client(
+            "s3",
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id=SECRETS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=SECRETS["AWS_SECRET_ACCESS_KEY"],
+            region_name=SECRETS["AWS_DEFAULT_REGION"],
+        )
+        with closing(found):
+            yield found
+
+    def make_bucket(self, name: str) -> None:
+        with self.client() as client:
+            client.create_bucket(Bucket=name)
+
+    def sizes(self, bucket: str, prefix: str = "") -> dict[str, int]:
+        """{key: bytes} of all objects below `prefix`, without it."""
+        with self.client() as client:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            found = [entry for page in pages for entry in page.get("Contents", ())]
+        return {entry["Key"].removeprefix(prefix): entry["Size"] for entry in found}
+
+
+class Postgres:
+    """A cluster of databases in a folder of its own. Its server refuses to run as root: it is nobody's."""
+
+    def __init__(self) -> None:
+        self.programs = POSTGRES_PROGRAMS[-1]
+        self.port = free_port()
+        self.options = {"stdout": subprocess.DEVNULL, "cwd": "/"}
+        if os.geteuid() == 0:
+            self.options |= {"user": "nobody", "group": "nogroup", "extra_groups": ()}
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        folder = Path(tempfile.mkdtemp(prefix="postgres"))
+        try:
+            if os.geteuid() == 0:
+                shutil.chown(folder, "nobody", "nogroup")
+            how = ("--username", "nobody", "--auth", "trust", "--encoding", "UTF8", "--no-locale", "--no-sync")
+            subprocess.run([self.programs / "initdb", "--pgdata", folder / "data", *how], check=True, **self.options)
+            command = [self.programs / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", str(self.port)]
+            command += ["-c", "unix_socket_directories=", "-c", "log_min_messages=panic"]
+            with _started(command, self._is_ready, signal.SIGINT, **self.options):
+                yield
+        finally:
+            shutil.rmtree(folder)
+
+    def _is_ready(self) -> bool:
+        return self._run("pg_isready", "--dbname", "postgres").returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess:
+        where = ("--host", "127.0.0.1", "--port", str(self.port), "--username", "nobody")
+        return subprocess.run([self.programs / program, *where, *arguments], **self.options)
+
+    def make_database(self, name: str) -> str:
+        """A new one, empty; its URI."""
+        self._run("createdb", name).check_returncode()
+        return f"postgresql+psycopg2://nobody@127.0.0.1:{self.port}/{name}"
+
+
+@contextmanager
+def mlflow_server(database: str, artifacts: str, environment: dict[str, str]) -> Iterator[str]:
+    """The URI of a server that makes the tables of a new database. Its pool of 15 connections is MLflow's default."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", artifacts]
+    command += ["--uvicorn-opts", "--log-level warning"]  # what goes wrong, and not every request
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",
+    }
+    with _started(
+        command, lambda: _answers(f"{uri}/health"), signal.SIGKILL, env=os.environ | environment | settings
+    ):
+        yield uri

@@ -1,0 +1,493 @@
+"""A cluster of three hosts (infra/local-cluster) and what it survives: each fault ends with the undisturbed weights.
+
+    python -m pytest -m host tests/system/test_cluster.py
+
+The figures that it prints at its end are the README's.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
+    ),
+]
+SCRIPT = str(Path(__file__).parents[2] / "infra/local-cluster")
+HEAD = "10.77.0.2"
+CHECKPOINT_EVERY, STEPS = 10, 200
+LONG = 50_000
+"""Steps that nobody waits for: the run is stopped."""
+PATIENCE_S = 400
+LOSS_TOLERANCE = 5e-3
+"""Of the validation loss after all steps, where only the order of additions differs."""
+
+
+class Cluster:
+    """infra/local-cluster in a folder of its own. `shared` is what all its hosts see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shared = folder, folder / "shared"
+        self.variables = os.environ | {"LOCAL_CLUSTER_DIR": str(folder)}
+
+    def __call__(self, *words: str) -> str:
+        done = subprocess.run([SCRIPT, *words], env=self.variables, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `infra/local-cluster env` exports."""
+        return dict(line.removeprefix("export ").split("=", 1) for line in self("env").splitlines())
+
+    def workers(self) -> dict[str, list[psutil.Process]]:
+        """The training workers on each host."""
+        found: dict[str, list[psutil.Process]] = {}
+        for host in ("head", "worker1", "worker2"):
+            pids = subprocess.run(
+                ["ip", "netns", "pids", f"lc-{host}"], capture_output=True, text=True
+            ).stdout.split()
+            for pid in map(int, pids):
+                try:
+                    process = psutil.Process(pid)
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                        found.setdefault(host, []).append(process)
+                except psutil.NoSuchProcess:
+                    continue
+        return found
+
+    def busy_worker_host(self) -> str:
+        """A host other than the head on which training runs."""
+        return next(host for host in self.workers() if host != "head")
+
+    def heal(self) -> None:
+        """All hosts, links and servers as `up` made them."""
+        status = self("status")
+        for host in ("head", "worker1", "worker2"):
+            line = next(line for line in status.splitlines() if line.startswith(host))
+            if "link cut" in line:
+                self("mend", host)
+            if "Ray away" in line or "link cut" in line:
+                self("start", host)
+        if "is away" in next(line for line in status.splitlines() if line.startswith("mlflow")):
+            self("start", "mlflow")
+
+
+class Run:
+    """One training of the miniature on the cluster, with storage and experiment of its own."""
+
+    def __init__(self, project, cluster: Cluster, name: str, published: Path) -> None:
+        self.project, self.cluster, self.storage = project, cluster, cluster.shared / name
+        shutil.copytree(published / "data", self.storage / "data", dirs_exist_ok=True)
+        project.edit("params.yaml", "tracking.experiment", name)
+        self.experiment = name
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.cluster.environment | {"RUN_STORAGE": str(self.storage)}
+
+    def submit(self, *words: str, code: int = 0) -> str:
+        self.output = self.project.run(
+            "python", "-m", "pipeline.submit", "train", *words, code=code, **self.environment
+        )
+        return self.output
+
+    @contextmanager
+    def submitted(self, what: str = "train") -> Iterator[psutil.Popen]:
+        with self.project.started("python", "-m", "pipeline.submit", what, **self.environment) as process:
+            yield process
+
+    def stop(self) -> None:
+        """End the job that was submitted last, as its user would."""
+        words = next(line for line in self.project.log().splitlines() if line.startswith("  end:")).split()[1:]
+        self.project.run(*words, **self.environment)
+
+    def finish(self, process: psutil.Popen, code: int = 0) -> None:
+        assert process.wait(PATIENCE_S) == code, self.project.log()
+        self.output = self.project.log()
+
+    @property
+    def folder(self) -> Path | None:
+        return next(self.storage.glob("checkpoints/*"), None)
+
+    def step(self) -> int:
+        """As far as training says it has come."""
+        try:
+            return json.loads((self.folder / "progress.json").read_text())["step"] if self.folder else 0
+        except (OSError, ValueError):
+            return 0
+
+    def checkpoint(self) -> int:
+        """The newest."""
+        return max((int(path.name[5:]) for path in self.storage.glob("checkpoints/*/step_*")), default=0)
+
+    def await_step(self, step: int) -> None:
+        self.project.wait_for(lambda: self.step() >= step, f"step {step}: {self.project.log()}", PATIENCE_S)
+
+    def disturb(self, fault) -> dict[str, float]:
+        """In mid-training, do it; the figures once training is where it was."""
+        self.project.wait_for(
+            lambda: self.step() > 20 and self.step() % CHECKPOINT_EVERY > 4, f"step: {self.project.log()}", PATIENCE_S
+        )
+        before, saved, began = self.step(), self.checkpoint(), time.monotonic()
+        fault()
+        resumed = self.project.wait_for(self.resumed, f"recovery: {self.project.log()}", PATIENCE_S)
+        self.await_step(before + 1)
+        seconds = time.monotonic() - began
+        assert resumed >= saved
+        assert before - resumed <= CHECKPOINT_EVERY
+        return {"steps lost": max(0, before - resumed), "seconds to recover": round(seconds)}
+
+    def resumed(self) -> int:
+        """The step from which training was continued last; 0 if it was not."""
+        try:
+            said = json.loads((self.folder / "progress.json").read_text())["said"]
+        except (OSError, ValueError):  # not yet
+            return 0
+        steps = [re.fullmatch(r"continuing from the checkpoint of step (\d+)", line) for line in said]
+        return int(steps[-1].group(1)) if steps and steps[-1] else 0
+
+    def state(self, step: int = STEPS) -> dict:
+        return json.loads((self.folder / f"step_{step:08d}" / "state.json").read_text())["state"]
+
+    def tensors(self, step: int = STEPS) -> Path:
+        return self.folder / f"step_{step:08d}" / "tensors.safetensors"
+
+    def mlflow_run(self):
+        client = MlflowClient(self.cluster.environment["MLFLOW_TRACKING_URI"])
+        (run,) = client.search_runs([client.get_experiment_by_name(self.experiment).experiment_id])
+        return run
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        client = MlflowClient(self.cluster.environment["MLFLOW_TRACKING_URI"])
+        return [(p.step, p.value) for p in client.get_metric_history(self.mlflow_run().info.run_id, metric)]
+
+    def assert_curves_are_whole(self) -> None:
+        state = self.state()
+        for name, points in (("train_loss", state["training_curve"]), ("valid_loss", state["validation_curve"])):
+            assert self.curve(name) == [(point["step"], point[name]) for point in points]
+        assert self.mlflow_run().info.status == "FINISHED"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="local-cluster-", dir="/var/tmp"))  # /tmp is another on every host
+    folder.rmdir()
+    cluster = Cluster(folder)
+    cluster("up")  # which leaves nothing if it fails
+    try:
+        yield cluster
+    finally:
+        cluster("down")
+
+
+@pytest.fixture(scope="module")
+def project(trained, tmp_path_factory):
+    """The miniature, its corpus encoded, for two workers of one CPU each; steps long enough to be interrupted."""
+    project = trained.untrained_copy(tmp_path_factory.mktemp("cluster") / "project")
+    project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 2)
+    project.edit("conf/model/micro.yaml", "train.batch_tokens", 2800)
+    project.edit("conf/model/micro.yaml", "train.max_steps", STEPS)
+    project.edit("conf/model/micro.yaml", "train.checkpoint_every", CHECKPOINT_EVERY)
+    project.edit("conf/model/micro.yaml", "train.validate_every", 40)
+    project.commit()
+    return project
+
+
+@pytest.fixture(scope="module")
+def published(cluster: Cluster, project) -> Path:
+    project.run("python", "-m", "pipeline.publish", **cluster.environment)
+    return cluster.shared
+
+
+@pytest.fixture
+def new_run(cluster: Cluster, project, published: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
+    cluster.heal()
+    changed = ("params.yaml", "conf/hardware/micro.yaml", "conf/model/micro.yaml")
+    settings = {path: (project.root / path).read_text() for path in changed}
+    yield Run(project, cluster, request.node.name.removeprefix("test_")[:60], published)
+    for path, text in settings.items():
+        project.write(path, text)
+    cluster.heal()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, project, published: Path) -> Run:
+    """Two workers, on two hosts."""
+    run = Run(project, cluster, "undisturbed", published)
+    with run.submitted() as job:
+        run.await_step(10)
+        run.hosts = list(cluster.workers())
+        run.finish(job)
+    return run
+
+
+def assert_same_weights(run: Run, undisturbed: Run) -> None:
+    assert run.tensors().read_bytes() == undisturbed.tensors().read_bytes()
+
+
+def assert_close(run: Run, undisturbed: Run, step: int = 20) -> float:
+    """Weights and moments of an early step, before rounding errors have grown with the steps; and the last validation
+    loss. Returns its difference."""
+    ours, theirs = load_file(run.tensors(step)), load_file(undisturbed.tensors(step))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    ours, theirs = (r.state()["validation_curve"][-1]["valid_loss"] for r in (run, undisturbed))
+    assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+    return abs(ours - theirs) / theirs
+
+
+def test_two_workers_on_two_hosts_train_to_the_loss_of_one_on_one(undisturbed, new_run, figures):
+    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
+    new_run.submit()
+    assert len(undisturbed.hosts) == 2
+    difference = assert_close(new_run, undisturbed)
+    figures("two workers on two hosts against one", **{"validation loss differs by": f"{difference:.1e} of it"})
+    tags = undisturbed.mlflow_run().data.tags
+    assert (tags["nodes"], tags["device"]) == ("3", "cpu")
+    commit = new_run.project.run("git", "rev-parse", "HEAD").strip()
+    assert (tags["git_commit"], tags["git_dirty"]) == (commit, "true")
+
+
+def test_a_worker_process_is_killed(undisturbed, new_run, figures):
+    with new_run.submitted() as job:
+
+        def fault():
+            next(iter(new_run.cluster.workers().values()))[0].kill()
+
+        figures("a worker process is killed (-9)", **new_run.disturb(fault))
+        new_run.finish(job)
+    assert_same_weights(new_run, undisturbed)
+    new_run.assert_curves_are_whole()
+
+
+def test_the_raylet_of_a_workers_host_is_killed(undisturbed, new_run, figures):
+    with new_run.submitted() as job:
+        figures(
+            "a host's raylet is killed (-9)",
+            **new_run.disturb(lambda: new_run.cluster("kill", new_run.cluster.busy_worker_host())),
+        )
+        new_run.finish(job)
+    assert_same_weights(new_run, undisturbed)
+    new_run.assert_curves_are_whole()
+
+
+def test_the_link_to_a_workers_host_is_cut(undisturbed, new_run, figures):
+    with new_run.submitted() as job:
+        figures(
+            "the link to a host is cut",
+            **new_run.disturb(lambda: new_run.cluster("cut", new_run.cluster.busy_worker_host())),
+        )
+        new_run.finish(job)
+    assert_same_weights(new_run, undisturbed)
+    new_run.assert_curves_are_whole()
+
+
+def test_fewer_hosts_take_over_and_the_one_that_returns_is_taken_back(undisturbed, new_run, figures):
+    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", [1, 3])
+    new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
+    new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
+
+    def num_workers() -> int:
+        return sum(map(len, new_run.cluster.workers().values()))
+
+    with new_run.submitted():
+        new_run.await_step(10)
+        assert num_workers() == 3
+        lost = new_run.cluster.busy_worker_host()
+        taken_over = new_run.disturb(lambda: new_run.cluster("kill", lost))
+        assert num_workers() == 2
+        new_run.cluster("start", lost)
+        began, before = time.monotonic(), new_run.step()
+        new_run.project.wait_for(lambda: num_workers() == 3, f"third worker: {new_run.project.log()}", PATIENCE_S)
+        resumed = new_run.project.wait_for(
+            lambda: (n := new_run.resumed()) >= before and n, f"resumption: {new_run.project.log()}", PATIENCE_S
+        )
+        new_run.await_step(max(STEPS, resumed) + 1)
+        figures("[1, 3] workers: a host of three is lost", **taken_over)
+        figures("[1, 3] workers: the host is back", **{"seconds until it works": round(time.monotonic() - began)})
+        new_run.stop()
+    ours, theirs = load_file(new_run.tensors(20)), load_file(undisturbed.tensors(20))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    curves = [{p["step"]: p["valid_loss"] for p in r.state()["validation_curve"]} for r in (new_run, undisturbed)]
+    for step, loss in curves[1].items():
+        assert curves[0][step] == pytest.approx(loss, rel=LOSS_TOLERANCE), step
+    assert new_run.state()["tokens"] == undisturbed.state()["tokens"]  # the same global batches
+
+
+def test_the_head_is_killed_and_the_job_submitted_again(undisturbed, new_run, figures):
+    with new_run.submitted() as job:
+        new_run.await_step(25)
+        before, saved = new_run.step(), new_run.checkpoint()
+        new_run.cluster("kill", "head")
+        assert job.wait(PATIENCE_S) == 1
+        assert "submit it again" in new_run.project.log()
+    for host in ("head", "worker1", "worker2"):  # a node without its head ends too; an autoscaler starts it again
+        new_run.cluster("start", host)
+    began = time.monotonic()
+    with new_run.submitted() as job:
+        resumed = new_run.project.wait_for(new_run.resumed, f"resumption: {new_run.project.log()}", PATIENCE_S)
+        new_run.await_step(before + 1)
+        seconds = time.monotonic() - began
+        new_run.finish(job)
+    assert resumed >= saved
+    assert_same_weights(new_run, undisturbed)
+    new_run.assert_curves_are_whole()
+    values = {"steps lost": max(0, before - resumed), "seconds from submission": round(seconds)}
+    figures("the head is killed (-9), the job submitted again", **values)
+
+
+def test_the_tracking_server_is_away_for_a_minute(new_run, figures):
+    new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
+    new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
+    with new_run.submitted():
+        new_run.await_step(100)
+        new_run.cluster("kill", "mlflow")
+        first, began = new_run.step(), time.monotonic()
+        while time.monotonic() - began < 60:
+            new_run.await_step(min(new_run.step() + 1, LONG))
+            time.sleep(1)
+        last = new_run.step()
+        new_run.cluster("start", "mlflow")
+        new_run.await_step(last + 100)
+        new_run.project.wait_for(lambda: "is back; it has all points" in new_run.project.log(), "return", PATIENCE_S)
+        new_run.stop()
+    state = new_run.state(new_run.checkpoint())
+    curve = state["training_curve"]
+    away = [p["tokens_per_second"] for p in curve if first + 7 < p["step"] <= last]
+    there = [p["tokens_per_second"] for p in curve if 20 < p["step"] <= first or p["step"] > last + 7]
+    for name, points in (("train_loss", curve), ("valid_loss", state["validation_curve"])):
+        expected = [(point["step"], point[name]) for point in points if point["step"] <= last]
+        assert new_run.curve(name)[: len(expected)] == expected
+    share = statistics.median(away) / statistics.median(there)
+    figures("the tracking server is away for 60 s", **{"steps lost": 0, "rate meanwhile": f"{share:.0%}"})
+
+
+def test_checkpoints_cut_short_and_with_a_byte_flipped_are_passed_over(undisturbed, new_run, figures):
+    shutil.copytree(undisturbed.storage / "checkpoints", new_run.storage / "checkpoints")
+    cut, flipped = (new_run.tensors(step) for step in (STEPS, STEPS - CHECKPOINT_EVERY))
+    os.truncate(cut, cut.stat().st_size // 2)
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    log = new_run.submit()
+    for path in (cut, flipped):
+        assert f"{path} is damaged: its checksum is not the one in SHA256SUMS; going back" in log
+    resumed = STEPS - 2 * CHECKPOINT_EVERY
+    assert f"continuing from the checkpoint of step {resumed}" in log
+    assert_same_weights(new_run, undisturbed)
+    new_run.assert_curves_are_whole()
+    figures("the last checkpoint is cut short, the one before has a byte flipped", **{"steps lost": STEPS - resumed})
+
+
+def test_a_sweep_goes_on_without_a_host_and_its_results_come_here_without_a_cluster(new_run, figures):
+    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
+    new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
+
+    def busy() -> bool:
+        return len(new_run.cluster.workers()) == 3 and len(list(new_run.storage.glob("checkpoints/*/step_*"))) > 5
+
+    with new_run.submitted("sweep") as job:
+        new_run.project.wait_for(busy, f"trial on each host: {new_run.project.log()}", PATIENCE_S)
+        new_run.cluster("kill", new_run.cluster.busy_worker_host())
+        new_run.finish(job)
+    shutil.rmtree(new_run.project.root / "data/sweep", ignore_errors=True)
+    began = time.monotonic()
+    new_run.project.run("python", "-m", "sweeps.run", **new_run.environment)
+    seconds = time.monotonic() - began
+    trials = new_run.project.json("data/sweep/trials.json")["trials"]
+    assert [trial["status"] for trial in trials] == ["finished"] * 3
+    assert sum(trial["attempts"] for trial in trials) >= 4  # one lost its host
+    client = MlflowClient(new_run.cluster.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("table3-micro-micro")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED"] * 4
+    figures("a sweep of three trials loses a host", **{"trials lost": 0, "seconds to fetch": round(seconds)})
+
+
+def refused(cluster: Cluster, root: Path, **changes: str) -> str:
+    """What `python -m pipeline.train` says on the head, and does nothing further."""
+    environment = {"RAY_ADDRESS": f"{HEAD}:6379"} | cluster.environment | changes
+    storage = Path(environment["RUN_STORAGE"] or root)
+    before = {*storage.glob("checkpoints/*"), *storage.glob(".probe*")}
+    words = [f"{name}={value}" for name, value in environment.items() if value]
+    command = [SCRIPT, "exec", "head", "env", *words, "python", "-m", "pipeline.train"]
+    done = subprocess.run(command, cwd=root, env=cluster.variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert {*storage.glob("checkpoints/*"), *storage.glob(".probe*")} == before
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def on_head(cluster: Cluster, project, published: Path) -> Path:
+    """The project where the hosts see it; what others left running is gone."""
+    shutil.copytree(project.root, cluster.shared / "project")
+    shutil.rmtree(cluster.shared / "project/data")
+    return cluster.shared / "project"
+
+
+def test_what_a_cluster_of_several_hosts_cannot_use_is_refused_in_a_line_before_anything_starts(cluster, on_head):
+    cluster.heal()
+    shutil.copytree(cluster.shared / "data", on_head / "data", dirs_exist_ok=True)
+    encoded = next((cluster.shared / "data").glob("micro-*/data"))
+    shutil.copytree(encoded, on_head / "data", dirs_exist_ok=True)
+    said = refused(cluster, on_head, RUN_STORAGE="")
+    assert said.startswith("train: the cluster has 3 nodes, and RUN_STORAGE is not set: name a folder that all nodes")
+    said = refused(cluster, on_head, MLFLOW_TRACKING_URI="sqlite:////var/tmp/x.db")
+    assert said.startswith(
+        "train: the cluster has 3 nodes, and MLFLOW_TRACKING_URI is sqlite:////var/tmp/x.db, a file:"
+    )
+    said = refused(cluster, on_head, MLFLOW_TRACKING_URI="http://10.77.0.1:5999")
+    assert "gets no answer from http://10.77.0.1:5999" in said
+    assert said.endswith("set MLFLOW_TRACKING_URI to an address that all nodes reach")
+
+
+def test_data_that_a_worker_cannot_read_are_refused_with_its_address(cluster, on_head):
+    cluster.heal()
+    shutil.copytree(cluster.shared / "data", cluster.folder / "head/tmp/mine/data", dirs_exist_ok=True)
+    said = refused(cluster, on_head, RUN_STORAGE="/tmp/mine")  # a folder of the head's own
+    assert said.startswith("train: node 10.77.0.")
+    assert "cannot read and write /tmp/mine (" in said
+    assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster, on_head):
+    cluster.heal()
+    settings = (on_head / "conf/hardware/micro.yaml").read_text()
+    (on_head / "conf/hardware/micro.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))
+    said = refused(cluster, on_head)
+    (on_head / "conf/hardware/micro.yaml").write_text(settings)
+    assert said == (
+        "train: hardware.num_workers is 4, with 1 CPUs each: the cluster has 3 on 3 nodes, room for 3; "
+        "lower it, or hardware.cpus_per_worker; [least, most] takes what there is"
+    )
+
+
+@pytest.mark.parametrize("token", ["wrong", None])
+def test_a_wrong_or_missing_token_is_said_by_job_and_by_driver(cluster, project, on_head, tmp_path, token):
+    cluster.heal()
+    path = cluster.shared / f"token-{token}"
+    if token:
+        path.write_text("0" * 64)
+    changes = {"RAY_AUTH_TOKEN_PATH": str(path)}
+    said = refused(cluster, on_head, **changes)
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in said
+    output = project.run("python", "-m", "pipeline.submit", "train", code=1, **(cluster.environment | changes))
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in output.strip().splitlines()[-1]
+    assert "Traceback" not in output

@@ -1,0 +1,90 @@
+"""Checkpoints and data elsewhere than in the project: in a store (moto's S3 server), and on a disk that gets full."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from stores import S3
+
+from pipeline import checkpoint
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    server = S3()
+    with server.started():
+        server.make_bucket("bucket")
+        yield server
+
+
+def objects(s3: S3, pattern: str) -> list[str]:
+    return [name for name in s3.sizes("bucket", "runs/") if re.fullmatch(pattern, name)]
+
+
+def test_training_in_a_store_is_killed_and_goes_on_to_the_weights_of_a_disk(trained, s3, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    environment = s3.environment | {"RUN_STORAGE": "s3://bucket/runs"}
+    project.run("python", "-m", "pipeline.publish", **environment)
+    with project.started("python", "-m", "pipeline.train", **environment) as training:
+        project.wait_for(lambda: objects(s3, "checkpoints/.*/step_.*/SHA256SUMS"), "checkpoint in the bucket")
+        training.kill()
+    output = project.run("python", "-m", "pipeline.train", **environment)
+    assert "continuing from the checkpoint of step" in output
+    last = trained.checkpoints()[-1].name
+    (tensors,) = objects(s3, f"checkpoints/.*/{last}/tensors.safetensors")
+    with s3.client() as client:
+        stored = client.get_object(Bucket="bucket", Key=f"runs/{tensors}")["Body"].read()
+    final, expected = trained.weights()
+    assert stored == expected
+    assert (project.root / "models/final/weights.safetensors").read_bytes() == final
+    assert not (project.root / "checkpoints").exists()
+    assert project.only_run().info.status == "FINISHED"
+    assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_a_sweep_in_a_store_comes_to_its_results_and_again_without_ray(trained, s3, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    project.edit("params.yaml", "sweep.rows", [])
+    project.edit("params.yaml", "sweep.free", {"model.d_ff": [32]})
+    environment = s3.environment | {"RUN_STORAGE": "s3://bucket/runs"}
+    project.run("python", "-m", "pipeline.publish", **environment)
+    project.run("python", "-m", "sweeps.run", **environment)
+    first = project.json("data/sweep/trials.json")["trials"]
+    assert [trial["status"] for trial in first] == ["finished"] * 2
+    assert len(objects(s3, r"checkpoints/[^/]*/trial\.json")) == 2
+    assert len(objects(s3, r"checkpoints/[^/]*/model/weights\.safetensors")) == 2
+    project.run("python", "-m", "sweeps.run", RAY_ADDRESS="127.0.0.1:9", **environment)  # nobody is there
+    assert project.json("data/sweep/trials.json")["trials"] == first
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_stops_training_with_a_line_and_the_last_checkpoint_goes_on_later(trained, tmp_path, figures):
+    project = trained.untrained_copy(tmp_path / "project")
+    size = sum(file.stat().st_size for file in trained.checkpoints()[0].iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={1_000_000 + int(3.5 * size)}", "tmpfs", disk], check=True)
+    try:
+        environment = {"RUN_STORAGE": str(disk)}
+        project.run("python", "-m", "pipeline.publish", **environment)
+        output = project.run("python", "-m", "pipeline.train", code=1, **environment)
+        (run_folder,) = disk.glob("checkpoints/*")
+        step = 10 * (1 + len(checkpoint.folders(run_folder)))
+        assert output.strip().splitlines()[-1] == (
+            f"train: checkpoint of step {step} not written to {run_folder}: Error while serializing: I/O error: "
+            "No space left on device (os error 28); the ones before it stand: make room and run again"
+        )
+        assert [checkpoint.load(path).state.step for path in checkpoint.folders(run_folder)][-1] == step - 10
+        assert not list(run_folder.glob(".step_*"))
+        subprocess.run(["mount", "-o", "remount,size=1G", disk], check=True)
+        output = project.run("python", "-m", "pipeline.train", **environment)
+        assert f"continuing from the checkpoint of step {step - 10}" in output
+        last = checkpoint.folders(run_folder)[-1] / "tensors.safetensors"
+        assert last.read_bytes() == trained.weights()[1]
+        figures("the disk is full", **{"steps lost": 10})
+    finally:
+        subprocess.run(["umount", disk], check=True)
