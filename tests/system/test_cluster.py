@@ -187,7 +187,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="local-cluster-", dir="/var/tmp"))  # /tmp is another on every host
+    folder = Path(tempfile.mkdtemp(prefix="lc", dir="/var/tmp"))  # a short path, for the sockets below it
     folder.rmdir()
     cluster = Cluster(folder)
     cluster("up")  # which leaves nothing if it fails
@@ -461,9 +461,10 @@ def test_what_a_cluster_of_several_hosts_cannot_use_is_refused_in_a_line_before_
 def test_data_that_a_worker_cannot_read_are_refused_with_its_address(cluster, on_head):
     cluster.heal()
     shutil.copytree(cluster.shared / "data", cluster.folder / "head/tmp/mine/data", dirs_exist_ok=True)
-    said = refused(cluster, on_head, RUN_STORAGE="/tmp/mine")  # a folder of the head's own
+    own = f"{cluster.folder}/tmp/mine"  # of the head alone
+    said = refused(cluster, on_head, RUN_STORAGE=own)
     assert said.startswith("train: node 10.77.0.")
-    assert "cannot read and write /tmp/mine (" in said
+    assert f"cannot read and write {own} (" in said
     assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
 
 
