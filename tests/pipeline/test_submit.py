@@ -1,4 +1,4 @@
-"""What a job takes along, and what is said before it is sent. A real cluster: tests/system/test_cluster.py."""
+"""What a job takes along, and what is said before it is sent. A real cluster: tests/system/test_hosts.py."""
 
 import shutil
 import subprocess

@@ -1,6 +1,6 @@
 """A cluster of three hosts (infra/local-cluster) and what it survives: each fault ends with the undisturbed weights.
 
-    python -m pytest -m host tests/system/test_cluster.py
+    python -m pytest -m host tests/system/test_hosts.py
 
 The figures that it prints at its end are the README's.
 """
