@@ -294,6 +294,7 @@ def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int
     the seconds that it took."""
     torch.set_num_threads(cpus)
     started = time.time()
+    os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri(root)  # of the driver, not of where its data are here
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate.run(trial.settings, root, model, Path(reports), progress=False).metrics
