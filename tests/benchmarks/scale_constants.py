@@ -122,7 +122,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     uri = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
-        while not tracking._answers(uri):
+        while not tracking.answers(uri):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise SystemExit(f"the MLflow server does not start: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.2)
