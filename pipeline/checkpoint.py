@@ -7,7 +7,6 @@ store, its checksums go last. They are verified on load, and a damaged one is pa
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -25,10 +24,11 @@ from torch import Tensor
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
+from pipeline.files import SUMS, read_sums, sha256_of, sums_text
 from pipeline.loop import State
 from pipeline.storage import Folder, copy_file, errors_of, local_copy, remove, temporary_folder
 
-FILES, SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
+FILES = ("tensors.safetensors", "state.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -122,8 +122,8 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dic
     _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     content = {"state": asdict(state), "settings": settings}
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    sums = [f"{_sha256(folder / name)}  {name}\n" for name in FILES]
-    (folder / SUMS).write_text("".join(sums), encoding="utf-8")  # as sha256sum writes and checks them
+    sums = {name: sha256_of(folder / name) for name in FILES}
+    (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
 
 
 def _upload(source: Path, target: Folder) -> None:
@@ -159,10 +159,9 @@ def load(folder: Folder) -> Checkpoint:
 
 
 def _load(folder: Folder, local: Path) -> Checkpoint:
-    lines = (local / SUMS).read_text(encoding="utf-8").splitlines()
-    sums = {name: digest for digest, name in map(str.split, lines)}
+    sums = read_sums(local)
     for name in FILES:
-        if _sha256(local / name) != sums[name]:
+        if sha256_of(local / name) != sums[name]:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
     content = json.loads((local / "state.json").read_text(encoding="utf-8"))
     state = State(**content["state"])
@@ -243,11 +242,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(path)) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -21,14 +21,8 @@ from pipeline.storage import VARIABLE, Folder, errors_of, is_named
 
 OBJECT_STORE_BYTES = 200_000_000
 """Of Ray on this machine: nothing large passes through it."""
-ENVIRONMENT = (
-    VARIABLE,
-    "MLFLOW_TRACKING_URI",
-    "GIT_COMMIT",
-    "GIT_DIRTY",
-    "RAY_USAGE_STATS_ENABLED",
-    "MLFLOW_DISABLE_TELEMETRY",
-)
+TELEMETRY = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY")
+ENVIRONMENT = (VARIABLE, "MLFLOW_TRACKING_URI", "GIT_COMMIT", "GIT_DIRTY", *TELEMETRY)
 """What processes on other machines have to know of this one's environment. Secrets are not among it: a node has its
 own right to storage and tracking."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -167,7 +161,7 @@ def check(hardware: Hardware, root: Path, storage: Folder, published: Folder | N
             f"{why}, and {VARIABLE} is not set: name a folder that all nodes see, or a URI such as s3://bucket/runs, "
             "for checkpoints and data (and run python -m pipeline.publish once)"
         )
-    if tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri:
+    if is_file(tracking_uri):
         raise ValueError(
             f"{why}, and MLFLOW_TRACKING_URI is {tracking_uri}, a file: start a server (mlflow server) and name it"
         )
@@ -192,6 +186,11 @@ def check(hardware: Hardware, root: Path, storage: Folder, published: Folder | N
     finally:
         with suppress(OSError), errors_of(probe):
             probe.unlink()
+
+
+def is_file(tracking_uri: str) -> bool:
+    """Whether MLflow's store is a file, and so another one on each machine."""
+    return tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri
 
 
 def versions() -> dict[str, str]:

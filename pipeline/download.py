@@ -13,7 +13,6 @@ only once it is verified, and requests underneath.
 
 import argparse
 import gzip
-import hashlib
 import os
 import time
 import zlib
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from pipeline import grammar
 from pipeline.corpora import CORPORA, RemoteFile
-from pipeline.files import naming, replace_folder, write_json
+from pipeline.files import naming, replace_folder, sha256_of, write_json
 from pipeline.params import Download, load_settings
 
 RAW = Path("data/raw")
@@ -50,7 +49,7 @@ def download(settings: Download, mirror: str | None = None) -> None:
         _generate(settings)
     elif settings.corpus == "files":
         sources = _own_files(names)
-        origin = {name: _origin(path.as_posix(), _sha256(path)) for name, path in sources.items()}
+        origin = {name: _origin(path.as_posix(), sha256_of(path)) for name, path in sources.items()}
         _unpack(settings, sources, origin, licence="the user's own")
     elif settings.corpus in CORPORA:
         corpus = CORPORA[settings.corpus]
@@ -81,7 +80,7 @@ def _generate(settings: Download) -> None:
             valid_pairs=cast(int, settings.valid_pairs),
             test_pairs=cast(int, settings.test_pairs),
         )
-        origin = {file.name: _origin("generated", _sha256(file)) for file in sorted(folder.iterdir())}
+        origin = {file.name: _origin("generated", sha256_of(file)) for file in sorted(folder.iterdir())}
         _describe(folder, settings, origin, licence="this project's own")
 
 
@@ -130,7 +129,7 @@ def _check_mirrored(path: Path, file: RemoteFile) -> None:
 def _problem(path: Path, file: RemoteFile) -> str | None:
     if (size := path.stat().st_size) < file.num_bytes:
         return f"is truncated: {size:,} of {file.num_bytes:,} bytes"
-    if (found := _sha256(path)) != file.sha256:
+    if (found := sha256_of(path)) != file.sha256:
         return f"has the wrong checksum: sha256 {found} was found, {file.sha256} is expected"
     return None
 
@@ -257,11 +256,6 @@ def _describe(folder: Path, settings: Download, origin: dict[str, dict], licence
 
 def _origin(url: str, sha256: str) -> dict[str, str]:
     return {"url": url, "sha256": sha256}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bar(title: str, total: int, initial: int = 0) -> tqdm:

@@ -2,19 +2,24 @@
 nothing, but takes a file as a whole."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.storage import Folder, copy_files, errors_of, temporary_folder
 
+SUMS = "SHA256SUMS"
 STORE_PAUSE_S = 30.0
 """After a store could not be reached."""
+STORE_FACTOR = 10
+"""A store takes longer for a file, and money."""
 
 
 @contextmanager
@@ -71,17 +76,43 @@ def write_json(target: Folder, values: Any) -> None:
     write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS for {name: digest}, as sha256sum writes and checks it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+
+
+def read_sums(folder: Folder) -> dict[str, str]:
+    """{name: digest} of the folder's SHA256SUMS. Raises OSError, and ValueError for other content."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, name in map(str.split, lines)}
+
+
+def interval_of(path: Folder, on_disk_s: float) -> float:
+    """How long to wait between two writings of a small file, or two looks at it."""
+    return on_disk_s if isinstance(path, Path) else STORE_FACTOR * on_disk_s
+
+
 class LiveFile:
     """A small JSON file that is written again and again, for others to look at. A full disk stops nobody for it, nor
     does a store: to that it goes from a thread of its own, the newest values alone."""
 
-    def __init__(self, path: Folder) -> None:
+    def __init__(self, path: Folder, on_disk_s: float) -> None:
         self.path = path
+        self._interval_s, self._written = interval_of(path, on_disk_s), 0.0
         self._newest: Any = None
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"writes {path.name}", daemon=True)
         if not isinstance(path, Path):
             self._thread.start()
+
+    def is_due(self) -> bool:
+        """Whether the last `write` is longer ago than `interval_of` says."""
+        return time.monotonic() - self._written > self._interval_s
 
     def write(self, values: Any) -> None:
         if isinstance(self.path, Path):
@@ -90,6 +121,7 @@ class LiveFile:
         else:
             self._newest = values
             self._wake.set()
+        self._written = time.monotonic()
 
     def close(self) -> None:
         """Wait for the last values to arrive, for a while."""

@@ -4,20 +4,16 @@ the driver reads it and shows a progress bar. (Ray relays what workers print, bu
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.files import LiveFile
+from pipeline.files import LiveFile, interval_of
 from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 0.5
-STORE_INTERVAL_S = 5.0
-"""A store takes longer for a file, and money."""
 REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
 """A log keeps every state of the bar."""
 
@@ -29,15 +25,14 @@ class Reporter:
     """
 
     def __init__(self, path: Folder) -> None:
-        self.file, self.written = LiveFile(path), 0.0
-        self.interval_s = _interval_s(path)
+        self.file = LiveFile(path, INTERVAL_S)
         news = _read(path)
         self.said: list[str] = news["said"] if news else []
         self.step, self.text = 0, ""
 
     def progress(self, step: int, text: str) -> None:
         self.step, self.text = step, text
-        if time.monotonic() - self.written > self.interval_s:
+        if self.file.is_due():
             self.flush()
 
     def say(self, line: str) -> None:
@@ -46,7 +41,6 @@ class Reporter:
 
     def flush(self) -> None:
         self.file.write({"step": self.step, "text": self.text, "said": [*self.said]})
-        self.written = time.monotonic()
 
     def close(self) -> None:
         self.flush()
@@ -73,7 +67,7 @@ def _show(path: Folder, total: int, name: str, done: threading.Event) -> None:
     num_said = 0
     ended = False
     while not ended:
-        ended = done.wait(_interval_s(path))  # and once more after the end
+        ended = done.wait(interval_of(path, INTERVAL_S))  # and once more after the end
         news = _read(path)
         if news is None:
             continue
@@ -101,10 +95,6 @@ def step(path: Folder) -> int:
     """How far the run of this path is."""
     news = _read(path)
     return int(news["step"]) if news else 0
-
-
-def _interval_s(path: Folder) -> float:
-    return INTERVAL_S if isinstance(path, Path) else STORE_INTERVAL_S
 
 
 def _read(path: Folder) -> dict[str, Any] | None:

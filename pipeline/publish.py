@@ -9,7 +9,6 @@ its own; <RUN_STORAGE>/data/<name>.json says which one is the newest.
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -20,11 +19,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, CorpusInfo
-from pipeline.files import replace_folder, write_json, write_text
+from pipeline.files import SUMS, read_sums, replace_folder, sha256_of, sums_text, write_json, write_text
 from pipeline.params import Settings, load_settings
 from pipeline.storage import VARIABLE, Folder, cache, copy_file, errors_of, run_storage
-
-SUMS = "SHA256SUMS"
 
 
 def publish(settings: Settings, root: Path, storage: Folder) -> Folder:
@@ -36,12 +33,9 @@ def publish(settings: Settings, root: Path, storage: Folder) -> Folder:
         if not (target / SUMS).exists():
             size = sum(path.stat().st_size for path in paths)
             with tqdm(total=size, desc=f"publish to {storage}", unit="B", unit_scale=True) as bar:
-                sums = [
-                    f"{copy_file(path, target / path.relative_to(root).as_posix(), bar.update)}  "
-                    f"{path.relative_to(root)}\n"
-                    for path in paths
-                ]
-            write_text(target / SUMS, "".join(sums))  # last: with it the folder is whole
+                names = {path: path.relative_to(root).as_posix() for path in paths}
+                sums = {name: copy_file(path, target / name, bar.update) for path, name in names.items()}
+            write_text(target / SUMS, sums_text(sums))  # last: with it the folder is whole
     write_json(storage / "data" / f"{settings.data_name}.json", {"folder": target.name})
     return target
 
@@ -81,13 +75,9 @@ def _is_whole(folder: Path) -> bool:
     """Whether the copy is all there: what cleans up temporary folders may have taken some of it."""
     try:
         sums = _read_sums(folder)
-        for name, digest in sums.items():
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return False
+        return all(sha256_of(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False
-    return True
 
 
 def bring(settings: Settings, root: Path, storage: Folder) -> Folder | None:
@@ -129,8 +119,7 @@ def _files(settings: Settings, root: Path) -> list[Path]:
 
 def _read_sums(source: Folder) -> dict[str, str]:
     try:
-        lines = (source / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in map(str.split, lines)}
+        sums = read_sums(source)
     except FileNotFoundError:
         raise ValueError(f"{source} is not whole: run python -m pipeline.publish again") from None
     except ValueError as error:

@@ -34,9 +34,9 @@ def run_storage(root: Path) -> Folder:
     uri = os.environ.get(VARIABLE)
     if not uri:
         return root.resolve()
+    if not is_absolute(uri):
+        raise ValueError(f"{VARIABLE} is {uri!r}: an absolute path or a URI such as s3://bucket/runs is needed")
     if "://" not in uri:
-        if not Path(uri).is_absolute():
-            raise ValueError(f"{VARIABLE} is {uri!r}: an absolute path or a URI such as s3://bucket/runs is needed")
         return Path(uri)
     from upath import UPath  # here, so that training on this machine's own disk does without
 
@@ -46,6 +46,11 @@ def run_storage(root: Path) -> Folder:
     except (ImportError, ValueError) as error:
         raise ValueError(f"{VARIABLE} is {uri!r}: {error}") from None
     return found
+
+
+def is_absolute(uri: str) -> bool:
+    """Whether it names the same place wherever one is: a URI, or a path from the root."""
+    return "://" in uri or Path(uri).is_absolute()
 
 
 def is_named() -> bool:

@@ -21,9 +21,9 @@ from typing import Any
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from pipeline.cluster import TOKENS
+from pipeline.cluster import TELEMETRY, TOKENS, is_file
 from pipeline.params import load_settings
-from pipeline.storage import VARIABLE
+from pipeline.storage import VARIABLE, is_absolute
 from pipeline.tracking import git_tags, without_password
 
 ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
@@ -33,12 +33,12 @@ ASK_S = 60.0
 
 def environment(root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]) -> dict[str, str]:
     """What the job has to know, by name. Raises ValueError for what no cluster of several nodes could use."""
-    if not storage or not ("://" in storage or Path(storage).is_absolute()):
+    if not storage or not is_absolute(storage):
         raise ValueError(
             f"{VARIABLE} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
             "s3://bucket/runs, is needed (or --storage)"
         )
-    if not tracking_uri or tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri:
+    if not tracking_uri or is_file(tracking_uri):
         raise ValueError(
             f"MLFLOW_TRACKING_URI is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
             "needed (or --tracking-uri)"
@@ -47,10 +47,7 @@ def environment(root: Path, storage: str | None, tracking_uri: str | None, more:
     tags = git_tags(root)
     if "git_commit" in tags:
         found |= {"GIT_COMMIT": tags["git_commit"], "GIT_DIRTY": tags.get("git_dirty", "true")}
-    for name in ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY"):
-        if name in os.environ:
-            found[name] = os.environ[name]
-    return found | more
+    return found | {name: os.environ[name] for name in TELEMETRY if name in os.environ} | more
 
 
 def connect(address: str) -> JobSubmissionClient:

@@ -7,7 +7,6 @@ training worker draws its curves through a `MetricWriter`, and evaluation adds i
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -46,6 +45,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from pipeline.corpus import CLEAN, TOKENIZER
+from pipeline.files import sha256_of
 from pipeline.params import Settings, flatten
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ VIEW = "rows"
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves."""
 LONG_SILENCE_S = 90
-"""After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least."""
+"""After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (usage.py)."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
@@ -100,11 +100,7 @@ def _await_server(uri: str, patience_s: float) -> None:
                 "or unset it to use the file mlflow.db"
             )
         if not warned:
-            logger.warning(
-                "The MLflow server %s does not answer; waiting up to %.0f s for it.",
-                shown,
-                patience_s,
-            )
+            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
             warned = True
         time.sleep(min(2.0, patience_s))
 
@@ -614,8 +610,7 @@ def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mappi
     client = _client(uri)
     run = client.get_run(run_id)
     weights = model / "weights.safetensors"
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(weights)
     if run.data.tags.get("weights_sha256") == digest:
         return f"models:/{run.data.tags['model_id']}"
     code = Path(__file__).parent

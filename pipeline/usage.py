@@ -3,16 +3,16 @@
 Each attempt keeps a small file of the run's folder up to date; `usage` adds them up."""
 
 import json
+import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.files import LiveFile
 from pipeline.storage import Folder, errors_of
 
 INTERVAL_S = 2.0
-STORE_INTERVAL_S = 20.0
-"""A store takes longer for a file, and money."""
+HEARTBEAT_S = 20.0
+"""A step, a validation or a checkpoint may take longer than others wait for a sign (tracking.LONG_SILENCE_S)."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,25 @@ class Usage:
 
 
 class Meter:
-    """Rank 0's side, of one attempt. At most the last `interval_s` of a killed attempt are lost."""
+    """Rank 0's side, of one attempt. A killed one loses what came after its file was last written: INTERVAL_S
+    (more in a store), or up to HEARTBEAT_S of the step that it was at."""
 
     def __init__(self, run_folder: Folder, devices: int) -> None:
         self.started = time.time()
-        self.file = LiveFile(run_folder / "usage" / f"{time.time_ns()}.json")
-        self.interval_s = INTERVAL_S if isinstance(run_folder, Path) else STORE_INTERVAL_S
-        self.devices, self.steps, self.written = devices, 0, 0.0
+        self.file = LiveFile(run_folder / "usage" / f"{time.time_ns()}.json", INTERVAL_S)
+        self.devices, self.steps = devices, 0
         self.first_step_at: float | None = None
+        self.closing, self.writing = threading.Event(), threading.Lock()
+        self.heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.write()
+        self.heartbeat.start()
 
     def step(self) -> None:
         """After each step."""
         self.steps += 1
         if self.first_step_at is None:
             self.first_step_at = time.time()
-        if time.monotonic() - self.written > self.interval_s:
+        if self.file.is_due():
             self.write()
 
     def write(self) -> None:
@@ -55,10 +58,15 @@ class Meter:
             "steps": self.steps,
             "first_step_at": self.first_step_at,
         }
-        self.file.write(values)
-        self.written = time.monotonic()
+        with self.writing:
+            self.file.write(values)
+
+    def _beat(self) -> None:
+        while not self.closing.wait(HEARTBEAT_S):
+            self.write()
 
     def close(self) -> None:
+        self.closing.set()
         self.write()
         self.file.close()
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from pipeline import checkpoint, evaluate, progress, tracking
 from pipeline.cluster import capacity, check, here, ray_cluster, room, share_of_each_worker
 from pipeline.corpus import CLEAN
-from pipeline.files import replace_folder, write_json, write_text
+from pipeline.files import interval_of, replace_folder, write_json, write_text
 from pipeline.params import Settings, flatten, load_settings
 from pipeline.publish import bring, fetch
 from pipeline.storage import Folder, copy_files, errors_of, local_copy, remove, run_storage
@@ -329,7 +329,7 @@ def _progress(trials: Sequence[Trial]) -> Iterator[None]:
 def _show(trials: Sequence[Trial], over: threading.Event) -> None:
     started = time.time()
     bar: tqdm | None = None
-    interval_s = INTERVAL_S if isinstance(trials[0].folder, Path) else progress.STORE_INTERVAL_S
+    interval_s = max(INTERVAL_S, interval_of(trials[0].folder, progress.INTERVAL_S))
     while True:
         ended = over.wait(interval_s)
         running, steps = 0, 0

@@ -8,7 +8,7 @@ import pytest
 from upath import UPath
 
 from pipeline import files
-from pipeline.files import LiveFile, replace_folder, write_json, write_text
+from pipeline.files import LiveFile, interval_of, replace_folder, write_json, write_text
 
 FULL_DISK = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
@@ -98,7 +98,7 @@ def test_a_live_file_in_a_store_has_the_newest_values_at_the_end_and_holds_nobod
         target.write_text(json.dumps(values))
 
     monkeypatch.setattr(files, "write_json", slowly)
-    live = LiveFile(path)
+    live = LiveFile(path, 1.0)
     began = time.monotonic()
     for number in range(1, 8):
         live.write({"step": number})
@@ -120,11 +120,15 @@ def test_a_store_that_is_away_for_a_while_gets_the_newest_values_afterwards(monk
         target.write_text(json.dumps(values))
 
     monkeypatch.setattr(files, "write_json", sometimes)
-    live = LiveFile(path)
+    live = LiveFile(path, 1.0)
     for number in (3, 5, 7):
         live.write(number)
         time.sleep(0.2)
     assert json.loads(path.read_text()) == 7
+
+
+def test_a_file_in_a_store_is_written_and_read_less_often(tmp_path):
+    assert (interval_of(tmp_path, 0.5), interval_of(UPath("memory://files"), 0.5)) == (0.5, 5.0)
 
 
 def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path):

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from pipeline import tracking
 from pipeline.params import Settings, flatten, load_settings
 from pipeline.tracking import MetricWriter
+from tests.system.stores import free_port, mlflow_server
 
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENT = "transformer"
@@ -346,34 +347,16 @@ class Server:
     """`mlflow server` over a store, on one port of this machine."""
 
     def __init__(self, root: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.root = root
+        self.root, self.port = root, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
+        self.running = ExitStack()
 
     def start(self) -> None:
-        arguments = ["server", "--backend-store-uri", f"sqlite:///{self.root / 'mlflow.db'}", "--workers", "1"]
-        arguments += ["--artifacts-destination", str(self.root / "served"), "--port", str(self.port)]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
-        with (self.root / "server.log").open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *arguments],
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 60
-        while not tracking.answers(self.uri):
-            assert time.monotonic() < deadline, (self.root / "server.log").read_text()
-            time.sleep(0.2)
+        database, artifacts = f"sqlite:///{self.root / 'mlflow.db'}", str(self.root / "served")
+        self.running.enter_context(mlflow_server(database, artifacts, {}, self.port))
 
     def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.running.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a run has taken, by a clock that the tests set."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(files, "time", clock)
     return clock
 
 
@@ -94,6 +96,19 @@ def test_the_file_is_written_every_other_second_at_most(tmp_path, clock, monkeyp
     attempt(clock, tmp_path, devices=1, steps=100, seconds_a_step=0.25)  # 25 seconds
     assert written[0] == 0
     assert 8 <= len(written) <= 13
+
+
+def test_a_worker_in_a_long_step_gives_signs_until_it_is_closed(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    meter = Meter(tmp_path, devices=1)
+    began = clock.time()
+    clock.now += 1_000
+    deadline = time.monotonic() + 60
+    while (usage(tmp_path).last_sign_at or 0) < began + 999:
+        assert time.monotonic() < deadline
+    meter.close()
+    meter.heartbeat.join(60)
+    assert not meter.heartbeat.is_alive()
 
 
 def test_what_a_kill_cut_short_in_writing_is_not_read(tmp_path, clock):

@@ -136,9 +136,11 @@ class Postgres:
 
 
 @contextmanager
-def mlflow_server(database: str, artifacts: str, environment: dict[str, str]) -> Iterator[str]:
+def mlflow_server(
+    database: str, artifacts: str, environment: dict[str, str], port: int | None = None
+) -> Iterator[str]:
     """The URI of a server that makes the tables of a new database. Its pool of 15 connections is MLflow's default."""
-    port = free_port()
+    port = port or free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", artifacts]
