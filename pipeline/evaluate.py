@@ -66,7 +66,12 @@ def evaluate(
 ) -> Evaluation:
     """Translate and score `test`, whose target language is `tgt`; perplexities of both splits."""
     started = time.perf_counter()
-    translations = translate(model, tokenizer, test.pieces.src, settings, progress)
+    if settings.engine == "torch":
+        translations = translate(model, tokenizer, test.pieces.src, settings, progress)
+    else:
+        from pipeline.fast_translation import translate_fast  # here, so that torch's search needs torch alone
+
+        translations = translate_fast(model, tokenizer, test.pieces.src, settings, progress)
     seconds = time.perf_counter() - started
     outputs = [translation.text for translation in translations]
     scores = {
@@ -220,7 +225,7 @@ def log(
     """Add the model, the scores and some translations to the MLflow run that trained."""
     uri = tracking.tracking_uri(root)
     run_id = tracking.training_run(uri, settings, trained_on["run_key"], root)
-    search = {key: getattr(settings.evaluate, key) for key in tracking.SEARCH}
+    search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # it is served by torch
     tracking.log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):

@@ -183,11 +183,12 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The search of section 6.1: beam, alpha, the longest output."""
+    """The search of section 6.1: beam, alpha, the longest output; and by what it is done."""
 
     beam: int
     alpha: float
     max_extra: int
+    engine: Literal["torch", "ctranslate2", "ctranslate2-int8"]
     batch_tokens: int
     num_samples: int
 

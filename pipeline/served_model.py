@@ -27,7 +27,7 @@ class Translator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(Path(context.artifacts["weights"]).parent)
         self.tokenizer = load_tokenizer(Path(context.artifacts["tokenizer"]).parent)
-        self.settings = Evaluate(**context.model_config, batch_tokens=BATCH_TOKENS, num_samples=0)
+        self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
 
     def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
         pieces = self.tokenizer.encode(model_input)

@@ -50,7 +50,7 @@ from pipeline.params import Settings, flatten
 
 logger = logging.getLogger(__name__)
 
-SEARCH = ("beam", "alpha", "max_extra")
+SEARCH = ("beam", "alpha", "max_extra", "engine")
 """The settings of `evaluate` that change a translation."""
 MAX_BATCH = 1000
 """The most metrics that MLflow takes in one call."""
@@ -540,8 +540,8 @@ def log_evaluation(
 ) -> str:
     """Add results to the run that trained; returns the id of the run that has them now.
 
-    A run holds one evaluation. With another beam, alpha or max_extra than the one before, the results go into a
-    child of it that carries the same parameters; with the same, what is equal is left and what differs is added.
+    A run holds one evaluation. With another search (SEARCH) than the one before, the results go into a child
+    of it that carries the same parameters; with the same, what is equal is left and what differs is added.
 
     `metrics` are at `step`, the last of training; `tags` hold BLEU's signatures; `files` go up as they are, and
     `samples` (columns by name) as a table. Raises ConnectionError when the server stays away.
@@ -574,7 +574,7 @@ def log_evaluation(
 
 
 def search_name(settings: Settings) -> str:
-    """How translations are searched for: "beam 4, alpha 0.6, max_extra 50"."""
+    """How translations are searched for: "beam 4, alpha 0.6, max_extra 50, engine torch"."""
     return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.config import EOS, PAD
-from model.decoding import beam_search
+from model.decoding import Hypothesis, beam_search
 from model.transformer import Transformer
 from pipeline.corpus import EncodedText
 from pipeline.params import Evaluate
@@ -53,10 +53,14 @@ def translate(
                 decoder = model.start(src.to(device))
             found = beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
             for i, [best] in zip(indices, found, strict=True):
-                text = " ".join(tokenizer.decode(best.tokens).split())  # byte pieces can spell a line break
-                translations[i] = Translation(text, best.score, best.finished)
+                translations[i] = as_text(tokenizer, best)
             bar.update(len(indices))
     return [translation for translation in translations if translation is not None]
+
+
+def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
+    """On one line, though byte pieces can spell a line break."""
+    return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

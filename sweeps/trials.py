@@ -16,7 +16,14 @@ from pipeline.train import run_folder, run_key
 from sweeps import table3
 from sweeps.table3 import Row
 
-EVALUATION_CODE = ("pipeline/checkpoint.py", "pipeline/evaluate.py", "pipeline/scoring.py", "pipeline/translation.py")
+EVALUATION_CODE = (
+    "pipeline/checkpoint.py",
+    "pipeline/evaluate.py",
+    "pipeline/export.py",
+    "pipeline/fast_translation.py",
+    "pipeline/scoring.py",
+    "pipeline/translation.py",
+)
 """What decides the scores beside data, settings and checkpoints."""
 
 
@@ -125,7 +132,7 @@ def _run_key(settings: Settings, root: Path) -> str:
 
 def _result_key(settings: Settings, root: Path) -> str:
     e = settings.evaluate
-    decisive = [run_key(settings, root), e.beam, e.alpha, e.max_extra]
+    decisive = [run_key(settings, root), e.beam, e.alpha, e.max_extra, e.engine]
     digest = hashlib.sha256(json.dumps(decisive).encode())
     languages = settings.download.src, settings.download.tgt
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]

@@ -17,6 +17,7 @@ from pipeline.checkpoint import load_model, save_model
 from pipeline.corpus import load_tokenizer
 from pipeline.encode import encode_corpus
 from pipeline.evaluate import evaluate, main, perplexities, read_split, run, table
+from pipeline.fast_translation import translate_fast
 from pipeline.params import Settings, load_settings
 from pipeline.train_tokenizer import train_tokenizer
 from pipeline.translation import translate
@@ -149,6 +150,19 @@ def test_the_metrics_are_the_scores_of_the_translations(project: Path, settings:
         model, valid, 4096, progress=False
     )
     assert found.by_length == scoring.bleu_by_length(test.sources, outputs, references)
+
+
+def test_the_engine_is_the_one_of_the_settings(project: Path, settings: Settings):
+    model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
+    test, valid = (read_split(name, "en", "de", project) for name in ("test", "valid"))
+    scores = {}
+    for engine in ("torch", "ctranslate2", "ctranslate2-int8"):
+        chosen = replace(settings.evaluate, engine=engine)
+        found = evaluate(model, tokenizer, test, valid, "de", chosen, progress=False)
+        scores[engine] = [translation.score for translation in found.translations]
+        if engine != "torch":
+            assert found.translations == translate_fast(model, tokenizer, test.pieces.src, chosen, progress=False)
+    assert len({tuple(of_engine) for of_engine in scores.values()}) == 3
 
 
 def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: Settings, mlflow: dict):

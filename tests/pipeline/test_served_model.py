@@ -101,7 +101,7 @@ def test_a_stranger_gets_the_translations_that_we_get(logged, root: Path, tmp_pa
     ).stdout.splitlines()
 
     tokenizer = load_tokenizer(root / "tokenizer")
-    evaluate = Evaluate(**SEARCH, batch_tokens=64, num_samples=0)
+    evaluate = Evaluate(**SEARCH, engine="torch", batch_tokens=64, num_samples=0)
     ours = translate(load_model(root / "final"), tokenizer, tokenizer.encode(SENTENCES), evaluate, progress=False)
     assert json.loads(output[0]) == [translation.text for translation in ours]
     assert ours[0].text

@@ -505,7 +505,7 @@ def test_another_search_has_a_child_run_with_the_parameters_of_training(
     assert parent.data.metrics == {"test_bleu": 41.0}
     assert child.data.metrics == {"test_bleu": 41.5}
     assert child.data.tags["mlflow.parentRunId"] == run_id
-    assert child.info.run_name == "grammar mini, seed 1, beam 13, alpha 0.6, max_extra 50"
+    assert child.info.run_name == "grammar mini, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
     assert child.info.status == "FINISHED"
     assert child.data.params == {**parent.data.params, "beam": "13"}
 

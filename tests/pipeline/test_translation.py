@@ -12,7 +12,7 @@ from pipeline.params import Evaluate
 from pipeline.translation import batches_by_length, translate
 
 MAX_LENGTH = 13
-SETTINGS = Evaluate(beam=3, alpha=0.6, max_extra=2, batch_tokens=29, num_samples=1)
+SETTINGS = Evaluate(beam=3, alpha=0.6, max_extra=2, engine="torch", batch_tokens=29, num_samples=1)
 
 
 @pytest.fixture(scope="module")

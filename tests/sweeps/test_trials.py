@@ -156,11 +156,11 @@ def test_a_record_that_is_damaged_counts_for_nothing(root):
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"), [("evaluate", "beam", 13), ("evaluate", "alpha", 1.1), ("evaluate", "max_extra", 7)]
+    ("key", "value"), [("beam", 13), ("alpha", 1.1), ("max_extra", 7), ("engine", "ctranslate2-int8")]
 )
-def test_another_search_is_another_result_of_the_same_training(root, section, key, value):
+def test_another_search_is_another_result_of_the_same_training(root, key, value):
     before = load_sweep(root)
-    edit(root, "params.yaml", section, **{key: value})
+    edit(root, "params.yaml", "evaluate", **{key: value})
     after = load_sweep(root)
     assert [trial.folder for trial in before.trials] == [trial.folder for trial in after.trials]
     assert not set(keys(before).values()) & set(keys(after).values())

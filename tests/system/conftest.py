@@ -51,7 +51,7 @@ HARDWARE = {
     "hardware": dict(num_workers=1, device="cpu", cpus_per_worker=1, precision="fp32", compile=False)
     | dict(micro_batch_tokens=256, max_failures=3)
 }
-EVALUATE = {"beam": 2, "alpha": 0.6, "max_extra": 3, "batch_tokens": 1024, "num_samples": 3}
+EVALUATE = dict(beam=2, alpha=0.6, max_extra=3, engine="torch", batch_tokens=1024, num_samples=3)
 SWEEP = dict(model="micro", rows=["dropout"], seeds=[0], free={}, scheduler="grid", average_checkpoints=2) | dict(
     cpus_per_worker=1, num_workers={}, flops_per_second=1e9, price_per_device_hour=0.5
 )

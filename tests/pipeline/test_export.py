@@ -1,0 +1,174 @@
+"""What CTranslate2 computes from an export is what our model computes."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import get_args
+
+import ctranslate2
+import numpy as np
+import pytest
+import torch
+from random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
+
+from model.config import BOS, EOS, UNK, Positions, TransformerConfig
+from model.transformer import Transformer
+from pipeline import export
+from pipeline.checkpoint import save_model
+from pipeline.export import write_export
+
+TOKENIZER = random_tokenizer()
+PIECES = [TOKENIZER.id_to_piece(i) for i in range(VOCAB)]
+GENERATOR = np.random.default_rng(13)
+LENGTHS = [(5, 3), (1, MAX_LENGTH - 1), (MAX_LENGTH - 1, 1), (19, 23)]
+PAIRS = [tuple(GENERATOR.choice([UNK, *range(4, VOCAB)], length).tolist() for length in pair) for pair in LENGTHS]
+
+
+def log_probs(model: Transformer, src: list[int], tgt: list[int]) -> torch.Tensor:
+    """Of each piece of `tgt` and of EOS, given `src`."""
+    with torch.inference_mode():
+        found = model.logits(model(torch.tensor([[*src, EOS]]), torch.tensor([[BOS, *tgt]])))[0].log_softmax(-1)
+    return found.gather(1, torch.tensor([*tgt, EOS])[:, None])[:, 0]
+
+
+def exported_log_probs(folder: Path) -> list[torch.Tensor]:
+    translator = ctranslate2.Translator(str(folder), "cpu", inter_threads=1, intra_threads=1)
+    sides = [[[PIECES[piece] for piece in pair[side]] for pair in PAIRS] for side in (0, 1)]
+    return [torch.tensor(scored.log_probs) for scored in translator.score_batch(*sides)]
+
+
+@pytest.mark.parametrize("positions", get_args(Positions))
+@pytest.mark.parametrize("seed", range(5))
+def test_every_model_gives_every_piece_the_same_probability(tmp_path: Path, positions: Positions, seed: int):
+    model = random_model(seed, positions)
+    write_export(model, TOKENIZER, tmp_path, "float32")
+    found = exported_log_probs(tmp_path)
+    for (src, tgt), theirs in zip(PAIRS, found, strict=True):
+        torch.testing.assert_close(theirs, log_probs(model, src, tgt), rtol=1e-4, atol=1e-4)
+
+
+def test_the_random_models_have_all_norms_and_larger_keys_and_larger_values():
+    configs = [random_model(seed, "none").config for seed in range(5)]
+    assert {config.norm for config in configs} == {"pre", "post"}
+    assert {np.sign(config.d_k - config.d_v) for config in configs} >= {1, -1}
+    assert all(config.num_heads * config.d_k != config.d_model for config in configs)
+
+
+@pytest.mark.parametrize("positions", get_args(Positions))
+def test_int8_is_nearly_the_same_and_leaves_our_weights_as_they_are(tmp_path: Path, positions: Positions):
+    model = random_model(3, positions)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    write_export(model, TOKENIZER, tmp_path, "int8")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)  # CTranslate2 quantizes in place
+    ours = torch.cat([log_probs(model, *pair) for pair in PAIRS])
+    error = (torch.cat(exported_log_probs(tmp_path)) - ours).abs()
+    assert 1e-3 < error.mean() < 0.3
+
+
+def test_the_shared_embeddings_are_there_once(tmp_path: Path):
+    model = random_model(1, "sinusoidal")
+    write_export(model, TOKENIZER, tmp_path, "float32")
+    embeddings = model.embedding.weight.detach().numpy().tobytes()
+    assert (tmp_path / "model.bin").read_bytes().count(embeddings) == 1
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder after training, and the folder that commands run in."""
+    for folder in ("data/tokenizer", "models/final"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data/tokenizer/spm.model").write_bytes(TOKENIZER.serialized_model_proto())
+    model = random_model(2, "rotary")
+    save_model(tmp_path / "models/final", model.state_dict(), model.config)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", *arguments])
+    export.main()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    said = str(stopped.value)
+    assert "\n" not in said
+    return said
+
+
+def test_the_example_of_the_help_translates_by_the_exported_folder_alone(project: Path, monkeypatch, capsys):
+    run(monkeypatch)
+    assert re.fullmatch(
+        r"models/ctranslate2: float32, 0\.0 MB; --help says how to translate with it\n", capsys.readouterr().out
+    )
+    names = {"config.json", "model.bin", "shared_vocabulary.json", "spm.model"}
+    assert {path.name for path in (project / "models/ctranslate2").iterdir()} == names
+    assert json.loads((project / "models/ctranslate2/shared_vocabulary.json").read_text()) == PIECES
+
+    shutil.rmtree("models/final")
+    shutil.rmtree("data")
+    assert export.__doc__
+    [example] = re.findall(r"the tokenizer too:\n\n(.*?)\n\n", export.__doc__, re.DOTALL)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(textwrap.dedent(example), {})
+    assert shown.getvalue().strip()
+
+
+def test_an_export_replaces_the_one_before(project: Path, monkeypatch):
+    run(monkeypatch)
+    run(monkeypatch, "--quantization", "int8")
+    translator = ctranslate2.Translator(str(project / "models/ctranslate2"))
+    assert translator.compute_type.startswith("int8")
+
+
+def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(project: Path, monkeypatch):
+    run(monkeypatch)
+    before = {path: path.read_bytes() for path in (project / "models").rglob("*") if path.is_file()}
+
+    def full(model, tokenizer, folder: Path, quantization: str) -> None:
+        (folder / "model.bin").write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_export", full)
+    assert refusal(monkeypatch) == (
+        "export: [Errno 28] No space left on device: free some space and run again: 'models/ctranslate2'"
+    )
+    assert {path: path.read_bytes() for path in (project / "models").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_export_is_not_replaced(project: Path, monkeypatch):
+    for output in ("models", "models/final", ".", "data/tokenizer/spm.model"):
+        said = refusal(monkeypatch, "--output", output)
+        assert said == f"export: {output} is there and is no export, so it is not replaced: name another --output"
+    assert (project / "models/final/weights.safetensors").is_file()
+
+
+def test_what_is_missing_or_does_not_belong_together_is_one_clear_line(project: Path, monkeypatch):
+    assert refusal(monkeypatch, "--model", "models/other") == (
+        "export: models/other/weights.safetensors does not exist: run the train stage first (dvc repro train)"
+    )
+    assert refusal(monkeypatch, "--tokenizer", "data") == (
+        "export: data/spm.model does not exist: run the tokenize stage first"
+    )
+    broken = random_model(2, "rotary")
+    with torch.no_grad():
+        broken.encoder[0].feed_forward.w_1.weight[1, 1] = torch.nan
+    (project / "models/broken").mkdir()
+    save_model(project / "models/broken", broken.state_dict(), broken.config)
+    assert refusal(monkeypatch, "--model", "models/broken") == (
+        "export: the model's weights are not finite numbers: train it anew with a lower train.lr_scale"
+    )
+    config = json.loads((project / "models/final/config.json").read_text())
+    model = Transformer(TransformerConfig(**config | {"vocab_size": 43}))
+    save_model(project / "models/final", model.state_dict(), model.config)
+    assert refusal(monkeypatch) == (
+        "export: data/tokenizer has 41 pieces, models/final was trained with 43: name its own with --tokenizer"
+    )
+    assert not (project / "models/ctranslate2").exists()
