@@ -5,8 +5,9 @@ from torch import Tensor
 
 from model.config import PAD
 
-CHUNK_LOGITS = 1 << 22
-"""Logits in memory at once (16 MB in single precision)."""
+CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
+"""Logits in memory at once: 16 MB in single precision, near a CPU's cache; 256 MB on a GPU, where every chunk costs
+the start of its operators."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -38,10 +39,12 @@ class _ProjectionLoss(torch.autograd.Function):
     ) -> Tensor:
         at_least_single = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=at_least_single, device=x.device)
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        rows = max(1, CHUNK_LOGITS // len(weight))
+        uniform, weight_sum, x_sum = smoothing / len(weight), weight.sum(0), x.sum(0)
+        grad_x, grad_weight = torch.empty_like(x), (-uniform * x_sum).to(weight.dtype).repeat(len(weight), 1)
+        most = CHUNK_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS_GPU
+        chunks = max(1, -(-x.size(0) * weight.size(0) // most))  # all of a size
         for x_chunk, target_chunk, grad_chunk in zip(
-            x.split(rows), target.split(rows), grad_x.split(rows), strict=True
+            x.chunk(chunks), target.chunk(chunks), grad_x.chunk(chunks), strict=True
         ):
             logits = (x_chunk @ weight.T).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
@@ -53,12 +56,10 @@ class _ProjectionLoss(torch.autograd.Function):
                 exp = exp.to(x.dtype)
                 grad_chunk.copy_((exp @ weight) / exp_sum - (1 - smoothing) * weight[target_chunk])
                 grad_weight += exp.T @ (x_chunk / exp_sum).to(x.dtype)
-        uniform, weight_sum, x_sum = smoothing / len(weight), weight.sum(0), x.sum(0)
         loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
         if needs_grad:
             grad_weight.index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
             grad_x -= uniform * weight_sum
-            grad_weight -= uniform * x_sum
             ctx.save_for_backward(grad_x, grad_weight)
         return loss
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model.flops import training_flops
-from model.loss import CHUNK_LOGITS
+from model.loss import CHUNK_LOGITS_GPU
 from model.transformer import Transformer
 from pipeline.params import load_settings
 
@@ -51,7 +51,7 @@ class Measured:
     collate_tokens_per_s: float  # target tokens with their source, on one core
     epoch_plan_s_per_million: float  # pairs
     launches: float  # operators of a step of base, the loss left out
-    launches_per_chunk: float  # of the loss, for CHUNK_LOGITS logits
+    launches_per_chunk: float  # of the loss, for CHUNK_LOGITS_GPU logits
 
 
 # On two cores of an AMD EPYC (Zen 3) that others use too, torch 2.13.0, 2026-11-21: the middle of three to six runs.
@@ -204,7 +204,7 @@ class Plan:
     @property
     def launches(self) -> tuple[float, float]:
         """Operators of a step on one micro-batch: of all but the loss; of the loss, which makes logits in chunks."""
-        chunks = self.tokens_per_gpu / (CHUNK_LOGITS // VOCAB_SIZE)
+        chunks = self.tokens_per_gpu / (CHUNK_LOGITS_GPU // VOCAB_SIZE)
         return self.measured.launches, self.measured.launches_per_chunk * chunks
 
     @property
@@ -314,7 +314,7 @@ class Plan:
             return f"a faster disk, or train.checkpoint_every {every}, which changes what is averaged"
         layers, loss = self.launches
         if limit == "launches" and loss > layers:
-            return "CHUNK_LOGITS of model/loss.py up: the loss makes most of the launches"
+            return "CHUNK_LOGITS_GPU of model/loss.py up: the loss makes most of the launches"
         # Nine parts of arithmetic to one of what does not shrink with the batch.
         fixed_s = self.parts["all-reduce"] + layers * cluster.launch_us / 1e6
         tokens = _round(work.batch_tokens * 9 * fixed_s / self.compute_s)
@@ -444,7 +444,7 @@ def against_the_paper(work: Work) -> str:
 
 
 def _measured(m: Measured) -> str:
-    rows = CHUNK_LOGITS // VOCAB_SIZE
+    rows = CHUNK_LOGITS_GPU // VOCAB_SIZE
     return (
         f"- Measured: checkpoints are written at {m.checkpoint_write_bytes_per_s / 1e6:,.0f} MB/s, read at "
         f"{m.checkpoint_load_bytes_per_s / 1e6:,.0f}; an MLflow server takes {1e3 * m.mlflow_s_per_call:g} ms a call "

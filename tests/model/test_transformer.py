@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import transformer as module
 from model.config import BOS, EOS, PAD, Positions, TransformerConfig
 from model.transformer import MAX_RELATIVE_DISTANCE, Attention, Transformer, rotary_angles, rotate, sinusoids
 
@@ -336,8 +337,76 @@ def test_dropout_acts_in_training_alone_and_on_embeddings_and_sublayers():
     src, tgt = sentences([5]), shifted(sentences([7], seed=3))
     assert torch.equal(model(src, tgt), model(src, tgt))
     counted = []
-    original = F.dropout
+    original = module.dropout
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "dropout", lambda x, p, training: counted.append((p, training)) or original(x, p, training))
+        patch.setattr(module, "dropout", lambda x, p: counted.append(p) or original(x, p))
         model.train()(src, tgt)
-    assert counted == [(0.5, True)] * (2 + 2 + 3)  # two embeddings, two and three sub-layers (section 5.4)
+    assert counted == [0.5] * (2 + 2 + 3)  # two embeddings, two and three sub-layers (section 5.4)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_drops_its_share_and_scales_the_rest_to_the_same_mean(p):
+    torch.manual_seed(3)
+    x = torch.ones(400_003, requires_grad=True)  # no multiple of four
+    dropped = module.dropout(x, p)
+    kept = dropped != 0
+    share = 1 - round(p * 2**16) / 2**16
+    assert torch.equal(dropped, kept * torch.tensor(1 / share))
+    for values in (kept, *(kept[i::4] for i in range(4))):  # four neighbours come from one draw
+        deviation = math.sqrt(p * (1 - p) / len(values))
+        assert abs(values.float().mean() - (1 - p)) < 5 * deviation + 2**-16
+    for distance in (1, 2, 3, 4):  # independent of one another
+        both = (kept[:-distance] & kept[distance:]).float().mean()
+        assert abs(both - (1 - p) ** 2) < 5 * math.sqrt(0.25 / len(kept)) + 2**-15
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped)
+
+
+def test_dropout_is_another_each_time_and_the_same_from_the_same_seed():
+    x = torch.randn(31, 7, dtype=torch.float64)
+    torch.manual_seed(11)
+    first, second = module.dropout(x, 0.3), module.dropout(x, 0.3)
+    torch.manual_seed(11)
+    assert torch.equal(module.dropout(x, 0.3), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(module.dropout(x, 0.0), x)
+    assert first.shape == x.shape
+    assert first.dtype == x.dtype
+
+
+# --- the two ways of attention
+
+
+@pytest.mark.parametrize("d_v", [3, 8])
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "queries x keys", "bias of heads", "bias of all"])
+def test_the_products_of_a_cpu_give_what_the_fused_kernel_gives(mask, d_v):
+    torch.manual_seed(5)
+    batch, heads, queries, keys, d_k = 3, 2, 5, 5 if mask == "causal" else 7, 8
+    q, k, v = (
+        torch.randn(batch, heads, n, d).requires_grad_() for n, d in ((queries, d_k), (keys, d_k), (keys, d_v))
+    )
+    masks = {
+        "padding": torch.arange(keys) < torch.tensor([keys, 1, 4])[:, None, None, None],
+        "queries x keys": torch.rand(queries, keys) < 0.5,
+        "bias of heads": torch.randn(heads, queries, keys),
+        "bias of all": torch.randn(batch, heads, queries, keys),
+    }
+    masks["queries x keys"][:, 0] = True  # no query without a key
+    given, causal = masks.get(mask), mask == "causal"
+    ours = module.scaled_dot_product_attention(q, k, v, given, causal)
+    fused = F.scaled_dot_product_attention(q, k, v, given, is_causal=causal)
+    torch.testing.assert_close(ours, fused)
+    up = torch.randn_like(ours)
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, fused)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_long_sentences_go_to_the_fused_kernel(monkeypatch):
+    called = []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or original(*a, **k))
+    for keys, expected in ((module.MAX_UNFUSED_KEYS, 0), (module.MAX_UNFUSED_KEYS + 1, 1)):
+        q = torch.randn(1, 1, 2, 4)
+        k = torch.randn(1, 1, keys, 4)
+        module.scaled_dot_product_attention(q, k, k, None, False)
+        assert len(called) == expected

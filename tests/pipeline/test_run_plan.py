@@ -109,7 +109,7 @@ def test_a_step_is_the_sum_of_its_parts_by_hand():
         collate_tokens_per_s=15_000,
         epoch_plan_s_per_million=1 / 4.5,
         launches=1_000,
-        launches_per_chunk=113,
+        launches_per_chunk=1_813,
     )
     planned = Plan(
         replace(WORK, flops_per_step=9.5e11), cluster(gpu="P100", gpus=2, mfu=0.5, launch_us=50), 5, measured
@@ -118,7 +118,7 @@ def test_a_step_is_the_sum_of_its_parts_by_hand():
     assert planned.parts == pytest.approx(
         {
             "arithmetic": 0.1,
-            "launches": (1_000 + 3_000) * 50e-6 - 0.1,  # 113 tokens make a chunk of the loss: one launch a token
+            "launches": (1_000 + 3_000) * 50e-6 - 0.1,  # 1,813 tokens make a chunk of the loss: one launch a token
             "all-reduce": 4e6 / 64e9,
             "data": 0.2 + 1 / 22_500,  # 4.5 million pairs of 30 tokens are 22,500 steps
             "checkpoints": 4 / 500,  # 12 MB
@@ -208,7 +208,7 @@ SLOW_CARD = {"gpu": "P100", "launch_us": 0}
             1,
             MEASURED,
         ),
-        ("launches", "CHUNK_LOGITS", {"launch_us": 2_000}, 1, replace(MEASURED, launches=3)),
+        ("launches", "CHUNK_LOGITS_GPU", {"launch_us": 2_000}, 1, replace(MEASURED, launches=3)),
         ("data", "hardware.num_workers up", SLOW_CARD, 1, replace(MEASURED, collate_tokens_per_s=1_000)),
         (
             "checkpoints",
