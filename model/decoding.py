@@ -8,6 +8,12 @@ from torch import Tensor
 
 from model.config import BOS, EOS, PAD
 
+ROWS, ROWS_GPU = 128, 4096
+"""Rows whose logits are in memory at once: in a CPU's cache if they can; on a GPU every part costs the start of its
+operators."""
+BLOCK = 64
+"""Pieces with one maximum, by which most are passed over in the search for the most probable."""
+
 
 class Decoder(Protocol):
     """A batch of sentences under translation. Each has the same number of rows, next to one another.
@@ -16,16 +22,19 @@ class Decoder(Protocol):
     """
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed each row its next piece [rows]; give the logits of the one after [rows, vocab].
+        """Feed each row its next piece [rows]; give what `logits` needs to know of it [rows, any].
 
-        The first call has one row a sentence, all BOS. The search may overwrite what it is given.
+        The first call has one row a sentence, all BOS.
         """
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the piece after, for some of the rows that `step` has given: [some rows, any] -> [some rows, vocab]."""
 
     def reorder(self, rows: Tensor) -> None:
         """Let new row i continue what old row `rows[i]` has read; the rows of a sentence stay with it."""
 
     def keep(self, sentences: Tensor) -> None:
-        """Drop all sentences but these (ascending positions in the present batch)."""
+        """Go on with these sentences alone (positions in the present batch), in this order."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,7 @@ def beam_search(
 
     for length in range(longest + 1):  # of the live hypotheses
         num_sentences, num_live = log_prob.shape
-        continued = _continue(decoder.step(last), log_prob.flatten())  # [rows, vocab]
-        vocab = continued.shape[1]
-        new_log_prob, index = continued.view(num_sentences, -1).topk(min(considered, num_live * vocab))
-        parent, token = index // vocab, index % vocab  # [sentences, considered]
+        new_log_prob, parent, token = _continue(decoder, decoder.step(last), log_prob, considered)
         new_tokens = _pick(tokens, parent)
         new_tokens[:, :, length] = token
 
@@ -110,7 +116,9 @@ def beam_search(
         stay = (~settled).nonzero().flatten()
         if len(stay) == 0:
             break
-        if len(stay) < num_sentences:
+        if len(stay) < num_sentences:  # the last take the places of those that leave, and few have to move
+            left = settled[: len(stay)]
+            stay = torch.arange(len(stay), device=stay.device).masked_scatter(left, stay[stay >= len(stay)])
             decoder.keep(stay)
         sentences = sentences[stay]
         done_tokens, done_log_prob, done_score = done_tokens[stay], done_log_prob[stay], done_score[stay]
@@ -137,7 +145,7 @@ def greedy_search(decoder: Decoder, max_lengths: Tensor, *, alpha: float = 0) ->
     log_prob = torch.zeros(len(results), device=max_lengths.device)
     last = torch.full_like(max_lengths, BOS)
     while sentences:
-        new_log_prob, token = (x[:, 0] for x in _continue(decoder.step(last), log_prob).topk(1))
+        new_log_prob, _, token = (x[:, 0] for x in _continue(decoder, decoder.step(last), log_prob[:, None], 1))
         stay = []
         for i, (sentence, piece) in enumerate(zip(sentences, token.tolist(), strict=True)):
             output = outputs[sentence]
@@ -160,15 +168,39 @@ def _check_lengths(max_lengths: Tensor) -> None:
         raise ValueError(f"max_lengths holds {int(max_lengths.min())}: 0 or more is needed")
 
 
-def _continue(logits: Tensor, log_prob: Tensor) -> Tensor:
-    """log_prob [rows] of each row, continued by every piece [rows, vocab]."""
-    logits = logits.float()
-    normaliser = logits.logsumexp(1)
-    if not normaliser.isfinite().all():
+def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `most` most probable continuations of each sentence, best first: their log_prob, the hypothesis that each
+    continues and the piece that it adds [sentences, most]. `x` is from decoder.step, `log_prob` [sentences, live]."""
+    num_live = log_prob.shape[1]
+    size = max(1, (ROWS if x.device.type == "cpu" else ROWS_GPU) // num_live)
+    parts = zip(x.split(size * num_live), log_prob.split(size), strict=True)
+    found = [_most_probable(decoder.logits(rows), part, most) for rows, part in parts]
+    new_log_prob, parent, token = (torch.cat(values) for values in zip(*found, strict=True))
+    if new_log_prob.isnan().any():
         raise ValueError("the decoder's logits are not finite numbers")
-    continued = logits.add_((log_prob - normaliser)[:, None])
-    continued[:, PAD] = continued[:, BOS] = -torch.inf
-    return continued
+    return new_log_prob, parent, token
+
+
+def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_continue`. A piece among the `most` best of a sentence stands in one of the `most` blocks with the highest
+    maxima, or behind the last whole block: topk sees only those."""
+    steps = logits.float().log_softmax(1)
+    steps[:, PAD] = steps[:, BOS] = -torch.inf
+    num_live, vocab = log_prob.shape[1], steps.shape[1]
+    steps = steps.unflatten(0, log_prob.shape)  # [sentences, live, vocab]
+    whole = vocab - vocab % BLOCK
+    maxima = steps[:, :, :whole].unflatten(2, (whole // BLOCK, BLOCK)).amax(3) + log_prob[:, :, None]
+    block = maxima.flatten(1).topk(min(most, num_live * whole // BLOCK), sorted=False).indices
+
+    row = vocab * torch.arange(num_live, device=logits.device)[:, None]  # its first index
+    first = (row + torch.arange(0, whole, BLOCK, device=logits.device)).flatten()[block]  # [sentences, blocks]
+    inside = (first[:, :, None] + torch.arange(BLOCK, device=logits.device)).flatten(1)
+    behind = (row + torch.arange(whole, vocab, device=logits.device)).flatten().expand(len(steps), -1)
+    index = torch.cat((inside, behind), 1)
+    continued = steps.flatten(1).gather(1, index) + log_prob.gather(1, index // vocab)
+    new_log_prob, order = continued.topk(min(most, continued.shape[1]))
+    index = index.gather(1, order)
+    return new_log_prob, index // vocab, index % vocab
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -15,8 +15,33 @@ from model.config import PAD, Positions, TransformerConfig
 
 MAX_RELATIVE_DISTANCE = 16
 """Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
-MAX_UNFUSED_KEYS = 256
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+MAX_UNFUSED_QUERIES = 256
 """On a CPU, sentences up to here keep their attention weights in memory: a quarter of the fused kernel's time."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: [..., inputs] -> [..., outputs].
+
+    On a CPU torch has it done by MKL, which leaves the wider half of AVX-512's registers to Intel's processors; on
+    AMD's Zen 5 oneDNN takes less than half the time. This operator of torch's compiler has no gradient. oneDNN
+    makes machine code for each new shape, which takes a millisecond: so rows are filled up to a multiple of 64.
+    """
+    rows = x.shape[:-1].numel()
+    single = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not (ONEDNN and single and rows >= 32) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    x, shape = x.reshape(rows, -1), (*x.shape[:-1], -1)
+    if rows % 64:
+        x = F.pad(x, (0, 0, 0, -rows % 64))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows].view(shape)
+
+
+class Linear(nn.Linear):
+    """By `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -26,7 +51,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     kernel spares the weights [queries, keys] their way through memory, which matters for long sentences; on a CPU it
     gains next to nothing from a second thread, where batched products of all heads do.
     """
-    if q.device.type != "cpu" or k.size(2) > MAX_UNFUSED_KEYS:
+    if q.device.type != "cpu" or q.size(2) > MAX_UNFUSED_QUERIES:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     batch, num_heads, num_queries, d_k = q.shape
     bias = q.new_zeros(1, 1, 1)
@@ -61,7 +86,7 @@ class Attention(nn.Module):
         self.num_heads, self.d_k, self.d_v, self.positions = num_heads, d_k, d_v, positions
         self.split = [num_heads * d_k, num_heads * d_k, num_heads * d_v]
         self.w_qkv = nn.Parameter(torch.empty(sum(self.split), d_model))  # W^Q, W^K, W^V, one below the other
-        self.w_o = nn.Linear(num_heads * d_v, d_model, bias=False)
+        self.w_o = Linear(num_heads * d_v, d_model, bias=False)
         if positions == "relative":
             self.offset_keys = nn.Parameter(torch.empty(2 * MAX_RELATIVE_DISTANCE + 1, d_k))
         self.reset_parameters()
@@ -74,7 +99,7 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Of self-attention: [batch, heads, length, d_k, d_k and d_v]; x begins at position `first`."""
-        q, k, v = F.linear(x, self.w_qkv).split(self.split, dim=-1)
+        q, k, v = linear(x, self.w_qkv).split(self.split, dim=-1)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if self.positions == "rotary":
             cos, sin = rotary_angles(first, x.size(1), self.d_k, x.device)
@@ -83,19 +108,27 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """Of attention to the encoder's output."""
-        return self._heads(F.linear(x, self.w_qkv[: self.split[0]]))
+        return self._heads(linear(x, self.w_qkv[: self.split[0]]))
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Of the encoder's output."""
-        k, v = F.linear(memory, self.w_qkv[self.split[0] :]).split(self.split[1:], dim=-1)
+        k, v = linear(memory, self.w_qkv[self.split[0] :]).split(self.split[1:], dim=-1)
         return self._heads(k), self._heads(v)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attend_mask: Tensor | None = None, causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attend_mask: Tensor | None = None,
+        causal: bool = False,
+        offset: Tensor | None = None,
     ) -> Tensor:
-        """The heads' outputs, joined and projected: [batch, queries, d_model]. The last query stands beside the
-        last key, so that a step of the search gives one query and all keys up to now."""
-        bias = self._position_bias(q, k)
+        """The heads' outputs, joined and projected: [batch, queries, d_model].
+
+        `offset` [queries, keys]: j - i, the positions of key and query; None: both have all positions, in order.
+        """
+        bias = self._position_bias(q, k, offset)
         if bias is not None:
             if causal:
                 attend_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
@@ -106,19 +139,19 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _position_bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+    def _position_bias(self, q: Tensor, k: Tensor, offset: Tensor | None = None) -> Tensor | None:
         """What is added to the logits: [heads, queries, keys] or [batch, heads, queries, keys]."""
         if self.positions not in ("alibi", "relative"):
             return None
-        num_queries, num_keys = q.size(2), k.size(2)
-        key = torch.arange(num_keys, device=q.device)
-        offset = key - key[num_keys - num_queries :, None]  # [queries, keys], j - i
+        if offset is None:
+            position = torch.arange(k.size(2), device=q.device)
+            offset = position - position[:, None]
         if self.positions == "alibi":
             head = torch.arange(1, self.num_heads + 1, device=q.device, dtype=q.dtype)
             return -torch.exp2(-8 * head / self.num_heads)[:, None, None] * offset.abs().to(q.dtype)
         offset = offset.clamp(-MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE) + MAX_RELATIVE_DISTANCE
         by_offset = q @ self.offset_keys.T.to(q.dtype) / math.sqrt(self.d_k)  # [batch, heads, queries, offsets]
-        return by_offset.gather(-1, offset.expand(*by_offset.shape[:2], -1, -1))
+        return by_offset.gather(-1, offset.expand(*by_offset.shape[:3], -1))
 
 
 def rotary_angles(first: int, length: int, d_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -139,10 +172,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.w_1, self.w_2 = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
-        for linear in (self.w_1, self.w_2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.w_1, self.w_2 = Linear(d_model, d_ff), Linear(d_ff, d_model)
+        for layer in (self.w_1, self.w_2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_2(F.relu(self.w_1(x)))
@@ -296,7 +329,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The pre-softmax projection, by the embeddings' own matrix (section 3.4): [..., vocab]."""
-        return F.linear(x, self.embedding.weight)
+        return linear(x, self.embedding.weight)
 
     def start(self, src: Tensor) -> "DecoderState":
         """Encode the sentences, ready to decode them position by position."""
@@ -306,49 +339,74 @@ class Transformer(nn.Module):
 class DecoderState:
     """The decoder in the middle of its output: keys and values of all positions so far, per layer.
 
-    Rows are grouped by sentence, as many to each. The rows of a sentence attend to its encoding as if they were
-    the positions of one target, so that its keys and values stand in memory once, whatever the beam.
+    Rows are grouped by sentence, as many to each, and all rows of a sentence look at the same keys: those of its
+    encoding, and a pool to which each step adds one a row. `ancestors` says which of the pool a row goes on from, so
+    that its keys and values stay where they are when rows are reordered, and few attention products serve all rows.
     """
 
     def __init__(self, model: Transformer, src: Tensor) -> None:
         memory, self.attend_mask = model.encode(src)
         self.model, self.length = model, 0
         self.layers = cast(list[DecoderLayer], list(model.decoder))
-        self.memory = [layer.memory_attention.keys_values(memory) for layer in self.layers]
-        self.past: list[tuple[Tensor, Tensor]] = []
+        self.memory = [
+            [x.contiguous() for x in layer.memory_attention.keys_values(memory)] for layer in self.layers
+        ]  # [sentences, heads, src, d_k or d_v]
+        self.pool = [[x[:, :, :0] for x in keys_values] for keys_values in self.memory]  # and spare room behind it
+        self.ancestors = torch.ones(len(src), 1, 0, dtype=torch.bool, device=src.device)  # [sentences, rows, pool]
+        self.positions = torch.zeros(0, dtype=torch.int64, device=src.device)  # [pool]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Take the next token of each row, return the logits of the one after it: [rows] -> [rows, vocab]."""
-        num_sentences = len(self.attend_mask)
-        x = self.model.embedding(tokens[:, None], first=self.length)  # [rows, 1, d_model]
-        for i, layer in enumerate(self.layers):
-            q, k, v = layer.self_attention.queries_keys_values(
-                layer.around_self_attention.before(x), first=self.length
-            )
-            if self.length:
-                k, v = torch.cat((self.past[i][0], k), dim=2), torch.cat((self.past[i][1], v), dim=2)
-                self.past[i] = k, v
-            else:
-                self.past.append((k, v))
-            x = layer.around_self_attention.after(x, layer.self_attention(q, k, v))
+        """Take the next token of each row: [rows] -> the decoder's output [rows, d_model], see `logits`."""
+        num_sentences, _, first = self.ancestors.shape
+        num_rows = len(tokens) // num_sentences
+        itself = torch.eye(num_rows, dtype=torch.bool, device=tokens.device).expand(num_sentences, -1, -1)
+        self.ancestors = torch.cat((self.ancestors, itself), dim=2)
+        self.positions = torch.cat((self.positions, self.positions.new_full((num_rows,), self.length)))
+        attend_mask, offset = self.ancestors[:, None], (self.positions - self.length)[None]
+        x = self.model.embedding(tokens[:, None], first=self.length)  # [all rows, 1, d_model]
+        for layer, memory, pool in zip(self.layers, self.memory, self.pool, strict=True):
+            new = layer.self_attention.queries_keys_values(layer.around_self_attention.before(x), first=self.length)
+            q, *keys_values = (part.view(num_sentences, num_rows, part.size(1), -1).transpose(1, 2) for part in new)
+            for i, part in enumerate(keys_values):  # [sentences, heads, rows, d_k or d_v]
+                pool[i] = _append(pool[i], first, part, spare=num_rows * memory[i].size(2))
+            k, v = (part[:, :, : first + num_rows] for part in pool)
+            attended = layer.self_attention(q, k, v, attend_mask, offset=offset)
+            x = layer.around_self_attention.after(x, attended.view_as(x))
             q = layer.memory_attention.queries(
-                layer.around_memory_attention.before(x).view(num_sentences, -1, x.size(-1))
+                layer.around_memory_attention.before(x).view(num_sentences, num_rows, -1)
             )
-            attended = layer.memory_attention(q, *self.memory[i], self.attend_mask)
+            attended = layer.memory_attention(q, *memory, self.attend_mask)
             x = layer.around_memory_attention.after(x, attended.view_as(x))
             x = layer.around_feed_forward.after(x, layer.feed_forward(layer.around_feed_forward.before(x)))
         self.length += 1
-        return self.model.logits(self.model.decoder_norm(x)[:, 0])
+        return self.model.decoder_norm(x)[:, 0]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the tokens after some rows: [rows, d_model], what `step` has given for them -> [rows, vocab]."""
+        return self.model.logits(x)
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what was row `rows[i]`, of the same sentence."""
-        self.past = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.past]
+        self.ancestors = self.ancestors.flatten(0, 1)[rows].unflatten(0, (len(self.ancestors), -1))
 
     def keep(self, sentences: Tensor) -> None:
-        """Go on with these sentences (indices, ascending) and their rows alone."""
-        num_sentences = len(self.attend_mask)
-        if self.past:
-            num_rows = self.past[0][0].size(0)
-            self.reorder(torch.arange(num_rows, device=sentences.device).view(num_sentences, -1)[sentences].flatten())
-        self.attend_mask = self.attend_mask[sentences]
-        self.memory = [(k[sentences], v[sentences]) for k, v in self.memory]
+        """Go on with these sentences and their rows alone, in this order."""
+        self.attend_mask, self.ancestors = self.attend_mask[sentences], self.ancestors[sentences]
+        places = torch.arange(len(sentences), device=sentences.device)
+        moved = (sentences != places).nonzero()[:, 0]
+        for tensors in (*self.memory, *self.pool):
+            for i, x in enumerate(tensors):
+                x[moved] = x.index_select(0, sentences[moved])
+                tensors[i] = x[: len(sentences)]
+
+
+def _append(pool: Tensor, length: int, new: Tensor, spare: int) -> Tensor:
+    """`pool` [sentences, heads, at least length, d] with `new` after its first `length`; with `spare` more room than
+    needed if it has to grow."""
+    end = length + new.size(2)
+    if pool.size(2) < end:
+        grown = pool.new_empty(*pool.shape[:2], end + spare, pool.size(3))
+        grown[:, :, :length] = pool[:, :, :length]
+        pool = grown
+    pool[:, :, length:end] = new
+    return pool

@@ -1,6 +1,8 @@
 """Pieces to text by beam search (section 6.1), in batches: what evaluation and a served model share."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,21 +43,43 @@ def translate(
 
     An output has at most max_extra pieces more than its source, and max_length - 1. A longer source than that is
     cut there. Sentences of similar length are decoded together; who with whom changes no translation.
+
+    On a CPU as many batches at once as torch has threads, which share batch_tokens, one thread to each: two at work
+    on one batch wait for one another at every operator.
     """
     device, longest = model.embedding.weight.device, model.config.max_length - 1
     lengths = np.array([min(len(sources[i]), longest) for i in range(len(sources))], dtype=np.int64)
     translations: list[Translation | None] = [None] * len(sources)
-    with tqdm(total=len(sources), desc="translating", unit=" sentences", disable=not progress) as bar:
-        for indices in batches_by_length(lengths, settings.batch_tokens):
-            src = _pad([sources[i][: lengths[i]] for i in indices])
-            max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
-            with torch.inference_mode():
-                decoder = model.start(src.to(device))
-            found = beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
+    num_workers = torch.get_num_threads() if device.type == "cpu" else 1
+    batches = list(batches_by_length(lengths, max(1, settings.batch_tokens // num_workers)))
+
+    def search(indices: np.ndarray) -> list[list[Hypothesis]]:
+        src = _pad([sources[i][: lengths[i]] for i in indices])
+        max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
+        with torch.inference_mode():
+            decoder = model.start(src.to(device))
+        return beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
+
+    with (
+        tqdm(total=len(sources), desc="translating", unit=" sentences", disable=not progress) as bar,
+        workers_of_one_thread(num_workers) as pool,
+    ):
+        for indices, found in zip(batches, pool.map(search, batches), strict=True):
             for i, [best] in zip(indices, found, strict=True):
                 translations[i] = as_text(tokenizer, best)
             bar.update(len(indices))
     return [translation for translation in translations if translation is not None]
+
+
+@contextmanager
+def workers_of_one_thread(num_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """In whose calls an operator of torch uses one thread."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # other threads may have followed the workers
 
 
 def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:

@@ -214,7 +214,7 @@ class Counter(TorchDispatchMode):
 
 def launches() -> None:
     """Of one micro-batch with its step: at two sizes, for the loss makes its logits chunk by chunk."""
-    transformer.MAX_UNFUSED_KEYS = 0  # attention and dropout as on a GPU
+    transformer.MAX_UNFUSED_QUERIES = 0  # attention and dropout as on a GPU
     transformer.dropout = F.dropout
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)

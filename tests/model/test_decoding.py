@@ -1,17 +1,21 @@
 import math
+import random
 from collections.abc import Callable
 from itertools import product
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from model import decoding
 from model.config import BOS, EOS, PAD, UNK, Positions, TransformerConfig
 from model.decoding import Hypothesis, beam_search, greedy_search, length_penalty
 from model.transformer import Transformer
 
 A, B, C = 4, 5, 6
 NextLogProbs = Callable[[int, tuple[int, ...]], list[float]]  # of a sentence's prefix
+Output = tuple[float, float, tuple[int, ...]]  # score, log_prob, tokens
 
 
 class RandomDecoder:
@@ -36,7 +40,10 @@ class RandomDecoder:
         self.sentence_steps += self.num_sentences
         assert tokens.shape == self.state.shape[:1]
         self.state = torch.tanh(self.state @ self.recurrent + self.inputs[tokens])
-        return self.state @ self.output + self.bias
+        return self.state
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.output + self.bias
 
     def reorder(self, rows: Tensor) -> None:
         old_size = len(self.state) // self.num_sentences
@@ -71,6 +78,9 @@ class TableDecoder:
                 logits[row, token] = math.log(probability)
         return logits
 
+    def logits(self, x: Tensor) -> Tensor:
+        return x
+
     def reorder(self, rows: Tensor) -> None:
         self.prefixes = [self.prefixes[row] for row in rows.tolist()]
 
@@ -84,28 +94,43 @@ def penalty(length: int, alpha: float) -> float:
 
 def plain_search(
     next_log_probs: NextLogProbs, sentence: int, max_length: int, beam: int, alpha: float
-) -> list[tuple[float, float, tuple[int, ...]]]:
-    """Beam search of one sentence in plain Python that always runs to the longest length:
-    (score, log_prob, tokens) of the `beam` best finished ones."""
+) -> tuple[list[Output], list[Output], float]:
+    """Beam search of one sentence in plain Python that always runs to the longest length: all finished outputs,
+    those that reached the longest length, and the least difference that something hung on."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished = []
+    margin = math.inf
+    considered = 2 * beam if beam > 1 else 1
     for _ in range(max_length + 1):
+        longest = live
         candidates = []
         for log_prob, tokens in live:
             for token, step in enumerate(next_log_probs(sentence, tokens)):
                 if token not in (PAD, BOS):
                     candidates.append((log_prob + step, (*tokens, token)))
-        candidates = sorted(candidates, reverse=True)[: 2 * beam if beam > 1 else 1]
-        for log_prob, tokens in candidates:
+        candidates = sorted(candidates, reverse=True)
+        margin = min(margin, least_gap(candidates, at=considered))
+        for log_prob, tokens in candidates[:considered]:
             if tokens[-1] == EOS:
                 finished.append((log_prob / penalty(len(tokens), alpha), log_prob, tokens[:-1]))
-        live = [(log_prob, tokens) for log_prob, tokens in candidates if tokens[-1] != EOS][:beam]
-    return sorted(finished, reverse=True)[:beam]
+        living = [(log_prob, tokens) for log_prob, tokens in candidates[:considered] if tokens[-1] != EOS]
+        margin = min(margin, least_gap(living, at=beam))
+        live = living[:beam]
+    finished.sort(reverse=True)
+    unfinished = [(log_prob / penalty(max_length, alpha), log_prob, tokens) for log_prob, tokens in longest]
+    for ranked in (finished, unfinished):
+        margin = min([margin, *(least_gap(ranked, at) for at in range(1, len(ranked)))])
+    return finished, unfinished, margin
+
+
+def least_gap(ranked: list[Any], at: int) -> float:
+    """Between the first `at` and the next one."""
+    return ranked[at - 1][0] - ranked[at][0] if at < len(ranked) else math.inf
 
 
 def all_outputs(
     next_log_probs: NextLogProbs, sentence: int, max_length: int, pieces: list[int], alpha: float
-) -> list[tuple[float, float, tuple[int, ...]]]:
+) -> list[Output]:
     """(score, log_prob, tokens) of every output there can be, best first."""
     found = []
     for length in range(max_length + 1):
@@ -115,7 +140,7 @@ def all_outputs(
     return sorted(found, reverse=True)
 
 
-def assert_same(found: list[Hypothesis], expected: list[tuple[float, float, tuple[int, ...]]]) -> None:
+def assert_same(found: list[Hypothesis], expected: list[Output]) -> None:
     assert [tuple(h.tokens) for h in found] == [tokens for _, _, tokens in expected]
     assert [h.score for h in found] == pytest.approx([score for score, _, _ in expected], abs=1e-4)
     assert [h.log_prob for h in found] == pytest.approx([log_prob for _, log_prob, _ in expected], abs=1e-4)
@@ -206,10 +231,10 @@ def test_ending_early_gives_what_a_search_to_the_longest_length_gives(alpha: flo
         decoder = RandomDecoder(seed, 4, 7, eos_bias=seed % 4 - 1.0)
         found = beam_search(decoder, torch.tensor(max_lengths), beam=beam, alpha=alpha)
         for i, max_length in enumerate(max_lengths):
-            expected = plain_search(decoder.next_log_probs, i, max_length, beam, alpha)
+            expected, _, _ = plain_search(decoder.next_log_probs, i, max_length, beam, alpha)
             if expected:
                 assert all(h.finished for h in found[i])
-                assert_same(found[i], expected)
+                assert_same(found[i], expected[:beam])
             else:
                 assert not any(h.finished for h in found[i])
         num_steps += decoder.sentence_steps
@@ -354,6 +379,84 @@ def test_logits_that_are_not_finite_are_an_error(value: float):
         decoder.bias[A] = value
         with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
             search(decoder, torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("vocab", [5, 63, 64, 67, 128, 331, 1009])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_the_most_probable_continuations_are_those_of_a_full_sort(vocab: int, levels: int, monkeypatch):
+    monkeypatch.setattr(decoding, "ROWS", 11)
+    decoder = RandomDecoder(vocab, 1, 11)
+    most_rows = 0
+
+    def logits(x: Tensor) -> Tensor:
+        nonlocal most_rows
+        most_rows = max(most_rows, len(x))
+        return x.clone()
+
+    monkeypatch.setattr(decoder, "logits", logits)
+    for num_sentences, num_live, most in product((1, 13), (1, 3, 7), (1, 2, 9, 2000)):
+        x = torch.randn(num_sentences * num_live, vocab)
+        if levels:  # many are equal
+            x = x.mul(levels).round()
+        log_prob = torch.randn(num_sentences, num_live)
+        log_prob[0, 1:] = -torch.inf
+        found, parent, token = decoding._continue(decoder, x, log_prob, most)
+        every = log_prob[:, :, None] + x.log_softmax(1).view(num_sentences, num_live, vocab)
+        every[:, :, [PAD, BOS]] = -torch.inf
+        expected = every.flatten(1).sort(dim=1, descending=True).values[:, :most]
+        torch.testing.assert_close(found, expected)
+        rows = torch.arange(num_sentences)[:, None]
+        torch.testing.assert_close(every[rows, parent, token], found)
+        assert all(len(set(line)) == len(line) for line in (parent * vocab + token).tolist())
+    assert most_rows == 11
+
+
+def random_transformer(seed: int, positions: Positions) -> Transformer:
+    """Of random sizes, so sure of itself that its outputs end and differ."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    config = TransformerConfig(
+        vocab_size=draw.randint(9, 150), num_layers=draw.randint(1, 2), d_model=2 * draw.randint(3, 9),
+        d_ff=draw.randint(5, 23), num_heads=draw.randint(1, 4), d_k=2 * draw.randint(1, 4), d_v=draw.randint(1, 7),
+        dropout=0.0, positions=positions, norm=draw.choice(["pre", "post"]), max_length=13,
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        model.embedding.weight *= 1.7
+    return model
+
+
+@pytest.mark.parametrize("num_seeds", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_search_of_a_transformer_is_the_plain_one(num_seeds: int):
+    """The plain one computes every prefix from its beginning, of its sentence alone. Where it hung on a difference
+    that rounding can turn round, the outputs may differ."""
+    near_ties, ends, total = 0, set(), 0
+    for seed, positions in product(range(num_seeds), get_args(Positions)):
+        model = random_transformer(seed, positions)
+        beam, alpha, num_best = (1, 2, 3, 4, 5)[seed % 5], (0.0, 0.6, 1.3)[seed % 3], 1 + seed % 4
+        lengths, limits = [5, 2, 0, 4, 3], torch.randint(0, 12, (5,))
+        src = torch.randint(4, model.config.vocab_size, (5, 6))
+        for sentence, length in zip(src, lengths, strict=True):
+            sentence[length], sentence[length + 1 :] = EOS, PAD
+
+        @torch.inference_mode()
+        def next_log_probs(i: int, prefix: tuple[int, ...]) -> list[float]:
+            x = model(src[i : i + 1, : lengths[i] + 1], torch.tensor([[BOS, *prefix]]))  # noqa: B023
+            return model.logits(x[0, -1]).double().log_softmax(0).tolist()  # noqa: B023
+
+        with torch.inference_mode():
+            state = model.start(src)
+        for i, hypotheses in enumerate(beam_search(state, limits, beam=beam, alpha=alpha, num_best=num_best)):
+            finished, unfinished, margin = plain_search(next_log_probs, i, int(limits[i]), beam, alpha)
+            total += 1
+            if margin < 1e-5:
+                near_ties += 1
+            else:
+                assert_same(hypotheses, (finished or unfinished)[:num_best])
+                assert {h.finished for h in hypotheses} == {bool(finished)}
+                ends.add((bool(finished), len(hypotheses)))
+    assert near_ties < 0.01 * total
+    assert {(True, 1), (False, 1), (True, 3), (False, 3)} <= ends
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative", "rotary"])

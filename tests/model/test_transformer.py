@@ -202,12 +202,13 @@ def test_decoding_step_by_step_gives_the_logits_of_the_whole(positions, norm):
     src, tgt = sentences([5, 17, 11]), shifted(sentences([19, 19, 19], seed=3))
     whole = model.logits(model(src, tgt))
     state = model.start(src)
-    steps = torch.stack([state.step(tgt[:, t]) for t in range(tgt.size(1))], dim=1)
+    steps = torch.stack([state.logits(state.step(tgt[:, t])) for t in range(tgt.size(1))], dim=1)
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_of_a_search_go_on_from_what_they_are_told():
-    model = build(SMALL)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rows_of_a_search_go_on_from_what_they_are_told(positions):
+    model = build(replace(SMALL, positions=positions))
     src, tgt = sentences([5, 17, 11]), shifted(sentences([7, 7, 7], seed=3))
     state = model.start(src)
     for t in range(3):
@@ -216,11 +217,36 @@ def test_rows_of_a_search_go_on_from_what_they_are_told():
     next_tokens = torch.tensor([5, 6, 7, 8, 9, 10])
     state.step(next_tokens)
     state.reorder(torch.tensor([1, 0, 2, 2, 5, 4]))
-    state.keep(torch.tensor([0, 2]))
-    logits = state.step(torch.tensor([11, 12, 13, 14]))
-    sentence, second = torch.tensor([0, 0, 2, 2]), torch.tensor([6, 5, 10, 9])
+    state.keep(torch.tensor([2, 0]))
+    logits = state.logits(state.step(torch.tensor([11, 12, 13, 14])))
+    sentence, second = torch.tensor([2, 2, 0, 0]), torch.tensor([10, 9, 6, 5])
     whole = torch.cat((tgt[sentence, :3], second[:, None], torch.tensor([[11], [12], [13], [14]])), dim=1)
     torch.testing.assert_close(logits, model.logits(model(src[sentence], whole))[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_reordering_rows_copies_no_keys():
+    state = build(SMALL).start(sentences([5, 17, 11]))
+    state.step(torch.tensor([1, 1, 1]))
+    state.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
+    state.step(torch.arange(5, 11))  # makes room for more
+    places = [x.data_ptr() for keys_values in state.pool for x in keys_values]
+    for _ in range(3):
+        state.reorder(torch.tensor([1, 0, 3, 3, 5, 4]))
+        state.step(torch.arange(5, 11))
+    assert [x.data_ptr() for keys_values in state.pool for x in keys_values] == places
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("shape", [(31,), (32,), (64,), (7, 11), (3, 1, 67), (5, 0)])
+def test_oneDNN_multiplies_as_torch_does_and_leaves_gradients_to_torch(shape, monkeypatch):  # noqa: N802
+    monkeypatch.setattr(module, "ONEDNN", True)
+    x, weight, bias = torch.randn(*shape, 23), torch.randn(13, 23, requires_grad=True), torch.randn(13)
+    expected = F.linear(x, weight, bias)
+    assert module.linear(x, weight, bias).requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(module.linear(x, weight, bias), expected.detach())
+        torch.testing.assert_close(module.linear(x, weight[:7]), expected.detach()[..., :7] - bias[:7])
+        torch.testing.assert_close(module.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
 # --- positions, each by what defines it
@@ -401,12 +427,12 @@ def test_the_products_of_a_cpu_give_what_the_fused_kernel_gives(mask, d_v):
         torch.testing.assert_close(one, other)
 
 
-def test_long_sentences_go_to_the_fused_kernel(monkeypatch):
+def test_many_queries_go_to_the_fused_kernel(monkeypatch):
     called = []
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or original(*a, **k))
-    for keys, expected in ((module.MAX_UNFUSED_KEYS, 0), (module.MAX_UNFUSED_KEYS + 1, 1)):
-        q = torch.randn(1, 1, 2, 4)
-        k = torch.randn(1, 1, keys, 4)
+    for queries, expected in ((module.MAX_UNFUSED_QUERIES, 0), (module.MAX_UNFUSED_QUERIES + 1, 1)):
+        q = torch.randn(1, 1, queries, 4)
+        k = torch.randn(1, 1, 1000, 4)
         module.scaled_dot_product_attention(q, k, k, None, False)
         assert len(called) == expected

@@ -49,7 +49,7 @@ def plain_search(
     live, ended = [Hypothesis([], 0.0, 0.0, False)], []
     last = torch.tensor([BOS])
     for length in range(limit + 1):
-        logits = decoder.step(last)
+        logits = decoder.logits(decoder.step(last))
         never = torch.zeros(VOCAB).index_fill(0, torch.tensor([PAD, BOS]), -math.inf)
         log_probs = logits.log_softmax(-1) + never if rules.share_of_pad_and_bos else (logits + never).log_softmax(-1)
         total = log_probs + torch.tensor([hypothesis.log_prob for hypothesis in live])[:, None]

@@ -1,4 +1,8 @@
 import io
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -65,6 +69,52 @@ def test_the_size_of_the_batches_changes_no_translation(model, tokenizer, source
     found = translate(model, tokenizer, sources, with_(batch_tokens=batch_tokens), progress=False)
     assert [best.text for best in found] == [best.text for best in expected]
     assert [best.score for best in found] == pytest.approx([best.score for best in expected], abs=1e-4)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_each_thread_searches_alone_in_its_share_of_the_batch(model, tokenizer, sources, three_threads, monkeypatch):
+    expected = translate(model, tokenizer, sources, with_(batch_tokens=1), progress=False)
+    seen = []
+
+    def spy(decoder, max_lengths, **options):
+        seen.append((torch.get_num_threads(), threading.get_ident(), decoder.attend_mask.numel()))
+        time.sleep(0.05)
+        return beam_search(decoder, max_lengths, **options)
+
+    monkeypatch.setattr("pipeline.translation.beam_search", spy)
+    found = translate(model, tokenizer, sources, with_(batch_tokens=39), progress=False)
+    assert [best.text for best in found] == [best.text for best in expected]
+    threads, workers, positions = zip(*seen, strict=True)
+    assert set(threads) == {1}
+    assert len(set(workers)) == 3
+    assert max(positions) <= 39 // 3
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+
+
+def test_an_error_of_a_search_ends_the_translation(model, tokenizer, sources, three_threads, monkeypatch):
+    called = []
+
+    def fail(*arguments, **options):
+        called.append(1)
+        raise ValueError("the decoder's logits are not finite numbers")
+
+    monkeypatch.setattr("pipeline.translation.beam_search", fail)
+    with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
+        translate(model, tokenizer, sources * 50, with_(batch_tokens=1), progress=False)
+    assert len(called) < 450
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
 def test_an_output_has_at_most_max_extra_pieces_more_than_its_source(model, tokenizer, sources, monkeypatch):
