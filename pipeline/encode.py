@@ -8,12 +8,14 @@ import argparse
 import hashlib
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -103,9 +105,7 @@ def _encode_text(
         tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as progress,
     ):
         offsets_file.append(np.zeros(1, np.int64))
-        while chunk := b"".join(islice(file, CHUNK)):
-            sentences = chunk.decode("utf-8").removesuffix("\n").split("\n")
-            pieces = tokenizer.encode(sentences)
+        for chunk, sentences, pieces in _encoded(file, tokenizer):
             for index, (text, decoded) in enumerate(zip(sentences, tokenizer.decode(pieces), strict=True)):
                 if not _same(text, decoded):
                     if not count["not_restored"]:
@@ -113,7 +113,7 @@ def _encode_text(
                         tqdm.write(f"{path}, line {line}, is decoded as {decoded!r}", file=sys.stderr)
                     count["not_restored"] += 1
             lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-            ids = np.fromiter(chain.from_iterable(pieces), ids_file.dtype, lengths.sum())
+            ids = np.concatenate(pieces)
             ids_file.append(ids)
             offsets_file.append(count["pieces"] + np.cumsum(lengths))
             count["sentences"] += len(sentences)
@@ -125,6 +125,23 @@ def _encode_text(
             digest.update(chunk)
             progress.update(len(chunk))
     return count
+
+
+def _encoded(file: BinaryIO, tokenizer: SentencePieceProcessor) -> Iterator[tuple[bytes, list[str], list[Any]]]:
+    """Chunk by chunk: the text as it is, its sentences, and the pieces of each (int32).
+
+    SentencePiece goes on with the next chunk, on all cores, while one is used.
+    """
+    waiting: deque[tuple[bytes, list[str], Future]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        while True:
+            while len(waiting) < 2 and (chunk := b"".join(islice(file, CHUNK))):
+                sentences = chunk.decode("utf-8").removesuffix("\n").split("\n")
+                waiting.append((chunk, sentences, thread.submit(tokenizer.encode, sentences, return_type="numpy")))
+            if not waiting:
+                return
+            chunk, sentences, pieces = waiting.popleft()
+            yield chunk, sentences, pieces.result()
 
 
 def _same(text: str, decoded: str) -> bool:

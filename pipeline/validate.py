@@ -15,9 +15,12 @@ next to nothing, to keep them would let the test ask for what was learned by hea
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandera.polars as pa
 import polars as pl
@@ -64,80 +67,111 @@ SCRIPTS = {  # as in a regular expression's character class -> languages
 
 
 def validate(languages: Download, limits: Validate) -> dict[str, dict[str, Any]]:
-    """Write data/clean/ and the report, which is also returned. Raises ValueError where the stage must stop."""
+    """Write data/clean/ and the report, which is also returned. Raises ValueError where the stage must stop.
+
+    The text is read twice, a chunk at a time: first for what pairs have to do with each other, then for the pairs
+    themselves. Of the corpus memory holds three hashes a pair.
+    """
     src, tgt = languages.src, languages.tgt
-    frames = {split: read_split(split, src, tgt) for split in ("train", "valid", "test")}
-    keys = {split: source_keys(frame, split) for split, frame in frames.items()}
-    frames = {split: mark(split, frame, keys) for split, frame in frames.items()}
-
+    paths = {split: raw_paths(split, src, tgt) for split in ("train", "valid", "test")}
+    hashes = {split: read_hashes(split, paths[split]) for split in paths}
     schema = pair_schema(src, tgt, limits)
-    faults = {split: find_faults(frame, schema, split) for split, frame in frames.items()}
-    for split, frame in frames.items():
-        check_share(RAW / f"{split}.{src}", len(frame), faults[split], limits.max_dropped_share)
-
     report: dict[str, dict[str, Any]] = {}
-    with replace_folder(CLEAN) as folder:
-        for split, frame in frames.items():
-            dropped = faults[split].filter(pl.col("reason").is_in(DROPPED[split]))
-            kept = frame.join(dropped, on="index", how="anti", maintain_order="left")
-            if kept.is_empty():
-                raise ValueError(f"{RAW / split}.{src}: no pair is left, all are faulty: {_counts(dropped)}")
-            for column, ending in (("src", src), ("tgt", tgt), ("trees", "trees")):
-                if column in kept.columns:
-                    _write_lines(folder / f"{split}.{ending}", kept[column])
-            report[split] = _summary(split, frame, kept, faults[split])
-        for split in ("valid", "test"):
-            found = keys[split].is_in(keys["train"].implode())
-            report[split]["found_in_train"] = int(found.sum())
-        _write_faults(folder / "faults.tsv", frames, faults)
+    with replace_folder(CLEAN) as folder, _create(folder / "faults.tsv") as listing:
+        listing.write("split\tline\treason\tfate\tsrc\ttgt\n")
+        for split in paths:
+            pairs = read_pairs(split, paths[split], mark(split, hashes))
+            counts, faults = _clean(split, paths[split], pairs, schema, folder, listing)
+            check_share(paths[split]["src"], counts["pairs_in"], faults, limits.max_dropped_share)
+            if not counts["pairs"]:
+                raise ValueError(f"{paths[split]['src']}: no pair is left, all are faulty: {_counts(faults)}")
+            report[split] = _summary(split, counts, faults)
+    for split in ("valid", "test"):
+        found = hashes[split]["key"].is_in(hashes["train"]["key"].implode())
+        report[split]["found_in_train"] = int(found.sum())
     write_json(REPORT, report)
     return report
 
 
-def read_split(split: str, src: str, tgt: str) -> pl.DataFrame:
-    """One row a pair: index; src, tgt and trees (if there are); words; whether spaces changed.
+def raw_paths(split: str, src: str, tgt: str) -> dict[str, Path]:
+    """The files of src, tgt and trees (if there are). Raises ValueError if one is missing or empty."""
+    paths = {"src": RAW / f"{split}.{src}", "tgt": RAW / f"{split}.{tgt}", "trees": RAW / f"{split}.trees"}
+    if not paths["trees"].exists():
+        del paths["trees"]
+    for path in paths.values():
+        if not path.exists():
+            raise ValueError(f"{path} is missing: run the download stage")
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty: at least one sentence is needed")
+    return paths
 
-    Every run of white space becomes one space, and none stays at the edges. Raises ValueError for hard faults.
+
+def read_hashes(split: str, paths: dict[str, Path]) -> pl.DataFrame:
+    """One row a pair: the hashes of `src` and of `tgt`, and `key`, of the source by which leaks are found.
+
+    Of 64 bits each: among 5 million, the odds that any two keys meet by chance are 1 to 10^6. Raises ValueError
+    for hard faults.
     """
-    paths = [RAW / f"{split}.{src}", RAW / f"{split}.{tgt}"]
-    sides = [_read_side(path, side) for path, side in zip(paths, ("src", "tgt"), strict=True)]
-    trees = RAW / f"{split}.trees"
-    if trees.exists():
-        paths.append(trees)
-        sides.append(_read_lines(trees).alias("trees").to_frame())
-    for path, side in zip(paths, sides, strict=True):
-        found, expected = len(side), len(sides[0])
+    key = pl.col("src").str.normalize("NFKC").str.to_lowercase().hash().alias("key")
+    hashes = {"src": [pl.col("src").hash(), key], "tgt": [pl.col("tgt").hash()], "trees": [pl.col("trees").hash()]}
+    sides = []
+    with _bar(f"{split}: compare", paths) as bar:
+        for side, path in paths.items():
+            chunks = (lines.alias(side).to_frame() for lines in _read_lines(path, bar))
+            sides.append(pl.concat([chunk.select(_respaced(side)).select(hashes[side]) for chunk in chunks]))
+    for path, frame in zip(paths.values(), sides, strict=True):
+        found, expected = len(frame), len(sides[0])
         if found != expected:
             raise ValueError(
-                f"{path} has {found:,} lines, {paths[0]} has {expected:,}: from line "
+                f"{path} has {found:,} lines, {paths['src']} has {expected:,}: from line "
                 f"{min(found, expected) + 1:,} on they are no pairs; line i of each must be the same sentence"
             )
-    return pl.concat(sides, how="horizontal").with_row_index()
+    return pl.concat(sides[:2], how="horizontal")
 
 
-def _read_side(path: Path, side: str) -> pl.DataFrame:
-    lines = _read_lines(path)
-    text = pl.col(side)
-    normal = text.str.replace_all(r"\s+", " ").str.strip_chars(" \ufeff")  # a byte order mark is no text
-    chunks = []
-    for start in _chunks(len(lines), f"{path.name}: read"):  # never the whole text in both forms
-        chunk = lines.slice(start, CHUNK_PAIRS).alias(side).to_frame()
-        respaced = chunk.select(normal, (text != normal).alias(f"{side}_respaced"))
-        chunks.append(respaced.with_columns(text.str.count_matches(r"\S+").alias(f"{side}_words")))
-    return pl.concat(chunks)
+def read_pairs(split: str, paths: dict[str, Path], marks: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Chunks of one row a pair: index; src, tgt and trees (if there are); words; whether spaces changed; `marks`.
+
+    Every run of white space becomes one space, and none stays at the edges.
+    """
+    start = 0
+    with _bar(f"{split}: check", paths) as bar:
+        for texts in zip(*(_read_lines(path, bar) for path in paths.values()), strict=True):
+            lines = pl.DataFrame(dict(zip(paths, texts, strict=True))).with_row_index(offset=start)
+            respaced = {side: _respaced(side) for side in ("src", "tgt")}
+            changed = [(text != pl.col(side)).alias(f"{side}_respaced") for side, text in respaced.items()]
+            words = [_num_words(side).alias(f"{side}_words") for side in respaced]
+            chunk = lines.with_columns(*respaced.values(), *changed).with_columns(words)
+            yield pl.concat([chunk, marks.slice(start, len(chunk))], how="horizontal")
+            start += len(chunk)
 
 
-def _read_lines(path: Path) -> pl.Series:
-    try:
-        lines = pl.read_lines(path)["line"]
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run the download stage") from None
-    except pl.exceptions.ComputeError:
-        _raise_broken_utf8(path)
-        raise
-    if lines.is_empty():
-        raise ValueError(f"{path} is empty: at least one sentence is needed")
-    return lines
+def _respaced(side: str) -> pl.Expr:
+    """Only what is not yet a single space is replaced: four times as fast as to replace every run."""
+    return pl.col(side).str.replace_all(r"[\s--[ ]]\s*| \s+", " ").str.strip_chars(" \ufeff")  # that mark is no text
+
+
+def _num_words(side: str) -> pl.Expr:
+    """Of respaced text."""
+    return pl.col(side).str.count_matches(" ", literal=True) + (pl.col(side) != "")
+
+
+def _read_lines(path: Path, bar: tqdm) -> Iterator[pl.Series]:
+    with path.open("rb") as file:
+        while text := b"".join(islice(file, CHUNK_PAIRS)):
+            try:
+                lines = pl.read_lines(text)["line"]
+            except pl.exceptions.ComputeError:
+                _raise_broken_utf8(path)
+                raise
+            yield lines
+            bar.update(len(text))
+
+
+def _bar(title: str, paths: dict[str, Path]) -> tqdm:
+    """For a long text."""
+    total = sum(path.stat().st_size for path in paths.values())
+    return tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=1, leave=False)
 
 
 def _raise_broken_utf8(path: Path) -> None:
@@ -152,21 +186,15 @@ def _raise_broken_utf8(path: Path) -> None:
                 ) from None
 
 
-def source_keys(frame: pl.DataFrame, split: str) -> pl.Series:
-    """64 bits for each source sentence: among 5 million, the odds that any two meet by chance are 1 to 10^6."""
-    key = pl.col("src").str.normalize("NFKC").str.to_lowercase().hash()
-    starts = _chunks(len(frame), f"{split}: compare")
-    return pl.concat([frame.slice(start, CHUNK_PAIRS).select(key).to_series() for start in starts])
-
-
-def mark(split: str, frame: pl.DataFrame, keys: dict[str, pl.Series]) -> pl.DataFrame:
+def mark(split: str, hashes: dict[str, pl.DataFrame]) -> pl.DataFrame:
     """A column for each of ONLY_IN_TRAIN: whether a pair of this split is such a one."""
     if split != "train":
-        return frame.with_columns(pl.lit(False).alias(reason) for reason in ONLY_IN_TRAIN)
-    return frame.with_columns(
-        keys["train"].is_in(keys["test"].implode()).alias("train_in_test"),
-        keys["train"].is_in(keys["valid"].implode()).alias("train_in_valid"),
-        (~pl.struct(pl.col("src").hash(), pl.col("tgt").hash()).is_first_distinct()).alias("duplicate"),
+        return hashes[split].select(pl.repeat(False, pl.len()).alias(reason) for reason in ONLY_IN_TRAIN)
+    pair = pl.col("src").cast(pl.UInt128) * 2**64 + pl.col("tgt")  # as a struct they take five times the memory
+    return hashes["train"].select(
+        pl.col("key").is_in(hashes["test"]["key"].implode()).alias("train_in_test"),
+        pl.col("key").is_in(hashes["valid"]["key"].implode()).alias("train_in_valid"),
+        (~pair.is_first_distinct()).alias("duplicate"),
     )
 
 
@@ -211,29 +239,54 @@ def _in_script(side: str, language: str) -> pl.Expr:
     known = next((script for script, codes in SCRIPTS.items() if language in codes.split()), None)
     if known is None:
         return pl.lit(True)
-    letters = pl.col(side).str.count_matches(r"\p{L}")
     others = pl.col(side).str.count_matches(rf"[\p{{L}}--[{known}]]")
-    return others <= OTHER_SCRIPT_SHARE * letters
+    mixed = pl.when(others > 0).then(side).otherwise(pl.lit(""))  # to count all letters takes long
+    return others <= OTHER_SCRIPT_SHARE * mixed.str.count_matches(r"\p{L}")
 
 
-def find_faults(frame: pl.DataFrame, schema: pa.DataFrameSchema, split: str) -> pl.DataFrame:
-    """`index` and first `reason` of every faulty pair, by index."""
-    found = []
-    for start in _chunks(len(frame), f"{split}: check"):
-        chunk = frame.slice(start, CHUNK_PAIRS)
-        try:
-            # Said explicitly, because the environment could otherwise turn the checks off.
-            with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
-                schema.validate(chunk, lazy=True)
-        except SchemaErrors as errors:
-            cases = errors.failure_cases.with_columns(pl.col("check").cast(PairFault).alias("reason"))
-            found.append(
-                cases.group_by("index")
-                .agg(pl.col("reason").min())
-                .with_columns(pl.col("index").cast(pl.UInt32) + start)
+def _clean(
+    split: str,
+    paths: dict[str, Path],
+    pairs: Iterator[pl.DataFrame],
+    schema: pa.DataFrameSchema,
+    folder: Path,
+    listing: TextIO,
+) -> tuple[Counter[str], pl.DataFrame]:
+    """Write what is kept and list what is faulty; return sums, and `index` and `reason` of every faulty pair."""
+    sums: Counter[str] = Counter()
+    faults = []
+    with ExitStack() as opened:
+        files = {side: opened.enter_context(_create(folder / path.name)) for side, path in paths.items()}
+        for chunk in pairs:
+            found = find_faults(chunk, schema)
+            dropped = found.filter(pl.col("reason").is_in(DROPPED[split]))
+            kept = chunk.join(dropped, on="index", how="anti", maintain_order="left")
+            for side, file in files.items():
+                # Not by write_csv itself: its error on a full disk has no number for `naming` to see.
+                file.write(kept.select(side).write_csv(include_header=False, quote_style="never"))
+            _list_faults(listing, split, chunk, found)
+            faults.append(found)
+            sums.update(
+                pairs_in=len(chunk),
+                pairs=len(kept),
+                respaced=int((chunk["src_respaced"] | chunk["tgt_respaced"]).sum()),
+                src_words=int(kept["src_words"].sum()),
+                tgt_words=int(kept["tgt_words"].sum()),
             )
-    empty = pl.DataFrame(schema={"index": pl.UInt32, "reason": PairFault})
-    return pl.concat([empty, *found]).sort("index")
+    return sums, pl.concat(faults)
+
+
+def find_faults(chunk: pl.DataFrame, schema: pa.DataFrameSchema) -> pl.DataFrame:
+    """`index` and first `reason` of every faulty pair, by index."""
+    try:
+        # Said explicitly, because the environment could otherwise turn the checks off.
+        with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
+            schema.validate(chunk, lazy=True)
+    except SchemaErrors as errors:
+        rows = errors.failure_cases.select("index", pl.col("check").cast(PairFault).alias("reason"))
+        first = rows.group_by("index").agg(pl.col("reason").min()).sort("index")
+        return first.with_columns(pl.col("index").cast(pl.UInt32) + chunk["index"][0])
+    return pl.DataFrame(schema={"index": pl.UInt32, "reason": PairFault})
 
 
 def check_share(path: Path, pairs: int, faults: pl.DataFrame, max_share: float) -> None:
@@ -252,42 +305,29 @@ def _counts(faults: pl.DataFrame) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in counts)
 
 
-def _summary(split: str, frame: pl.DataFrame, kept: pl.DataFrame, faults: pl.DataFrame) -> dict[str, Any]:
+def _summary(split: str, sums: Counter[str], faults: pl.DataFrame) -> dict[str, Any]:
     possible = REASONS if split == "train" else [name for name in REASONS if name not in ONLY_IN_TRAIN]
     return {
-        "pairs_in": len(frame),
-        "pairs": len(kept),
-        "dropped": len(frame) - len(kept),
+        "pairs_in": sums["pairs_in"],
+        "pairs": sums["pairs"],
+        "dropped": sums["pairs_in"] - sums["pairs"],
         "faults": {reason: int((faults["reason"] == reason).sum()) for reason in possible},
-        "spaces_normalised": int((frame["src_respaced"] | frame["tgt_respaced"]).sum()),
-        "mean_src_words": round(int(kept["src_words"].sum()) / len(kept), 3),
-        "mean_tgt_words": round(int(kept["tgt_words"].sum()) / len(kept), 3),
+        "spaces_normalised": sums["respaced"],
+        "mean_src_words": round(sums["src_words"] / sums["pairs"], 3),
+        "mean_tgt_words": round(sums["tgt_words"] / sums["pairs"], 3),
     }
 
 
-def _write_lines(path: Path, lines: pl.Series) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for start in _chunks(len(lines), f"{path.name}: write"):
-            file.write("\n".join(lines.slice(start, CHUNK_PAIRS)) + "\n")
+def _create(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", newline="\n")
 
 
-def _write_faults(path: Path, frames: dict[str, pl.DataFrame], faults: dict[str, pl.DataFrame]) -> None:
+def _list_faults(listing: TextIO, split: str, chunk: pl.DataFrame, faults: pl.DataFrame) -> None:
     """split, line in data/raw/, reason, kept or dropped, and the sentences (which hold no tab any more)."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write("split\tline\treason\tfate\tsrc\ttgt\n")
-        for split, found in faults.items():
-            rows = found.join(frames[split], on="index", how="left", maintain_order="left")
-            for index, reason, src, tgt in rows.select("index", "reason", "src", "tgt").iter_rows():
-                fate = "dropped" if reason in DROPPED[split] else "kept"
-                file.write(f"{split}\t{index + 1}\t{reason}\t{fate}\t{src}\t{tgt}\n")
-
-
-def _chunks(length: int, title: str) -> Iterator[int]:
-    """Where each chunk starts, with a progress bar for a long text."""
-    with tqdm(desc=title, total=length, unit=" pairs", unit_scale=True, delay=1, leave=False) as bar:
-        for start in range(0, length, CHUNK_PAIRS):
-            yield start
-            bar.update(min(CHUNK_PAIRS, length - start))
+    rows = faults.join(chunk, on="index", how="left", maintain_order="left")
+    for index, reason, src, tgt in rows.select("index", "reason", "src", "tgt").iter_rows():
+        fate = "dropped" if reason in DROPPED[split] else "kept"
+        listing.write(f"{split}\t{index + 1}\t{reason}\t{fate}\t{src}\t{tgt}\n")
 
 
 def main() -> None:

@@ -52,6 +52,15 @@ def test_chunks_leave_no_seam(corpus, encoded, tmp_path, monkeypatch):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_an_empty_sentence_has_no_pieces(corpus, tmp_path):
+    for split in REPEATS:
+        for code in SENTENCES:
+            (tmp_path / f"{split}.{code}").write_text("\nWhy?\n\n", encoding="utf-8")
+    encode_corpus(tmp_path, corpus / "tokenizer", tmp_path / "encoded", "en", "de")
+    lengths = EncodedText.open(tmp_path / "encoded", "test", "src").lengths.tolist()
+    assert [bool(length) for length in lengths] == [False, True, False]
+
+
 def test_the_files_are_those_that_numpy_would_have_saved(encoded, tmp_path):
     for path in encoded[0].glob("*.npy"):
         np.save(tmp_path / "saved.npy", np.load(path))

@@ -7,8 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import download
@@ -204,6 +205,16 @@ def test_hard_fault_stops_with_file_and_line(file, content, message):
     assert not Path("reports").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_named_with_the_way_out(monkeypatch):
+    write_raw(SOUND)
+    create = stage._create
+    monkeypatch.setattr(stage, "_create", lambda path: create(Path("/dev/full")))
+    with pytest.raises(OSError, match=r"free some space and run again: 'data/clean'"):
+        stage.validate(LANGUAGES, LIMITS)
+    assert not Path("data/clean").exists()
+
+
 def test_last_line_needs_no_line_end():
     write_raw(SOUND)
     Path("data/raw/test.en").write_text("all is well .")
@@ -253,6 +264,38 @@ def test_clean_pairs_are_a_part_of_the_raw_ones_and_pass_again(pairs):
         second = stage.validate(LANGUAGES, LIMITS)["train"]
         assert second["dropped"] == second["spaces_normalised"] == 0
         assert clean("train") == once
+
+
+@settings(deadline=None)
+@given(st.lists(texts, min_size=1, max_size=9))
+@example(
+    ["a b", "a  b", "a\tb", "a \t b", "a\u3000 b", " a", "b ", "\ufeff a \ufeff", "\u00a0", " \ufeff ", "\x1ca\x1c"]
+)
+def test_spaces_and_words_are_those_of_the_simple_expressions(sentences):
+    raw = pl.DataFrame({"src": sentences})
+    respaced = raw.select(stage._respaced("src"))
+    simple = raw.select(pl.col("src").str.replace_all(r"\s+", " ").str.strip_chars(" \ufeff"))
+    assert respaced.equals(simple)
+    assert respaced.select(stage._num_words("src")).equals(simple.select(pl.col("src").str.count_matches(r"\S+")))
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("aß1 .яжΩ語"), max_size=9))
+def test_a_sentence_is_in_its_script_unless_more_than_half_of_its_letters_are_of_another(sentence):
+    letters, latin = ([char for char in sentence if char in known] for known in ("aßяжΩ語", "aß"))
+    found = pl.DataFrame({"src": [sentence]}).select(stage._in_script("src", "de"))
+    assert found.item() == (len(latin) >= len(letters) / 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from([0, 1, 2**63, 2**64 - 1])] * 3), min_size=1, max_size=30))
+def test_marks_are_those_of_sets_of_hashes(rows):
+    hashes = pl.DataFrame(rows, schema=dict.fromkeys(("key", "src", "tgt"), pl.UInt64), orient="row")
+    marks = stage.mark("train", {"train": hashes, "test": hashes[:1], "valid": hashes[-1:]})
+    assert marks["train_in_test"].to_list() == [row[0] == rows[0][0] for row in rows]
+    assert marks["train_in_valid"].to_list() == [row[0] == rows[-1][0] for row in rows]
+    before = [{row[1:] for row in rows[:i]} for i in range(len(rows))]
+    assert marks["duplicate"].to_list() == [row[1:] in seen for row, seen in zip(rows, before, strict=True)]
 
 
 @pytest.mark.skipif(not MIRROR.is_dir(), reason="needs Multi30k: set CORPUS_MIRROR to its folder")
