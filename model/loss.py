@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.config import PAD
+from model.products import ROWS, filled_up, product
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
 """Logits in memory at once: 16 MB in single precision, near a CPU's cache; 256 MB on a GPU, where every chunk costs
@@ -38,28 +40,31 @@ class _ProjectionLoss(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, needs_grad: bool
     ) -> Tensor:
         at_least_single = torch.promote_types(x.dtype, torch.float32)
-        loss = torch.zeros((), dtype=at_least_single, device=x.device)
         uniform, weight_sum, x_sum = smoothing / len(weight), weight.sum(0), x.sum(0)
-        grad_x, grad_weight = torch.empty_like(x), (-uniform * x_sum).to(weight.dtype).repeat(len(weight), 1)
+        num_tokens, x_all = len(x), filled_up(x)
+        target_all = F.pad(target, (0, len(x_all) - num_tokens))
         most = CHUNK_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS_GPU
-        chunks = max(1, -(-x.size(0) * weight.size(0) // most))  # all of a size
-        for x_chunk, target_chunk, grad_chunk in zip(
-            x.chunk(chunks), target.chunk(chunks), grad_x.chunk(chunks), strict=True
-        ):
-            logits = (x_chunk @ weight.T).to(at_least_single)  # [rows, vocab]
+        chunks = max(1, -(-len(x_all) * len(weight) // most))
+        rows = max(1, -(-len(x_all) // (chunks * ROWS))) * ROWS  # all of a size, but for the last
+        losses, grads_x = [], []
+        grad_weight = (-uniform * x_sum).to(weight.dtype)[:, None].repeat(1, len(weight))  # [d_model, vocab]
+        for x_chunk, target_chunk in zip(x_all.split(rows), target_all.split(rows), strict=True):
+            logits = product(x_chunk, weight).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
             largest = logits.amax(1, keepdim=True)
             exp = logits.sub_(largest).exp_()
             exp_sum = exp.sum(1, keepdim=True)
-            loss += (largest + exp_sum.log() - (1 - smoothing) * at_target).sum()
+            losses.append(largest + exp_sum.log() - (1 - smoothing) * at_target)
             if needs_grad:
                 exp = exp.to(x.dtype)
-                grad_chunk.copy_((exp @ weight) / exp_sum - (1 - smoothing) * weight[target_chunk])
-                grad_weight += exp.T @ (x_chunk / exp_sum).to(x.dtype)
+                grads_x.append((product(exp, weight.T) / exp_sum).to(x.dtype))
+                grad_weight += product((x_chunk / exp_sum).to(x.dtype).T, exp.T)  # rows filled up are zeros in x
+        loss = torch.cat(losses)[:num_tokens].sum()
         loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
         if needs_grad:
-            grad_weight.index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
-            grad_x -= uniform * weight_sum
+            grad_x = torch.cat(grads_x)[:num_tokens]
+            grad_x -= (1 - smoothing) * weight[target] + uniform * weight_sum
+            grad_weight = grad_weight.T.contiguous().index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
             ctx.save_for_backward(grad_x, grad_weight)
         return loss
 

@@ -12,36 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import PAD, Positions, TransformerConfig
+from model.products import Linear, linear
 
 MAX_RELATIVE_DISTANCE = 16
 """Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 MAX_UNFUSED_QUERIES = 256
 """On a CPU, sentences up to here keep their attention weights in memory: a quarter of the fused kernel's time."""
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: [..., inputs] -> [..., outputs].
-
-    On a CPU torch has it done by MKL, which leaves the wider half of AVX-512's registers to Intel's processors; on
-    AMD's Zen 5 oneDNN takes less than half the time. This operator of torch's compiler has no gradient. oneDNN
-    makes machine code for each new shape, which takes a millisecond: so rows are filled up to a multiple of 64.
-    """
-    rows = x.shape[:-1].numel()
-    single = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not (ONEDNN and single and rows >= 32) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    x, shape = x.reshape(rows, -1), (*x.shape[:-1], -1)
-    if rows % 64:
-        x = F.pad(x, (0, 0, 0, -rows % 64))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows].view(shape)
-
-
-class Linear(nn.Linear):
-    """By `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """The formula against torch's FlopCounterMode over real passes, and the paper's own estimate.
 
 The counter adds up every matrix product that torch dispatches. It has no formula for torch's fused attention on CPUs,
-so the passes here run attention as plain products (SDPBackend.MATH).
+nor for oneDNN's products, so the passes here run attention as plain products (SDPBackend.MATH), and all by MKL.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import products
 from model.config import EOS, PAD, Positions, TransformerConfig
 from model.flops import training_flops
 from model.loss import label_smoothed_loss
@@ -26,6 +27,11 @@ BASE = TransformerConfig(
     vocab_size=37_000, num_layers=6, d_model=512, d_ff=2048, num_heads=8, d_k=64, d_v=64,
     dropout=0.1, positions="sinusoidal", norm="post", max_length=1024,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _by_mkl(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", False)
 
 
 def counted(config: TransformerConfig, batch: int, src: int, tgt: int, padded: int = 0) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import loss as loss_module
+from model import products
 from model.config import PAD
 from model.loss import label_smoothed_loss
 
@@ -32,10 +33,13 @@ def torchs(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> tuple
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.37, 0.9])
-@pytest.mark.parametrize("chunk_rows", [1, 5, 17, 1000])
-def test_value_and_gradients_are_those_of_torch(dtype, smoothing, chunk_rows, monkeypatch):
+@pytest.mark.parametrize("chunk_rows", [1, 150, 1000])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_value_and_gradients_are_those_of_torch(dtype, smoothing, chunk_rows, onednn, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * VOCAB)
-    x, weight, target = problem(rows=53, dtype=dtype)
+    monkeypatch.setattr(products, "ONEDNN", onednn and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(products, "SMALL", 0)
+    x, weight, target = problem(rows=753, dtype=dtype)
     value = label_smoothed_loss(x, weight, target, smoothing)
     (3 * value).backward()  # as after a division by the number of tokens: the gradient from above counts
     expected, grad_x, grad_weight = torchs(x, weight, target, smoothing)

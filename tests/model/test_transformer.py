@@ -236,19 +236,6 @@ def test_reordering_rows_copies_no_keys():
     assert [x.data_ptr() for keys_values in state.pool for x in keys_values] == places
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("shape", [(31,), (32,), (64,), (7, 11), (3, 1, 67), (5, 0)])
-def test_oneDNN_multiplies_as_torch_does_and_leaves_gradients_to_torch(shape, monkeypatch):  # noqa: N802
-    monkeypatch.setattr(module, "ONEDNN", True)
-    x, weight, bias = torch.randn(*shape, 23), torch.randn(13, 23, requires_grad=True), torch.randn(13)
-    expected = F.linear(x, weight, bias)
-    assert module.linear(x, weight, bias).requires_grad
-    with torch.no_grad():
-        torch.testing.assert_close(module.linear(x, weight, bias), expected.detach())
-        torch.testing.assert_close(module.linear(x, weight[:7]), expected.detach()[..., :7] - bias[:7])
-        torch.testing.assert_close(module.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-
-
 # --- positions, each by what defines it
 
 

@@ -1,0 +1,72 @@
+"""Matrix products, which are nine tenths of a Transformer's arithmetic, by the faster of a CPU's two libraries.
+
+torch has single precision done by MKL, which leaves the wider half of AVX-512's registers to Intel's processors;
+on AMD's Zen 5 oneDNN takes less than half the time. torch reaches it by an operator of its compiler, which has no
+gradient: `linear` gives it one. oneDNN makes machine code for each new shape, which takes a millisecond: so rows
+are filled up with zeros to a multiple of ROWS.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ROWS = 64
+SMALL = 1 << 20
+"""Multiplications below which oneDNN's call, 10 microseconds longer, does not pay."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient."""
+    if _by_onednn(a, b, len(a)):
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: [..., inputs] -> [..., outputs]."""
+    rows = x.shape[:-1].numel()
+    if not _by_onednn(x, weight, rows):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(rows, x.size(-1)), weight, bias).view(*x.shape[:-1], -1)
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """With rows of zeros, to a power of two or a multiple of ROWS; as it is where oneDNN does not work."""
+    missing = -len(x) % min(ROWS, 1 << (len(x) - 1).bit_length()) if ONEDNN else 0
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class Linear(nn.Linear):
+    """By `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        rows, x = len(x), filled_up(x)
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        rows, grad = len(grad), filled_up(grad)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, weight.T)[:rows]
+        if ctx.needs_input_grad[1]:  # oneDNN gives its threads columns: so let the longer side be these
+            grad_weight = product(x.T, grad.T).T if grad.size(1) > x.size(1) else product(grad.T, x.T)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
+    single = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return ONEDNN and single and rows * b.numel() >= SMALL and not torch.compiler.is_compiling()
