@@ -96,6 +96,12 @@ def _why_not(error: Exception, address: str | None) -> str:
     return f"Ray did not start here: {text[:300]}"
 
 
+def is_private() -> bool:
+    """Whether Ray was started by this process, for itself."""
+    inside = ray.get_runtime_context().get_actor_id() is not None
+    return not (inside or JOB in os.environ or os.environ.get("RAY_ADDRESS"))
+
+
 def nodes() -> list[dict[str, Any]]:
     """Those that are alive, as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
@@ -148,9 +154,9 @@ def check(hardware: Hardware, root: Path, storage: Folder, published: Folder | N
     A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
     all; a job's own folder is thrown away with it. `published` is the corpus where the nodes find it.
     """
+    if is_private():
+        return
     alive, job = nodes(), JOB in os.environ
-    if not (job or os.environ.get("RAY_ADDRESS")):
-        return  # Ray was started here
     if len(alive) == 1 and not job and hardware.max_workers == hardware.min_workers:
         return
     why = f"the cluster has {len(alive)} nodes" if len(alive) > 1 else "more nodes may join the cluster"

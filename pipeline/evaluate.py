@@ -28,6 +28,7 @@ from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, EncodedSplit, load_tokeni
 from pipeline.files import write_json, write_text
 from pipeline.loop import cross_entropy, perplexity
 from pipeline.params import Evaluate, Settings, load_settings
+from pipeline.storage import tracking_uri
 from pipeline.translation import Translation, translate
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def log(
     final: Path,
 ) -> None:
     """Add the model, the scores and some translations to the MLflow run that trained."""
-    uri = tracking.tracking_uri(root)
+    uri = tracking_uri(root)
     run_id = tracking.training_run(uri, settings, trained_on["run_key"], root)
     search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # it is served by torch
     tracking.log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)

@@ -1,4 +1,4 @@
-"""Where checkpoints and shared data lie: a folder of this machine, one that all nodes see, or a store.
+"""Where checkpoints, shared data and MLflow's runs lie: on this machine, where all nodes see them, or in a store.
 
 RUN_STORAGE names it: an absolute path of a shared file system, or a URI that fsspec reads, such as s3://bucket/runs;
 without it, it is the project's own folder. A `Folder` is a pathlib.Path, or for a URI a UPath, which has the same
@@ -46,6 +46,11 @@ def run_storage(root: Path) -> Folder:
     except (ImportError, ValueError) as error:
         raise ValueError(f"{VARIABLE} is {uri!r}: {error}") from None
     return found
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
 def is_absolute(uri: str) -> bool:

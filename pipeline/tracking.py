@@ -66,11 +66,6 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
 
-def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
-
-
 def _client(uri: str) -> MlflowClient:
     # MLflow's own seven retries hold a caller for minutes; who can wait does so in _await_server.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

@@ -10,9 +10,9 @@ from its last checkpoint in checkpoints/; with other settings, data or code it s
 import argparse
 import csv
 import hashlib
+import importlib
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -25,24 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
 
-from pipeline import checkpoint, progress, tracking
-from pipeline.cluster import check, nodes, ray_cluster, share_of_each_worker, versions
+from pipeline import checkpoint, progress
+from pipeline.cluster import check, is_private, nodes, ray_cluster, share_of_each_worker, versions
 from pipeline.corpus import ENCODED, CorpusInfo
 from pipeline.files import replace_folder, write_json, write_text
-from pipeline.loop import NotFiniteError, State
+from pipeline.loop import State
 from pipeline.params import Hardware, Settings, load_settings
-from pipeline.publish import bring, fetch
-from pipeline.storage import PATIENCE_S, VARIABLE, Folder, errors_of, run_storage
-from pipeline.usage import Meter, usage
-from pipeline.worker import rate_of_step, train_rank
+from pipeline.publish import bring
+from pipeline.ray_worker import Job, LeanTrainer, ReachableTorch, last_line, settings_file, work
+from pipeline.storage import PATIENCE_S, Folder, run_storage, tracking_uri
+from pipeline.usage import usage
 
 CHECKPOINTS, FINAL, REPORTS = Path("checkpoints"), Path("models/final"), Path("reports")
 CODE = ("model/*.py", "pipeline/batching.py", "pipeline/corpus.py", "pipeline/loop.py", "pipeline/worker.py")
@@ -51,26 +46,6 @@ CODE = ("model/*.py", "pipeline/batching.py", "pipeline/corpus.py", "pipeline/lo
 
 class TrainingError(RuntimeError):
     """Training did not come to its end; says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver sends to every worker. All paths are absolute: a worker runs in a folder of its own, perhaps on
-    another machine, where the data are those that were `published`."""
-
-    settings: Settings
-    data: Path
-    published: Folder | None
-    run_folder: Folder
-    tracking_uri: str
-    run_id: str
-    cpus: int
-    gpu: bool
-    reports_to_ray: bool
-
-    @property
-    def progress_file(self) -> Folder:
-        return self.run_folder / "progress.json"
 
 
 @dataclass(frozen=True)
@@ -90,16 +65,18 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
     """
     started = time.perf_counter()
+    threading.Thread(target=importlib.import_module, args=["pipeline.tracking"]).start()  # while Ray starts
     root = root.resolve()
-    uri = tracking.tracking_uri(root)
     published = bring(settings, root, run_storage(root))
     folder = run_folder(settings, root)
     _say_how_it_starts(folder)
     done = _finished(folder) is not None
     with nullcontext() if done else ray_cluster(settings.hardware, root):
         if not done:
-            check(settings.hardware, root, run_storage(root), published, uri)
-        tracking.reconcile(uri, settings.tracking.experiment)
+            check(settings.hardware, root, run_storage(root), published, tracking_uri(root))
+        from pipeline import tracking
+
+        tracking.reconcile(tracking_uri(root), settings.tracking.experiment)
         with training(settings, root, published) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
@@ -125,8 +102,10 @@ def training(
     found again by `key` (default: `run_key`); `show` draws a progress bar. With `callbacks`, Ray gets the metrics of
     every validation. Training that is finished needs no cluster. Raises as `train`.
     """
+    from pipeline import tracking
+
     key, folder = key or run_key(settings, root), run_folder(settings, root)
-    uri = tracking.tracking_uri(root)
+    uri = tracking_uri(root)
     state = _finished(folder)
     if state and show:
         _say(f"trained already, to step {state.step}; to train again, delete {folder}")
@@ -206,15 +185,16 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     num_workers = (hardware.min_workers, hardware.max_workers) if elastic else hardware.max_workers
     shown = progress.shown(job.progress_file, job.settings.train.max_steps, "train") if show else nullcontext()
-    write_json(_settings_file(job.run_folder), asdict(job.settings))
+    write_json(settings_file(job.run_folder), asdict(job.settings))
     try:
         with shown, tempfile.TemporaryDirectory() as rays_own:
-            result = TorchTrainer(
-                work,  # type: ignore[arg-type]  # mypy sees the classes of Ray Train v1 here and below
+            result = LeanTrainer(
+                work,
                 train_loop_config={"job": job},
+                private=is_private(),
                 torch_config=ReachableTorch(),
                 scaling_config=ScalingConfig(
-                    num_workers=num_workers,  # type: ignore[arg-type]
+                    num_workers=num_workers,  # type: ignore[arg-type]  # mypy sees Ray Train v1 here and below
                     use_gpu=job.gpu,
                     resources_per_worker=resources,
                 ),
@@ -228,7 +208,7 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
             ).fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
-            f"training failed: {_last_line(error)}; run again to go on from the last checkpoint"
+            f"training failed: {last_line(error)}; run again to go on from the last checkpoint"
         ) from error
     if stopped_by := result.return_value:  # type: ignore[attr-defined]
         raise TrainingError(stopped_by)
@@ -238,99 +218,14 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
     return last.state
 
 
-def _settings_file(run_folder: Folder) -> Folder:
-    """What a run was made with; that a worker finds it shows that it has the driver's storage before it."""
-    return run_folder / "settings.json"
-
-
 def _complete_curves(uri: str, run_id: str, state: State) -> None:
     """Points that a worker had to leave behind; and all, if this MLflow run is new to training that was done."""
-    writer = tracking.MetricWriter(uri, run_id)
+    from pipeline.tracking import MetricWriter
+
+    writer = MetricWriter(uri, run_id)
     for point in sorted([*state.training_curve, *state.validation_curve], key=lambda point: point["step"]):
         writer.log({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
     writer.close(PATIENCE_S)
-
-
-class ReachableTorch(TorchConfig):
-    """torch.distributed between the addresses by which Ray reaches its nodes. By themselves Gloo and NCCL take the
-    address of the host's name, which on many a machine is 127.0.1.1."""
-
-    @property
-    def backend_cls(self) -> type:
-        return _ReachableBackend
-
-
-class _ReachableBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_name_interface)
-        super().on_start(worker_group, backend_config)
-
-
-def _name_interface() -> None:
-    """In a worker, before its process group is made."""
-    address = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address == address for known in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def work(config: dict[str, Any]) -> str | None:
-    """One worker: the loop, with Ray's ranks, a progress bar, and curves to MLflow from rank 0. Returns what
-    stopped it if every further attempt would stop there too; other errors are Ray's, which starts again."""
-    job: Job = config["job"]
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    torch.set_num_threads(job.cpus)
-    logging.getLogger("pipeline").setLevel(logging.WARNING)
-    writer = tracking.MetricWriter(job.tracking_uri, job.run_id) if rank == 0 else None
-    learning_rate = rate_of_step(job.settings)
-    reporter = progress.Reporter(job.progress_file) if rank == 0 else None
-    devices = context.get_world_size() * (1 if job.gpu else job.cpus)
-    meter = Meter(job.run_folder, devices) if rank == 0 else None
-
-    def report(metrics: dict[str, float], step: int) -> None:
-        if writer:
-            writer.log(metrics, step)
-        if job.reports_to_ray and "valid_loss" in metrics:  # it holds the loop until Ray's controller looks
-            ray.train.report({"step": step, **metrics})
-
-    def show(state: State, loss: float) -> None:
-        if reporter and meter:
-            meter.step()
-            valid = f"valid ppl {state.validation_curve[-1]['valid_ppl']:.2f}, " if state.validation_curve else ""
-            speed, rate = state.tokens / state.seconds, learning_rate(state.step)
-            reporter.progress(state.step, f"loss {loss:.3f}, {valid}{speed:,.0f} tokens/s, rate {rate:.1e}")
-
-    try:
-        with errors_of(job.run_folder):
-            if not _settings_file(job.run_folder).exists():
-                raise OSError(f"{job.run_folder} lacks what the driver wrote: is {VARIABLE} the same on this node?")
-        train_rank(
-            job.settings,
-            fetch(job.published) / ENCODED if job.published else job.data,
-            job.run_folder,
-            rank=rank,
-            num_ranks=context.get_world_size(),
-            device=get_device(),
-            report=report,
-            progress=show,
-            say=reporter.say if reporter else lambda line: None,
-        )
-    except NotFiniteError as error:  # on all workers alike
-        return str(error)
-    except (ValueError, checkpoint.DiskFullError, torch.OutOfMemoryError) as error:
-        if context.get_world_size() > 1:
-            raise  # the other workers wait for this one: Ray has to end them
-        if isinstance(error, torch.OutOfMemoryError):
-            return f"out of memory: {_last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
-        return str(error)
-    finally:
-        if reporter and writer and meter:
-            reporter.close()
-            meter.close()
-            writer.close()
-    return None
 
 
 def write_model(run: Trained, settings: Settings, root: Path, target: Folder) -> dict[str, Any]:
@@ -371,10 +266,6 @@ def _csv(rows: list[dict[str, float]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return lines.getvalue()
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 def _say(line: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline import tracking
 from pipeline.files import write_bytes, write_json, write_text
+from pipeline.storage import tracking_uri
 from sweeps.comparison import Line, assess, read_sweep, totals, values
 from sweeps.document import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
 from sweeps.figure import figure
@@ -69,7 +70,7 @@ def run(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
     files = write_files(sweep, lines, reports)
     print(markdown_table(table_of(BLEU_COLUMNS, lines)))
     print("\n".join([*findings(lines), *missing(sweep, lines), f"All of it: {', '.join(map(str, files))}"]))
-    store = tracking.tracking_uri(Path()), sweep["mlflow_parent"]
+    store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
         tracking.log_report(*store, files, totals(sweep, lines))
         print(f"In MLflow (make ui): {tracking.share_view(*store, _changed(lines), METRICS)}")

@@ -40,7 +40,7 @@ from pipeline.corpus import CLEAN
 from pipeline.files import interval_of, replace_folder, write_json, write_text
 from pipeline.params import Settings, flatten, load_settings
 from pipeline.publish import bring, fetch
-from pipeline.storage import Folder, copy_files, errors_of, local_copy, remove, run_storage
+from pipeline.storage import Folder, copy_files, errors_of, local_copy, remove, run_storage, tracking_uri
 from pipeline.train import TrainingError, end_with_dvc, training, write_model
 from pipeline.usage import usage
 from sweeps.plan import flops_per_step, is_done, measured_rate, text
@@ -58,7 +58,7 @@ def run(root: Path) -> None:
     published = bring(settings, root, storage)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
-    uri = tracking.tracking_uri(root)
+    uri = tracking_uri(root)
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
     asha = sweep.base.sweep.scheduler == "asha"
@@ -96,7 +96,7 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder
     plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, published))
     print(plan, flush=True)
     write_text(root / "checkpoints" / "plan.md", plan + "\n")
-    uri = tracking.tracking_uri(root)
+    uri = tracking_uri(root)
     tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
     try:
         with _progress(sweep.trials):
@@ -213,7 +213,7 @@ def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
     """The record of a trial that was ended from outside: by the scheduler, or by its own process's death."""
     trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
-    uri, experiment = tracking.tracking_uri(root), trial.settings.tracking.experiment
+    uri, experiment = tracking_uri(root), trial.settings.tracking.experiment
     tracking.end_as(uri, trial.run_key, experiment, mlflow_status, reason)
 
 
@@ -294,7 +294,7 @@ def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int
     the seconds that it took."""
     torch.set_num_threads(cpus)
     started = time.time()
-    os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri(root)  # of the driver, not of where its data are here
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(root)  # of the driver, not of where its data are here
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate.run(trial.settings, root, model, Path(reports), progress=False).metrics

@@ -101,12 +101,12 @@ def test_only_tracking_and_the_served_model_import_mlflow():
 
 def test_only_the_cluster_and_what_runs_on_it_import_ray():
     importing = {path.stem for path in (*PIPELINE, *SWEEPS) if "ray" in packages(path)}
-    assert importing == {"cluster", "submit", "train", "run"}
+    assert importing == {"cluster", "submit", "train", "ray_worker", "run"}
 
 
-def test_only_the_train_stage_imports_ray_train():
+def test_only_the_train_stage_and_its_workers_import_ray_train():
     importing = {path.stem for path in (*PIPELINE, *SWEEPS) if any(n.startswith("ray.train") for n in imports(path))}
-    assert importing == {"train"}
+    assert importing == {"train", "ray_worker"}
 
 
 def stages() -> dict[str, dict]:

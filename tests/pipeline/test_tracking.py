@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.params import Settings, flatten, load_settings
+from pipeline.storage import tracking_uri
 from pipeline.tracking import MetricWriter
 from tests.system.stores import free_port, mlflow_server
 
@@ -43,7 +44,7 @@ def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def uri(root: Path) -> str:
-    return tracking.tracking_uri(root)
+    return tracking_uri(root)
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +69,9 @@ def dead_pid() -> str:
 
 def test_the_store_is_an_absolute_path_because_ray_workers_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking.tracking_uri(Path()) == f"sqlite:///{Path.cwd()}/mlflow.db"
+    assert tracking_uri(Path()) == f"sqlite:///{Path.cwd()}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    assert tracking.tracking_uri(Path()) == "http://tracker:5000"
+    assert tracking_uri(Path()) == "http://tracker:5000"
 
 
 def test_a_new_run_shows_name_parameters_tags_settings_and_dataset(uri: str, root: Path, settings: Settings) -> None:
