@@ -1,4 +1,6 @@
+import io
 import json
+import threading
 import unicodedata
 
 import numpy as np
@@ -50,6 +52,22 @@ def test_chunks_leave_no_seam(corpus, encoded, tmp_path, monkeypatch):
     encode_corpus(corpus / "clean", corpus / "tokenizer", tmp_path / "again", "en", "de")
     for path in encoded[0].iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_next_chunk_is_encoded_while_one_is_used(monkeypatch):
+    second = threading.Event()
+
+    class Tokenizer:
+        def encode(self, sentences, return_type):
+            if sentences == ["c"]:
+                second.set()
+            return sentences
+
+    monkeypatch.setattr(stage, "CHUNK", 2)
+    chunks = stage._encoded(io.BytesIO(b"a\nb\nc\n"), Tokenizer())
+    assert next(chunks) == (b"a\nb\n", ["a", "b"], ["a", "b"])
+    assert second.wait(timeout=10)
+    assert list(chunks) == [(b"c\n", ["c"], ["c"])]
 
 
 def test_an_empty_sentence_has_no_pieces(corpus, tmp_path):
