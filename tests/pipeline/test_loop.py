@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import loss, products, transformer
 from model.config import BOS, EOS, PAD, TransformerConfig
 from model.transformer import Transformer
 from pipeline import checkpoint
@@ -170,6 +171,53 @@ def test_a_step_follows_the_gradient_of_torchs_loss_per_token_of_the_whole_step(
     torch.testing.assert_close(weights(twin) - weights(model), gradient, rtol=1e-4, atol=1e-5)
     assert state.training_curve[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert state.training_curve[0]["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
+    """oneDNN's products, attention by batched products, the loss by chunks and micro-batches, beside linear,
+    scaled_dot_product_attention, cross_entropy over all logits, and Adam: with dropout, and while it learns."""
+    config = replace(DROPPING, d_model=128, d_ff=256, num_heads=4, d_k=32, d_v=32)
+    data = [[batch([(src, src) for src, _ in random_pairs(67, seed)])] for seed in range(5)]  # to be copied
+    recipe = replace(RECIPE, max_steps=40, learning_rate=lambda step: 1e-3)
+    products_by_onednn = []
+
+    def curve(
+        change: Callable[[pytest.MonkeyPatch], None], steps: Callable[[Transformer], list[float]]
+    ) -> list[float]:
+        with monkeypatch.context() as patch:
+            change(patch)
+            return steps(new_model(config))
+
+    def fast(patch: pytest.MonkeyPatch) -> None:
+        onednn = products._Linear.apply
+        patch.setattr(products, "ONEDNN", True)
+        patch.setattr(products, "SMALL", 0)
+        patch.setattr(loss, "CHUNK_LOGITS", products.ROWS * VOCAB)
+        patch.setattr(products._Linear, "apply", lambda *x: products_by_onednn.append(0) or onednn(*x))
+
+    def plain(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(products, "ONEDNN", False)
+        patch.setattr(transformer, "MAX_UNFUSED_QUERIES", 0)
+
+    def by_hand(model: Transformer) -> list[float]:
+        optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3, (0.9, 0.98), 1e-9), []
+        for step in range(1, recipe.max_steps + 1):
+            seed_dropout(recipe.seed, step, 0)
+            optimizer.zero_grad()
+            value = torchs_loss(model, data[(step - 1) % len(data)][0], recipe.label_smoothing)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+        return losses
+
+    def by_the_loop(model: Transformer) -> list[float]:
+        return [point["train_loss"] for point in run(model, data, recipe).training_curve]
+
+    ours, theirs = curve(fast, by_the_loop), curve(plain, by_hand)
+    assert len(products_by_onednn) > 10 * recipe.max_steps
+    assert theirs[-1] < 0.8 * theirs[0]
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_adam_is_the_formula_of_section_5_3():
