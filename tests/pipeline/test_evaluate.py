@@ -71,7 +71,7 @@ def settings(project: Path) -> Settings:
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What MLflow would have been told."""
     told: dict = {}
-    monkeypatch.setattr("pipeline.tracking.tracking_uri", lambda root: "sqlite:///x.db")
+    monkeypatch.setattr("pipeline.evaluate.tracking_uri", lambda root: "sqlite:///x.db")
     monkeypatch.setattr("pipeline.tracking.training_run", lambda uri, settings, key, root: f"run of {key}")
     monkeypatch.setattr("pipeline.tracking.log_model", lambda *arguments: told.update(model=arguments))
     monkeypatch.setattr(
