@@ -1,0 +1,288 @@
+"""The comparisons, each a function that gives the lines of its table."""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from harness import ROOT, THREADS, Side, multiply_rates, paired, run, say, script
+
+PRESETS = ("tiny", "base")
+VOCAB_SIZE = 10_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`folder` keeps what is made; `peers` is the Python that has the others; `data` is Multi30k's, encoded."""
+
+    folder: Path
+    peers: Path
+    data: Path
+    rounds: int
+    pairs: int
+
+    @property
+    def encoded(self) -> Path:
+        return self.data / "encoded"
+
+
+def training(setting: Setting) -> list[str]:
+    """Tokens a second of ours, of MarianMTModel and of torch.nn.Transformer."""
+    ceilings = multiply_rates(THREADS)
+    ceiling = max(ceilings.values())
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in ceilings.items())
+    lines = [
+        "**Training**, steps of about 4,096 target tokens, single precision. The ceiling is the better of torch's "
+        f"libraries at a product of 2048 x 2048 x 2048: {found}. Padding of ours: {_padding(setting):.1%}.",
+        "",
+        "| | target tokens/s | GFLOP/s | share of the ceiling | ours to it | peak memory |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    profiles = []
+    for preset, steps, rounds in (("tiny", 10, setting.rounds), ("base", 1, max(3, setting.rounds - 2))):
+        common = ("--corpus", setting.encoded, "--sizes", json.dumps(_sizes(preset)), "--steps", steps)
+        common += ("--threads", THREADS)
+        ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *common))
+        others = [
+            Side(f"{preset}, {name}", script("training.py", setting.peers, side, *common))
+            for side, name in (("marian", "transformers' MarianMTModel"), ("torch", "torch.nn.Transformer"))
+        ]
+        paired([ours, *others], rounds, profile=True)
+        profiles.append(_profile(ours))
+        flops = _flops_per_token(preset, setting.encoded)
+        for side in (ours, *others):
+            rate = side.median("tokens_per_s")
+            ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
+            speed, share = f"{rate * flops / 1e9:.0f}", f"{rate * flops / ceiling:.0%}"
+            cells = (side.name, f"{rate:,.0f}", speed, share, ratio, f"{side.peak_bytes / 1e9:.2f} GB")
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *profiles]
+
+
+def decoding(setting: Setting) -> list[str]:
+    """Sentences a second of ours, of MarianMTModel.generate and of CTranslate2, from the same weights."""
+    lines = [
+        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for three epochs; base has random weights, and "
+        "every output has its source's pieces and 10 more.",
+        "",
+        "| | sentences/s | output pieces/s | ours to it | peak memory |",
+        "|---|---:|---:|---|---:|",
+    ]
+    profiles = []
+    for preset, sentences, rounds in (("tiny", 1000, setting.rounds), ("base", 100, max(3, setting.rounds - 2))):
+        model = _model(setting, preset)
+        common = ("--encoded", setting.encoded, "--sentences", sentences, "--threads", THREADS)
+        common += ("--cap",) if preset == "base" else ()
+        ours = Side(f"{preset}, ours", script("decoding.py", sys.executable, "ours", "--model", model, *common))
+        generate = script("decoding.py", setting.peers, "generate", "--model", model, *common)
+        others = [Side(f"{preset}, transformers' generate", generate)]
+        for side, workers in (("float32", 2), ("float32", 1), ("int8", 2)):
+            options = ("--model", model / "ctranslate2", "--workers", workers, *common)
+            name = f"{preset}, CTranslate2 {side}, {workers} x {THREADS // workers} threads"
+            others.append(Side(name, script("decoding.py", sys.executable, side, *options)))
+        paired([ours, *others], rounds, profile=True)
+        profiles.append(_profile(ours))
+        for side in (ours, *others):
+            ratio = "" if side is ours else ours.ratio(side, "sentences_per_s")
+            rates = (f"{side.median('sentences_per_s'):,.1f}", f"{side.median('tokens_per_s'):,.0f}")
+            lines.append(f"| {side.name} | {' | '.join(rates)} | {ratio} | {side.peak_bytes / 1e9:.2f} GB |")
+    return [*lines, "", *profiles]
+
+
+def data(setting: Setting) -> list[str]:
+    """The stages from text to pieces on the grammar at size, beside SentencePiece alone; the plan of an epoch."""
+    project = setting.folder / f"grammar-{setting.pairs}"
+    if not (project / "data/raw").is_dir():
+        new_project(project, data="grammar", model="mini")
+        edit(project / "conf/data/grammar.yaml", "download.train_pairs", setting.pairs)
+    lines = [
+        f"**Data**, {setting.pairs:,} generated pairs, {VOCAB_SIZE:,} pieces.",
+        "",
+        "| | seconds | pairs/s | peak memory |",
+        "|---|---:|---:|---:|",
+    ]
+    edit(project / "conf/data/grammar.yaml", "tokenize.vocab_size", VOCAB_SIZE)
+    rows = []
+    for stage in ("download", "validate", "train_tokenizer", "encode"):
+        say(stage)
+        rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
+    sides = [
+        Side(f"pieces by {name}", script("preparation.py", sys.executable, side, "--data", project / "data"))
+        for side, name in (("encode", "encode"), ("sentencepiece", "SentencePiece alone"))
+    ]
+    paired(sides, 3)
+    rows += [(side.name, side.median("seconds"), side.peak_bytes) for side in sides]
+    lines += [
+        f"| {name} | {took:.1f} | {setting.pairs / took:,.0f} | {peak / 1e9:.2f} GB |" for name, took, peak in rows
+    ]
+    plan = Side("plan", script("preparation.py", sys.executable, "plan"))
+    paired([plan], 1)
+    (block,) = plan.blocks
+    lines += [
+        "",
+        f"Encode over SentencePiece alone, pairs a second: {sides[0].ratio(sides[1], 'pairs_per_s')}.",
+        f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
+        f"{block['resume_s']:.1f} s to the first batch in the middle of one, {plan.peak_bytes / 1e9:.2f} GB.",
+    ]
+    return lines
+
+
+def orchestration(setting: Setting) -> list[str]:
+    """What Ray Train, MLflow and checkpoints add; how long until the first step; two workers; nothing to do."""
+    project = setting.folder / "orchestration"
+    _clear(project)
+    new_project(project, data="multi30k", model="tiny")
+    shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
+    every = 60
+    for key, value in (("max_steps", 2 * every), ("checkpoint_every", every), ("validate_every", 1000)):
+        edit(project / "conf/model/tiny.yaml", f"train.{key}", value)
+    bare = Side("bare", script("orchestration.py", sys.executable, "--project", project, "--steps", every))
+    starts, intervals = [], []
+    for number in range(3):
+        say(f"round {number + 1} of 3: the bare loop")
+        again = Side("bare", bare.command)
+        paired([again], 1)
+        bare.blocks += again.blocks
+        say(f"round {number + 1} of 3: python -m pipeline.train")
+        _clear(project / "checkpoints", project / "mlflow.db", project / "mlartifacts", project / "models")
+        began = time.time()
+        run([sys.executable, "-m", "pipeline.train"], project)
+        (usage,) = (json.loads(path.read_text()) for path in project.glob("checkpoints/*/usage/*.json"))
+        starts.append(usage["first_step_at"] - began)
+        first, second = sorted(project.glob("checkpoints/*/step_*"))
+        intervals.append(second.stat().st_mtime - first.stat().st_mtime)
+    ratios = [interval / block["seconds"] - 1 for interval, block in zip(intervals, bare.blocks, strict=True)]
+    lines = [
+        "**Orchestration**",
+        "",
+        f"- A step of tiny under Ray Train with MLflow and a checkpoint every {statistics.median(intervals):.0f} s, "
+        f"beside the bare loop's: {statistics.median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%}).",
+        f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}).",
+    ]
+    edit(project / "params.yaml", "model", "base")
+    for key, value in (("max_steps", 6), ("checkpoint_every", 6), ("validate_every", 1000), ("batch_tokens", 4096)):
+        edit(project / "conf/model/base.yaml", f"train.{key}", value)
+    edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
+    rates = []
+    for workers in (1, 2):
+        say(f"base on {workers} workers of one thread")
+        edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
+        run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
+        rates.append(json.loads((project / "reports/train.json").read_text())["tokens_per_second"])
+    lines.append(
+        f"- Base on workers of one thread: {rates[0]:,.0f} tokens/s by one, {rates[1]:,.0f} by two: "
+        f"{rates[1] / rates[0]:.2f} times as many."
+    )
+    _clear(project)
+    new_project(project, data="grammar", model="nano")
+    for key, value in (("max_steps", 20), ("validate_every", 20), ("checkpoint_every", 20)):
+        edit(project / "conf/model/nano.yaml", f"train.{key}", value)
+    for command in (["git", "init", "-q"], ["git", "add", "."], ["git", *WHO, "commit", "-qm", "benchmark"]):
+        run(command, project)
+    say("dvc repro evaluate, and again")
+    dvc = [Path(sys.executable).parent / "dvc", "repro", "evaluate"]
+    run(dvc, project)
+    nothing = [run(dvc, project)[0] for _ in range(3)]
+    lines.append(f"- `dvc repro evaluate` with nothing to do: {statistics.median(nothing):.1f} s.")
+    return lines
+
+
+CASES: dict[str, Callable[[Setting], list[str]]] = {
+    "training": training,
+    "decoding": decoding,
+    "data": data,
+    "orchestration": orchestration,
+}
+WHO = ("-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost")
+
+
+def new_project(root: Path, **presets: str) -> None:
+    """What the stages need, in a folder of its own; `presets` as in params.yaml."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in ("conf", "model", "pipeline", "sweeps", ".dvc"):
+        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+        shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True, ignore=ignored)
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "data/own/.gitignore"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for key, value in presets.items():
+        edit(root / "params.yaml", key, value)
+
+
+def edit(path: Path, key: str, value: Any) -> None:
+    """Set "section.key" of a YAML file."""
+    values = yaml.safe_load(path.read_text())
+    *sections, name = key.split(".")
+    section = values
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _profile(side: Side) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in side.shares.items())
+    return f"- {side.name}, by operator: {shares}."
+
+
+def _clear(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sizes(preset: str) -> dict[str, Any]:
+    from pipeline.params import load_settings
+
+    return vars(load_settings(ROOT, model=preset).model.config(VOCAB_SIZE))
+
+
+def _flops_per_token(preset: str, encoded: Path) -> float:
+    """Of training, a target token, without padding: what the corpus needs, whatever a toolkit makes of it."""
+    from model.config import TransformerConfig
+    from model.flops import training_flops
+    from pipeline.corpus import EncodedSplit
+
+    split, config = EncodedSplit.open(encoded, "train"), TransformerConfig(**_sizes(preset))
+    lengths = list(zip(split.src.lengths[::10] + 1, split.tgt.lengths[::10] + 1, strict=True))
+    return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
+
+
+def _padding(setting: Setting) -> float:
+    """The share of padding in our training batches."""
+    from pipeline.corpus import EncodedSplit
+    from pipeline.params import load_settings
+    from pipeline.worker import batch_plan
+
+    settings = load_settings(ROOT, model="tiny")
+    return batch_plan(
+        EncodedSplit.open(setting.encoded, "train"), settings, settings.train.batch_tokens
+    ).padding_share()
+
+
+def _model(setting: Setting, preset: str) -> Path:
+    """Weights to decode by, and their export."""
+    folder = setting.folder / "models" / preset
+    if not (folder / "ctranslate2/model.bin").is_file():
+        say(f"{preset}: makes the weights, once")
+        options = (preset, "--folder", folder, "--data", setting.data)
+        run(script("weights.py", sys.executable, *options), setting.folder)
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.export",
+            "--model",
+            folder,
+            "--tokenizer",
+            setting.data / "tokenizer",
+        ]
+        run([*command, "--output", folder / "ctranslate2"], setting.folder)
+    return folder

@@ -1,0 +1,194 @@
+"""Decoding: sentences a second by beam search of ours and of others', from the same weights and pieces.
+
+Beam 4 over sentences of the test split. With --cap every output runs to its source + 10 pieces: for random weights,
+so that the work is the same for all. Others get batches of 64 sentences of similar length (capped: of equal length).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import serve
+from training import BOS, EOS, PAD, marian
+
+BEAM, ALPHA, FREE_EXTRA, CAP_EXTRA, BATCH = 4, 0.6, 50, 10, 64
+Block = Callable[[], dict[str, float]]
+Outputs = list[list[int]]
+
+
+class Numbers:
+    """In a tokenizer's place: the pieces themselves."""
+
+    def decode(self, pieces: list[int]) -> str:
+        return " ".join(map(str, pieces))
+
+
+def ours(model: Path, sources: Outputs, cap: bool) -> Block:
+    """pipeline/translation.py, with the batches of params.yaml."""
+    from pipeline.checkpoint import load_model
+    from pipeline.params import load_settings
+    from pipeline.translation import translate
+
+    net, extra = load_model(model), CAP_EXTRA if cap else FREE_EXTRA
+    settings = replace(load_settings(Path()).evaluate, beam=BEAM, alpha=ALPHA, max_extra=extra)
+
+    def outputs() -> Outputs:
+        found = translate(net, Numbers(), sources, settings, progress=False)  # type: ignore[arg-type]
+        return [[int(piece) for piece in best.text.split()] for best in found]
+
+    return lambda: _timed(outputs)
+
+
+def generate(model: Path, sources: Outputs, cap: bool) -> Block:
+    """MarianMTModel.generate of transformers, with our weights."""
+    sizes = json.loads((model / "config.json").read_text())
+    net = marian(sizes).eval()
+    _fill(net, model, sizes)
+
+    @torch.inference_mode()
+    def outputs() -> Outputs:
+        found: Outputs = [[] for _ in sources]
+        for indices in _batches(sources, cap):
+            rows = [torch.tensor([*sources[i], EOS]) for i in indices]
+            src = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+            limit = src.size(1) - 1 + (CAP_EXTRA if cap else FREE_EXTRA)
+            pieces = net.generate(
+                input_ids=src,
+                attention_mask=(src != PAD).long(),
+                num_beams=BEAM,
+                length_penalty=ALPHA,
+                max_new_tokens=limit,
+                min_new_tokens=limit if cap else 0,
+                bad_words_ids=[[PAD], [BOS]],
+            )
+            for i, row in zip(indices, pieces.tolist(), strict=True):
+                found[i] = [piece for piece in row if piece not in (PAD, BOS, EOS)]
+        return found
+
+    return lambda: _timed(outputs)
+
+
+def ctranslate2(model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int) -> Block:
+    """CTranslate2 on what `python -m pipeline.export` makes, with `threads` threads in all."""
+    import ctranslate2 as ct2
+
+    translator = ct2.Translator(
+        str(model), inter_threads=workers, intra_threads=threads // workers, compute_type=compute_type
+    )
+    pieces = json.loads((model / "shared_vocabulary.json").read_text(encoding="utf-8"))
+    number = {piece: i for i, piece in enumerate(pieces)}
+    texts = [[pieces[i] for i in source] for source in sources]
+
+    def outputs() -> Outputs:
+        found: Outputs = [[] for _ in sources]
+        waiting = []
+        for indices in _batches(sources, cap):
+            limit = max(len(sources[i]) for i in indices) + (CAP_EXTRA if cap else FREE_EXTRA)
+            results = translator.translate_batch(
+                [texts[i] for i in indices],
+                beam_size=BEAM,
+                length_penalty=ALPHA,
+                max_decoding_length=limit,
+                min_decoding_length=limit if cap else 0,
+                suppress_sequences=[[pieces[PAD]], [pieces[BOS]]],
+                asynchronous=True,
+            )
+            waiting.append((indices, results))
+        for indices, results in waiting:
+            for i, result in zip(indices, results, strict=True):
+                found[i] = [number[piece] for piece in result.result().hypotheses[0]]
+        return found
+
+    return lambda: _timed(outputs)
+
+
+def _timed(outputs: Callable[[], Outputs]) -> dict[str, float]:
+    started = time.perf_counter()
+    found = outputs()
+    took = time.perf_counter() - started
+    return {
+        "sentences_per_s": len(found) / took,
+        "tokens_per_s": sum(len(output) + 1 for output in found) / took,
+        "pieces": sum(map(len, found)) / len(found),
+    }
+
+
+def _batches(sources: Outputs, same_length: bool) -> Iterator[list[int]]:
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    batch: list[int] = []
+    for i in order:
+        if len(batch) == BATCH or (batch and same_length and len(sources[i]) != len(sources[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
+    """Our weights in MarianMTModel's places: W^Q, W^K and W^V apart, biases that we lack 0, our sinusoids."""
+    from safetensors.torch import load_file
+
+    ours, d_model = load_file(model / "weights.safetensors"), sizes["d_model"]
+    theirs = {name: torch.zeros_like(value) for name, value in net.state_dict().items() if "bias" in name}
+
+    def attention(there: str, here: str) -> None:
+        for name, weight in zip("qkv", ours[f"{here}.w_qkv"].split(d_model), strict=True):
+            theirs[f"{there}.{name}_proj.weight"] = weight
+        theirs[f"{there}.out_proj.weight"] = ours[f"{here}.w_o.weight"]
+
+    def pair(there: str, here: str) -> None:
+        theirs[f"{there}.weight"], theirs[f"{there}.bias"] = ours[f"{here}.weight"], ours[f"{here}.bias"]
+
+    for i in range(sizes["num_layers"]):
+        for stack, own in (("encoder", "around_attention"), ("decoder", "around_self_attention")):
+            there, here = f"model.{stack}.layers.{i}", f"{stack}.{i}"
+            attention(f"{there}.self_attn", f"{here}.self_attention")
+            pair(f"{there}.self_attn_layer_norm", f"{here}.{own}.norm")
+            pair(f"{there}.fc1", f"{here}.feed_forward.w_1")
+            pair(f"{there}.fc2", f"{here}.feed_forward.w_2")
+            pair(f"{there}.final_layer_norm", f"{here}.around_feed_forward.norm")
+        attention(f"{there}.encoder_attn", f"{here}.memory_attention")
+        pair(f"{there}.encoder_attn_layer_norm", f"{here}.around_memory_attention.norm")
+    for name, value in net.state_dict().items():
+        if name.endswith("embed_positions.weight"):
+            angles = torch.arange(len(value))[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
+            theirs[name] = torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
+        elif name.endswith(("shared.weight", "embed_tokens.weight", "lm_head.weight")):
+            theirs[name] = ours["embedding.weight"]
+    net.load_state_dict(theirs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=["ours", "generate", "float32", "int8"])
+    parser.add_argument(
+        "--model", type=Path, required=True, help="of save_model; of pipeline.export for float32, int8"
+    )
+    parser.add_argument("--encoded", type=Path, required=True, help="data/encoded")
+    parser.add_argument("--sentences", type=int, required=True, help="of a block")
+    parser.add_argument("--cap", action="store_true")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="of CTranslate2, which share the threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    ids, offsets = (np.load(arguments.encoded / f"test.src.{what}.npy") for what in ("ids", "offsets"))
+    sources = [ids[start:end].tolist() for start, end in pairwise(offsets)]
+    # Evenly from the whole, sorted by length: a few are like all.
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    chosen = [sources[order[i * len(order) // arguments.sentences]] for i in range(arguments.sentences)]
+    given = (arguments.model, chosen, arguments.cap)
+    if arguments.side in ("float32", "int8"):
+        serve(ctranslate2(*given, arguments.side, arguments.workers, arguments.threads))
+    else:
+        serve((ours if arguments.side == "ours" else generate)(*given))
+
+
+if __name__ == "__main__":
+    main()

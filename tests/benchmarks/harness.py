@@ -1,0 +1,174 @@
+"""Paired measurements: each side of a comparison is a process that works when it is told to, one at a time.
+
+A side prints a line when it is ready, then works a block for every line that it reads, and prints what it measured.
+The rounds go through all sides in turn, so that what else the machine does falls on each alike; a ratio is taken
+inside each round, and given as median, smallest and largest.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+THREADS = 2
+
+
+@dataclass
+class Side:
+    """One of those that are compared: `command` starts it."""
+
+    name: str
+    command: list[str]
+    blocks: list[dict[str, float]] = field(default_factory=list)  # what it measured, round by round
+    peak_bytes: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)  # of a block's time, by operator, if it was asked for
+
+    def median(self, key: str) -> float:
+        return statistics.median(block[key] for block in self.blocks)
+
+    def ratio(self, other: "Side", key: str) -> str:
+        """This one over the other, inside each round."""
+        ratios = [ours[key] / theirs[key] for ours, theirs in zip(self.blocks, other.blocks, strict=True)]
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def script(name: str, python: str | Path, *options: object) -> list[str]:
+    """The command of a side that is a script of this folder."""
+    return [str(python), str(HERE / name), *map(str, options)]
+
+
+def paired(sides: Sequence[Side], rounds: int, profile: bool = False) -> None:
+    """Fill in what the sides measure, with `profile` also where the first one's time goes. Raises RuntimeError if one
+    dies."""
+    with ExitStack() as stack:
+        running = []
+        for side in sides:
+            say(f"{side.name}: starts and warms up")
+            running.append(stack.enter_context(_started(side)))
+            _answer(side, running[-1])
+        for number in range(rounds):
+            for side, process in zip(sides, running, strict=True):
+                say(f"round {number + 1} of {rounds}: {side.name}")
+                side.blocks.append(_ask(side, process, "block"))
+        for side, process in zip(sides, running, strict=True):
+            side.peak_bytes = _ask(side, process, "peak")["peak_bytes"]
+        if profile:
+            sides[0].shares = _ask(sides[0], running[0], "profile")
+
+
+@contextmanager
+def _started(side: Side) -> Iterator["subprocess.Popen[str]"]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(THREADS)}
+    process = subprocess.Popen(
+        side.command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ask(side: Side, process: "subprocess.Popen[str]", word: str) -> dict[str, float]:
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+    return _answer(side, process)
+
+
+def _answer(side: Side, process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise RuntimeError(f"{side.name} ended with exit code {process.wait()}: {' '.join(side.command)}")
+
+
+def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
+    """The side's end: a block to warm up, then one for each line that comes."""
+    if warm_up:
+        block()
+    print("{}", flush=True)
+    answers = {"block": block, "peak": _peak, "profile": lambda: _profile(block)}
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+def _peak() -> dict[str, float]:
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Each operator's own share of the time in operators, by torch's profiler."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        block()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key.removeprefix("aten::"): event.self_cpu_time_total / total for event in events[:9]}
+
+
+def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:
+    """Seconds and peak bytes (of the largest process below it) of a command. Raises RuntimeError with the end of
+    its output if it fails."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    with (folder / "log.txt").open("wb") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], env=variables, cwd=folder, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+        took = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        output = (folder / "log.txt").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with exit code {process.returncode}:\n{output}")
+    return took, used.ru_maxrss * 1024
+
+
+def multiply_rates(threads: int) -> dict[str, float]:
+    """FLOP/s of a matrix multiply, 2048 x 2048 x 2048 in single precision, by each library that torch has: the best
+    is the ceiling of all training and search."""
+    import torch
+
+    from model.products import ONEDNN, product
+
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    libraries: dict[str, Callable[[], torch.Tensor]] = {"MKL": lambda: a @ b}
+    if ONEDNN:
+        libraries["oneDNN"] = lambda: product(a, b)
+    rates = {}
+    for name, multiply in libraries.items():
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            multiply()
+            times.append(time.perf_counter() - started)
+        rates[name] = 2 * 2048**3 / statistics.median(times[5:])
+    return rates
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{cores} cores of {names[0] if names else platform.machine()}, Python {platform.python_version()}; "
+        f"load of others when it began: {os.getloadavg()[0]:.1f}"
+    )
+
+
+def say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,82 @@
+"""Pieces by the stage encode and by SentencePiece alone, over the same text; and the plan of 4.5 million pairs."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from harness import serve
+
+from pipeline.batching import BatchPlan, Position
+from pipeline.corpus import CLEAN, SIDES, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.encode import encode_corpus
+
+PAIRS = 4_500_000  # WMT 2014 English-German
+CHUNK = 20_000  # lines
+
+
+def encode(data: Path) -> Callable[[], dict[str, float]]:
+    num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
+
+    def block() -> dict[str, float]:
+        with TemporaryDirectory(dir=data) as folder:
+            started = time.perf_counter()
+            encode_corpus(data / CLEAN.name, data / TOKENIZER.name, Path(folder) / "encoded", "en", "de")
+            return _rates(num_pairs, started)
+
+    return block
+
+
+def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
+    """Its own rate: lines in, numbers out, nothing kept."""
+    tokenizer = load_tokenizer(data / TOKENIZER.name)
+    num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
+
+    def block() -> dict[str, float]:
+        started = time.perf_counter()
+        for path in sorted((data / CLEAN.name).glob("*.??")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for start in range(0, len(lines), CHUNK):
+                tokenizer.encode(lines[start : start + CHUNK])
+        return _rates(num_pairs, started)
+
+    return block
+
+
+def plan() -> dict[str, float]:
+    """Lengths by chance, of similar length on both sides, 28 pieces in the middle."""
+    rng = np.random.default_rng(0)
+    topic = rng.normal(0, 0.55, PAIRS)
+    src, tgt = (np.clip(24 * np.exp(topic + rng.normal(0, 0.15, PAIRS)), 1, 250).astype(np.int32) for _ in SIDES)
+    sizes = {"batch_tokens": 25_000, "micro_batch_tokens": 25_000, "max_length": 1024, "seed": 1}
+    started = time.perf_counter()
+    made = BatchPlan(src, tgt, **sizes)
+    plan_s = time.perf_counter() - started
+    started = time.perf_counter()
+    made.steps(1)
+    epoch_s = time.perf_counter() - started
+    started = time.perf_counter()
+    next(BatchPlan(src, tgt, **sizes).from_position(Position(7, made.num_steps // 2)))
+    return {"plan_s": plan_s, "epoch_s": epoch_s, "resume_s": time.perf_counter() - started}
+
+
+def _rates(num_pairs: int, started: float) -> dict[str, float]:
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "pairs_per_s": num_pairs / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["encode", "sentencepiece", "plan"])
+    parser.add_argument("--data", type=Path, help="data/, encoded")
+    arguments = parser.parse_args()
+    if arguments.side == "plan":
+        serve(plan, warm_up=False)
+    else:
+        serve({"encode": encode, "sentencepiece": sentencepiece}[arguments.side](arguments.data))
+
+
+if __name__ == "__main__":
+    main()
