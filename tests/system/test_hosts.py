@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,6 @@ pytestmark = [
     ),
 ]
 SCRIPT = str(Path(__file__).parents[2] / "infra/local-cluster")
-HEAD = "10.77.0.2"
 CHECKPOINT_EVERY, STEPS = 10, 200
 LONG = 50_000
 """Steps that nobody waits for: the run is stopped."""
@@ -45,6 +45,11 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder, self.shared = folder, folder / "shared"
         self.variables = os.environ | {"LOCAL_CLUSTER_DIR": str(folder)}
+
+    @cached_property
+    def network(self) -> str:
+        """The first three numbers of every address."""
+        return re.search(r"http://(\d+\.\d+\.\d+)\.", self.environment["MLFLOW_TRACKING_URI"]).group(1)
 
     def __call__(self, *words: str) -> str:
         done = subprocess.run([SCRIPT, *words], env=self.variables, capture_output=True, text=True, timeout=600)
@@ -61,7 +66,7 @@ class Cluster:
         found: dict[str, list[psutil.Process]] = {}
         for host in ("head", "worker1", "worker2"):
             pids = subprocess.run(
-                ["ip", "netns", "pids", f"lc-{host}"], capture_output=True, text=True
+                ["ip", "netns", "pids", f"lc{self.network.split('.')[2]}-{host}"], capture_output=True, text=True
             ).stdout.split()
             for pid in map(int, pids):
                 try:
@@ -417,7 +422,7 @@ def test_a_sweep_goes_on_without_a_host_and_its_results_come_here_without_a_clus
 
 def refused(cluster: Cluster, root: Path, **changes: str) -> str:
     """What `python -m pipeline.train` says on the head, and does nothing further."""
-    environment = {"RAY_ADDRESS": f"{HEAD}:6379"} | cluster.environment | changes
+    environment = {"RAY_ADDRESS": f"{cluster.network}.2:6379"} | cluster.environment | changes
     storage = Path(environment["RUN_STORAGE"] or root)
     before = {*storage.glob("checkpoints/*"), *storage.glob(".probe*")}
     words = [f"{name}={value}" for name, value in environment.items() if value]
@@ -448,8 +453,8 @@ def test_what_a_cluster_of_several_hosts_cannot_use_is_refused_in_a_line_before_
     assert said.startswith(
         "train: the cluster has 3 nodes, and MLFLOW_TRACKING_URI is sqlite:////var/tmp/x.db, a file:"
     )
-    said = refused(cluster, on_head, MLFLOW_TRACKING_URI="http://10.77.0.1:5999")
-    assert "gets no answer from http://10.77.0.1:5999" in said
+    said = refused(cluster, on_head, MLFLOW_TRACKING_URI=f"http://{cluster.network}.1:5999")
+    assert f"gets no answer from http://{cluster.network}.1:5999" in said
     assert said.endswith("set MLFLOW_TRACKING_URI to an address that all nodes reach")
 
 
@@ -458,7 +463,7 @@ def test_data_that_a_worker_cannot_read_are_refused_with_its_address(cluster, on
     shutil.copytree(cluster.shared / "data", cluster.folder / "head/tmp/mine/data", dirs_exist_ok=True)
     own = f"{cluster.folder}/tmp/mine"  # of the head alone
     said = refused(cluster, on_head, RUN_STORAGE=own)
-    assert said.startswith("train: node 10.77.0.")
+    assert said.startswith(f"train: node {cluster.network}.")
     assert f"cannot read and write {own} (" in said
     assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
 
