@@ -76,6 +76,7 @@ class Tokenize:
     """The joint byte-pair encoding (section 5.1)."""
 
     vocab_size: int
+    lowercase: bool  # the encoding lower-cases what it is given
 
     def __post_init__(self) -> None:
         _require(self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "more than the 4 reserved pieces")

@@ -7,10 +7,13 @@ import argparse
 import io
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tqdm import tqdm
 
 from model.config import BOS, EOS, PAD, UNK
@@ -22,8 +25,11 @@ MAX_PAIRS = 1_000_000
 """More pairs teach the encoding nothing; memory stops growing here."""
 
 
-def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int) -> None:
+def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowercase: bool = False) -> None:
     """Learn `vocab_size` pieces from the lines of both files; write `folder`/spm.model and spm.vocab.
+
+    Text is normalised by NFKC and, with `lowercase`, lower-cased, by the encoding itself: whoever encodes with it
+    need not know.
 
     All pieces count: the reserved ones, and 256 bytes that spell characters which are none of the pieces, so
     that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
@@ -37,28 +43,35 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int) -> None
         raise ValueError(f"{src} has {num_pairs} lines and {tgt} {num_tgt}: as many are needed")
     if num_pairs == 0:
         raise ValueError(f"{src} is empty: there is nothing to learn an encoding from")
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=_sentences(src, tgt, num_pairs),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            pad_id=PAD,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            normalization_rule_name="nfkc",
-            character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
-            byte_fallback=True,
-            num_threads=1,  # more are hardly faster, and the model file records their number
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(_explain(str(error), vocab_size)) from None
-    tokenizer = SentencePieceProcessor(model_proto=model.getvalue())
+    written = io.BytesIO()
+    with TemporaryDirectory() as rules:
+        normalization: dict[str, Any] = {"normalization_rule_name": "nfkc"}
+        if lowercase:
+            normalization = {"normalization_rule_tsv": str(_write_lowercase_rules(Path(rules) / "rules.tsv"))}
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=_sentences(src, tgt, num_pairs),
+                model_writer=written,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                pad_id=PAD,
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                **normalization,
+                character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
+                byte_fallback=True,
+                num_threads=1,  # more are hardly faster, and the model file records their number
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ValueError(_explain(str(error), vocab_size)) from None
+    model = written.getvalue()
+    if lowercase:
+        model = _without_path(model)
+    tokenizer = SentencePieceProcessor(model_proto=model)
     with replace_folder(folder) as partial:
-        (partial / "spm.model").write_bytes(model.getvalue())
+        (partial / "spm.model").write_bytes(model)
         with open(partial / "spm.vocab", "w", encoding="utf-8", newline="\n") as file:
             for piece in range(vocab_size):
                 file.write(f"{tokenizer.id_to_piece(piece)}\t{tokenizer.get_score(piece):g}\n")
@@ -72,6 +85,32 @@ def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:
             if (index + 1) * num_taken // num_pairs > index * num_taken // num_pairs:
                 yield from (line.removesuffix("\n") for line in pair)
     print("learning the encoding ...", file=sys.stderr)
+
+
+def _write_lowercase_rules(path: Path) -> Path:
+    """NFKC and lower case, as SentencePiece's rules: characters, and what stands for them, in hexadecimal.
+
+    Its own nmt_nfkc_cf folds case instead, which makes German's ß two letters. A character has three spellings: its
+    own, and those of its canonical and compatible decomposition.
+    """
+    rules: dict[str, str] = {}
+    for code in range(1, sys.maxunicode + 1):
+        if unicodedata.category(character := chr(code)) in ("Cn", "Co", "Cs"):  # none, private, half of one
+            continue
+        normal = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", character).lower())
+        for spelling in (character, *(unicodedata.normalize(form, character) for form in ("NFD", "NFKD"))):
+            if spelling != normal:
+                rules.setdefault(spelling, normal)
+    lines = (" ".join(f"{ord(c):X}" for c in a) + "\t" + " ".join(f"{ord(c):X}" for c in b) for a, b in rules.items())
+    path.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+    return path
+
+
+def _without_path(model: bytes) -> bytes:
+    """Without the path of the rules, which is of this machine."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    proto.normalizer_spec.ClearField("normalization_rule_tsv")
+    return proto.SerializeToString(deterministic=True)
 
 
 def _count_lines(path: Path) -> int:
@@ -99,7 +138,7 @@ def main() -> None:
     try:
         settings = load_settings()
         src, tgt = (CLEAN / f"train.{code}" for code in (settings.download.src, settings.download.tgt))
-        train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size)
+        train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size, settings.tokenize.lowercase)
     except (ValueError, OSError) as error:
         raise SystemExit(f"tokenize: {error}") from None
 

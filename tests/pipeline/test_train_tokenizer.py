@@ -1,4 +1,5 @@
 import random
+import unicodedata
 from itertools import pairwise
 
 import pytest
@@ -40,12 +41,40 @@ def test_one_encoding_covers_both_languages(tmp_path):
     assert not any(tokenizer.is_byte(piece) for piece in tokenizer.encode("th ä ö ü ß"))
 
 
-def test_the_same_texts_give_the_same_bytes_wherever_they_lie(tmp_path):
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_the_same_texts_give_the_same_bytes_wherever_they_lie(tmp_path, lowercase):
     for name in ("one", "another"):
         (tmp_path / name).mkdir()
-        train_tokenizer(*write_corpus(tmp_path / name), tmp_path / name / "tokenizer", 503)
+        train_tokenizer(*write_corpus(tmp_path / name), tmp_path / name / "tokenizer", 503, lowercase)
     one, another = ((tmp_path / name / "tokenizer/spm.model").read_bytes() for name in ("one", "another"))
     assert one == another
+
+
+def test_lowercase_is_as_if_all_text_were_normalised_and_lower_cased_before(tmp_path):
+    texts = [
+        "Eine Frau überquert die Straße .",
+        "ÄPFEL, A\u0308pfel und E\u0301cole: ＡＢＣ ﬁel Ⅳ K Ω ½ ①",
+        "ΌΣΟΣ И́ван ÇA Ĳssel ǅ ẞ İ",
+        "",
+    ]
+
+    def lower(text):  # character by character: no other letter for a sigma at a word's end
+        characters = unicodedata.normalize("NFKC", text)
+        return unicodedata.normalize("NFKC", "".join(character.lower() for character in characters))
+
+    for name, change in (("mixed", str), ("lower", lower)):
+        (tmp_path / name).mkdir()
+        for path in write_corpus(tmp_path / name):
+            lines = [line.title() for line in path.read_text(encoding="utf-8").split("\n")]
+            path.write_text("\n".join(change(line) for line in [*texts * 9, *lines]), encoding="utf-8")
+    sides = [[tmp_path / name / f"train.{code}" for code in ("en", "de")] for name in ("mixed", "lower")]
+    train_tokenizer(*sides[0], tmp_path / "ours", 603, lowercase=True)
+    train_tokenizer(*sides[1], tmp_path / "theirs", 603)
+    ours, theirs = (load_tokenizer(tmp_path / name) for name in ("ours", "theirs"))
+    assert (tmp_path / "ours/spm.vocab").read_bytes() == (tmp_path / "theirs/spm.vocab").read_bytes()
+    for text in [*texts, *sides[0][0].read_text(encoding="utf-8").split("\n")[:100]]:
+        assert ours.encode(text) == theirs.encode(lower(text)), text
+    assert ours.decode(ours.encode("Große ÄPFEL")) == "große äpfel"
 
 
 def test_of_many_pairs_so_many_are_taken_at_even_distances(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ PATIENCE_S = 900
 CORPUS = {
     "download": dict(corpus="grammar", src="en", tgt="de", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23),
     "validate": dict(max_words=50, max_length_ratio=4.0, max_dropped_share=0.2),
-    "tokenize": dict(vocab_size=400),
+    "tokenize": dict(vocab_size=400, lowercase=False),
 }
 MODEL = {
     "model": dict(num_layers=1, d_model=16, d_ff=24, num_heads=2, d_k=8, d_v=8, dropout=0.1)

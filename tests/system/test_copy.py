@@ -13,7 +13,7 @@ PAIRS = {"train": 6000, "valid": 100, "test": 100}
 CORPUS = {
     "download": dict(corpus="files", src="en", tgt="de"),
     "validate": dict(max_words=20, max_length_ratio=4.0, max_dropped_share=0.0),
-    "tokenize": dict(vocab_size=290),
+    "tokenize": dict(vocab_size=290, lowercase=False),
 }
 MODEL = {
     "model": dict(num_layers=1, d_model=64, d_ff=128, num_heads=4, d_k=16, d_v=16, dropout=0.0)
