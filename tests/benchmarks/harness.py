@@ -105,18 +105,26 @@ def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
 
 
 def _peak() -> dict[str, float]:
+    """The card's if it is used, else the process's."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return {"peak_bytes": torch.cuda.max_memory_allocated()}
     return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Each operator's own share of the time in operators, by torch's profiler."""
+    """Each operator's own share of the time in operators (of the kernels' time, on a card), by torch's profiler."""
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    device = "CUDA" if torch.cuda.is_initialized() else "CPU"
+    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # search has threads of its own
+    activity = getattr(torch.profiler.ProfilerActivity, device)
+    with torch.profiler.profile(activities=[activity], experimental_config=threads) as profiler:
         block()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    return {event.key.removeprefix("aten::"): event.self_cpu_time_total / total for event in events[:9]}
+    which = "self_device_time_total" if device == "CUDA" else "self_cpu_time_total"
+    times = {event.key.removeprefix("aten::"): getattr(event, which) for event in profiler.key_averages()}
+    total = sum(times.values())
+    return {name: times[name] / total for name in sorted(times, key=lambda name: -times[name])[:9]}
 
 
 def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:

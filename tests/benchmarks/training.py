@@ -1,8 +1,8 @@
 """Training: target tokens a second (padding not counted) of ours and of others', on the same pieces.
 
-The same sizes, dropout, label smoothing, Adam, and about 4,096 target tokens a step, on two threads. transformers'
-MarianMTModel and torch's own modules run in the plain loop that their documentation shows, over batches of pairs of
-similar length with at most 4,096 positions on a side. torch.nn.Transformer drops attention weights too.
+The same sizes, dropout, label smoothing, Adam, and about as many target tokens a step. transformers' MarianMTModel
+and torch's own modules run in the plain loop that their documentation shows, over batches of pairs of similar length
+with at most that many positions on a side. torch.nn.Transformer drops attention weights too.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PAD, BOS, EOS = 0, 2, 3
-BATCH_TOKENS, SMOOTHING, RATE = 4096, 0.1, 1e-4
+SMOOTHING, RATE = 0.1, 1e-4
 BETAS, EPS = (0.9, 0.98), 1e-9
 Block = Callable[[], dict[str, float]]
 
 
-def ours(corpus: Path, sizes: dict[str, Any], steps: int, micro_batch_tokens: int) -> Block:
+@dataclass(frozen=True)
+class Work:
+    """A block of it; `sizes` are those of TransformerConfig."""
+
+    corpus: Path
+    sizes: dict[str, Any]
+    steps: int
+    batch_tokens: int
+    device: torch.device
+    bf16: bool
+
+
+def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
     """The step of pipeline/loop.py, with batches as pipeline/worker.py gives it."""
     from model.config import TransformerConfig
     from model.transformer import Transformer
@@ -33,10 +46,11 @@ def ours(corpus: Path, sizes: dict[str, Any], steps: int, micro_batch_tokens: in
     from pipeline.corpus import EncodedSplit
     from pipeline.loop import FlatGradients, Recipe, State, Step, adam, train_step
 
-    split = EncodedSplit.open(corpus, "train")
-    budgets = {"batch_tokens": BATCH_TOKENS, "micro_batch_tokens": micro_batch_tokens, "max_length": 512}
+    split = EncodedSplit.open(work.corpus, "train")
+    budgets = {"batch_tokens": work.batch_tokens, "micro_batch_tokens": micro_batch_tokens, "max_length": 512}
     plan = BatchPlan(split.src.lengths, split.tgt.lengths, seed=1, **budgets)
-    model = Transformer(TransformerConfig(**sizes))
+    model = Transformer(TransformerConfig(**work.sizes)).to(work.device)
+    forward = torch.compile(model, dynamic=True) if compiled else model
     optimizer, gradients, state = adam(model, *BETAS, EPS), FlatGradients(model), State()
     recipe = Recipe(
         seed=1,
@@ -48,8 +62,8 @@ def ours(corpus: Path, sizes: dict[str, Any], steps: int, micro_batch_tokens: in
         patience=0,
         checkpoint_every=1,
         log_every=1,
-        bf16=False,
-        compile=False,
+        bf16=work.bf16,
+        compile=compiled,
     )
     planned = plan.from_position(Position(0, 0))
 
@@ -57,32 +71,36 @@ def ours(corpus: Path, sizes: dict[str, Any], steps: int, micro_batch_tokens: in
         _, micro_batches = next(planned)
         num_tokens = plan.num_tgt_tokens(micro_batches)
         batches = ((i, collate(split, indices)) for i, indices in enumerate(micro_batches))
-        train_step(model, model, optimizer, gradients, Step((0, 0), batches, num_tokens), RATE, recipe, state)
+        train_step(model, forward, optimizer, gradients, Step((0, 0), batches, num_tokens), RATE, recipe, state)
         state.step += 1
         return num_tokens
 
-    return lambda: _timed(step, steps)
+    return lambda: _timed(step, work.steps)
 
 
-def plain_loop(model: nn.Module, corpus: Path, sizes: dict[str, Any], steps: int) -> Block:
+def plain_loop(model: nn.Module, work: Work) -> Block:
     """`model` gives the logits for a padded batch of source and target pieces."""
+    model.to(work.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS, eps=EPS)
-    batches = _batches(corpus)
-    model.train()
+    batches = _batches(work.corpus, work.batch_tokens)
 
     def step() -> int:
-        src, tgt = next(batches)
+        src, tgt = (x.to(work.device) for x in next(batches))
         optimizer.zero_grad()
-        logits = model(src, torch.cat((torch.full((len(tgt), 1), BOS), tgt[:, :-1]), 1))
-        loss = F.cross_entropy(
-            logits.view(-1, sizes["vocab_size"]), tgt.flatten(), ignore_index=PAD, label_smoothing=SMOOTHING
-        )
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bf16):
+            logits = model(src, torch.cat((torch.full_like(tgt[:, :1], BOS), tgt[:, :-1]), 1))
+            loss = F.cross_entropy(
+                logits.view(-1, work.sizes["vocab_size"]),
+                tgt.flatten(),
+                ignore_index=PAD,
+                label_smoothing=SMOOTHING,
+            )
         loss.backward()
         optimizer.step()
         loss.item()
         return int((tgt != PAD).sum())
 
-    return lambda: _timed(step, steps)
+    return lambda: _timed(step, work.steps)
 
 
 def _timed(step: Callable[[], int], steps: int) -> dict[str, float]:
@@ -91,8 +109,8 @@ def _timed(step: Callable[[], int], steps: int) -> dict[str, float]:
     return {"tokens_per_s": tokens / (time.perf_counter() - started)}
 
 
-def _batches(corpus: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sorted by length, cut at BATCH_TOKENS padded positions, in a random order: what the toolkits do."""
+def _batches(corpus: Path, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sorted by length, cut at so many padded positions, in a random order: what the toolkits do."""
     sides = []
     for side in ("src", "tgt"):
         ids, offsets = (np.load(corpus / f"train.{side}.{what}.npy") for what in ("ids", "offsets"))
@@ -103,7 +121,7 @@ def _batches(corpus: Path) -> Iterator[tuple[Tensor, Tensor]]:
     width = 0
     for i in sorted(range(len(longest)), key=lambda i: (len(sides[1][i]), len(sides[0][i]))):
         width = max(width, longest[i])
-        if width * (len(batches[-1]) + 1) > BATCH_TOKENS:
+        if width * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
             width = longest[i]
         batches[-1].append(i)
@@ -172,7 +190,7 @@ class TorchTransformer(nn.Module):
         self.register_buffer("positions", torch.stack((angles.sin(), angles.cos()), -1).flatten(1))
 
     def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
-        future = nn.Transformer.generate_square_subsequent_mask(tgt_in.size(1), dtype=torch.bool)
+        future = nn.Transformer.generate_square_subsequent_mask(tgt_in.size(1), tgt_in.device, torch.bool)
         x = self.transformer(
             self._embed(src),
             self._embed(tgt_in),
@@ -194,16 +212,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=json.loads, required=True, help="TransformerConfig, as JSON")
     parser.add_argument("--steps", type=int, required=True, help="of a block")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--compile", action="store_true", help="ours, by torch.compile")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)
-    corpus, sizes, steps = arguments.corpus, arguments.sizes, arguments.steps
+    sizes = arguments.sizes
+    work = Work(arguments.corpus, sizes, arguments.steps, arguments.batch_tokens, arguments.device, arguments.bf16)
     if arguments.side == "ours":
-        block = ours(corpus, sizes, steps, arguments.micro_batch_tokens)
+        block = ours(work, arguments.micro_batch_tokens, arguments.compile)
     else:
-        model = Marian(sizes) if arguments.side == "marian" else TorchTransformer(sizes)
-        block = plain_loop(model, corpus, sizes, steps)
+        block = plain_loop(Marian(sizes) if arguments.side == "marian" else TorchTransformer(sizes), work)
     serve(block)
 
 
