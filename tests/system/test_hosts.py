@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import psutil
@@ -256,6 +258,23 @@ def assert_close_early(run: Run, undisturbed: Run, step: int = 20) -> None:
     """Weights and moments of an early step, before rounding errors have grown with the steps."""
     ours, theirs = load_file(run.tensors(step)), load_file(undisturbed.tensors(step))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_another_cluster_has_names_and_addresses_of_its_own_and_ends_alone(cluster, tmp_path, monkeypatch):
+    cluster.heal()
+    monkeypatch.setenv("LOCAL_CLUSTER_DIR", str(tmp_path / "another"))
+    loader = SourceFileLoader("local_cluster", SCRIPT)
+    another = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(another)
+    another.STATE.mkdir()
+    another._make_bridge()
+    another._make_host("head")
+    network, namespace = another._gateway().rpartition(".")[0], Path("/run/netns", another._netns("head"))
+    assert namespace.exists()
+    another.down()
+    assert network != cluster.network
+    assert not namespace.exists()
+    assert cluster("status").count("Ray alive") == 3
 
 
 def test_two_workers_on_two_hosts_train_to_the_loss_of_one_on_one(undisturbed, new_run, figures):
