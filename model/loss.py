@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model import products
 from model.config import PAD
-from model.products import ROWS, filled_up, product
+from model.products import ROWS, add_product, filled_up, product
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
 """Logits in memory at once: 16 MB in single precision, near a CPU's cache; 256 MB on a GPU, where every chunk costs
@@ -47,9 +48,12 @@ class _ProjectionLoss(torch.autograd.Function):
         chunks = max(1, -(-len(x_all) * len(weight) // most))
         rows = max(1, -(-len(x_all) // (chunks * ROWS))) * ROWS  # all of a size, but for the last
         losses, grads_x = [], []
-        grad_weight = (-uniform * x_sum).to(weight.dtype)[:, None].repeat(1, len(weight))  # [d_model, vocab]
+        grad_weight = (-uniform * x_sum).to(weight.dtype).expand_as(weight)
+        # Either library adds to one of the two layouts faster.
+        grad_weight = grad_weight.T.contiguous().T if products.ONEDNN else grad_weight.contiguous()
+        scratch = x_all.new_empty(rows, len(weight))
         for x_chunk, target_chunk in zip(x_all.split(rows), target_all.split(rows), strict=True):
-            logits = product(x_chunk, weight).to(at_least_single)  # [rows, vocab]
+            logits = product(x_chunk, weight, out=scratch[: len(x_chunk)]).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
             largest = logits.amax(1, keepdim=True)
             exp = logits.sub_(largest).exp_()
@@ -58,13 +62,13 @@ class _ProjectionLoss(torch.autograd.Function):
             if needs_grad:
                 exp = exp.to(x.dtype)
                 grads_x.append((product(exp, weight.T) / exp_sum).to(x.dtype))
-                grad_weight += product((x_chunk / exp_sum).to(x.dtype).T, exp.T)  # rows filled up are zeros in x
+                add_product(grad_weight, exp, (x_chunk / exp_sum).to(x.dtype))  # rows filled up are zeros in x
         loss = torch.cat(losses)[:num_tokens].sum()
         loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
         if needs_grad:
             grad_x = torch.cat(grads_x)[:num_tokens]
             grad_x -= (1 - smoothing) * weight[target] + uniform * weight_sum
-            grad_weight = grad_weight.T.contiguous().index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
+            grad_weight = grad_weight.contiguous().index_add_(0, target, x.to(weight.dtype), alpha=smoothing - 1)
             ctx.save_for_backward(grad_x, grad_weight)
         return loss
 

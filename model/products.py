@@ -17,11 +17,26 @@ SMALL = 1 << 20
 """Multiplications below which oneDNN's call, 10 microseconds longer, does not pay."""
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient."""
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient.
+
+    `out` is memory that MKL writes to instead of fresh memory, whose pages the system has to clear first.
+    """
     if _by_onednn(a, b, len(a)):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+    if out is None or _autocast(a):  # which leaves alone what is written to an `out`
+        return a @ b.T
+    return torch.mm(a, b.T, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a^T b: [rows, m], [rows, n] -> [m, n]; without a gradient."""
+    if _by_onednn(b.T, a.T, b.size(1)):
+        total += product(b.T, a.T).T
+    elif _autocast(a):
+        total += a.T @ b
+    else:
+        total.addmm_(a.T, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,5 +83,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
-    single = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    single = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not _autocast(a)
     return ONEDNN and single and rows * b.numel() >= SMALL and not torch.compiler.is_compiling()
+
+
+def _autocast(a: Tensor) -> bool:
+    return torch.is_autocast_enabled(a.device.type)
