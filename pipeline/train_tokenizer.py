@@ -10,10 +10,8 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
 from model.config import BOS, EOS, PAD, UNK
@@ -44,31 +42,25 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
     if num_pairs == 0:
         raise ValueError(f"{src} is empty: there is nothing to learn an encoding from")
     written = io.BytesIO()
-    with TemporaryDirectory() as rules:
-        normalization: dict[str, Any] = {"normalization_rule_name": "nfkc"}
-        if lowercase:
-            normalization = {"normalization_rule_tsv": str(_write_lowercase_rules(Path(rules) / "rules.tsv"))}
-        try:
-            SentencePieceTrainer.train(
-                sentence_iterator=_sentences(src, tgt, num_pairs),
-                model_writer=written,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                pad_id=PAD,
-                unk_id=UNK,
-                bos_id=BOS,
-                eos_id=EOS,
-                **normalization,
-                character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
-                byte_fallback=True,
-                num_threads=1,  # more are hardly faster, and the model file records their number
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise ValueError(_explain(str(error), vocab_size)) from None
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_sentences(src, tgt, num_pairs),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            normalizer=_lowercase() if lowercase else SentencePieceNormalizer(rule_name="nfkc"),
+            character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
+            byte_fallback=True,
+            num_threads=1,  # more are hardly faster, and the model file records their number
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), vocab_size)) from None
     model = written.getvalue()
-    if lowercase:
-        model = _without_path(model)
     tokenizer = SentencePieceProcessor(model_proto=model)
     with replace_folder(folder) as partial:
         (partial / "spm.model").write_bytes(model)
@@ -87,30 +79,12 @@ def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:
     print("learning the encoding ...", file=sys.stderr)
 
 
-def _write_lowercase_rules(path: Path) -> Path:
-    """NFKC and lower case, as SentencePiece's rules: characters, and what stands for them, in hexadecimal.
-
-    Its own nmt_nfkc_cf folds case instead, which makes German's ß two letters. A character has three spellings: its
-    own, and those of its canonical and compatible decomposition.
-    """
-    rules: dict[str, str] = {}
-    for code in range(1, sys.maxunicode + 1):
-        if unicodedata.category(character := chr(code)) in ("Cn", "Co", "Cs"):  # none, private, half of one
-            continue
-        normal = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", character).lower())
-        for spelling in (character, *(unicodedata.normalize(form, character) for form in ("NFD", "NFKD"))):
-            if spelling != normal:
-                rules.setdefault(spelling, normal)
-    lines = (" ".join(f"{ord(c):X}" for c in a) + "\t" + " ".join(f"{ord(c):X}" for c in b) for a, b in rules.items())
-    path.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
-    return path
-
-
-def _without_path(model: bytes) -> bytes:
-    """Without the path of the rules, which is of this machine."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-    proto.normalizer_spec.ClearField("normalization_rule_tsv")
-    return proto.SerializeToString(deterministic=True)
+def _lowercase() -> SentencePieceNormalizer:
+    """NFKC and lower case. SentencePiece's own nmt_nfkc_cf folds case instead, which makes German's ß two letters."""
+    rules = {chr(code): chr(code).lower() for code in range(1, sys.maxunicode + 1)}
+    rules |= {spelling: normal.lower() for spelling, normal in SentencePieceNormalizer(rule_name="nfkc").decompile()}
+    changes = {a: unicodedata.normalize("NFKC", b) for a, b in rules.items()}
+    return SentencePieceNormalizer(norm_map=[(a, b) for a, b in changes.items() if a != b])
 
 
 def _count_lines(path: Path) -> int:
