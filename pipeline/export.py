@@ -13,8 +13,9 @@ The folder has all that it takes, the tokenizer too:
                                           suppress_sequences=[["<pad>"], ["<s>"]])
     print(tokenizer.decode(result.hypotheses[0]))
 
-Where model.max_length is below 256, add max_input_length and max_decoding_length, both with its value. The
-evaluate stage translates by such an export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
+Where model.max_length is below 256, add max_input_length and max_decoding_length, both with its value. On an AMD
+processor without AVX-512, int8 needs CT2_USE_MKL=1 in the environment: else sums overflow and translations suffer.
+The evaluate stage translates by such an export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
 """
 
 import argparse
