@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import ROOT, THREADS, Side, multiply_rates, paired, run, say, script
+from harness import ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
 
-PRESETS = ("tiny", "base")
 VOCAB_SIZE = 10_000
 
 
@@ -47,7 +46,8 @@ def training(setting: Setting) -> list[str]:
     ]
     profiles = []
     for preset, steps, rounds in (("tiny", 10, setting.rounds), ("base", 1, max(3, setting.rounds - 2))):
-        common = ("--corpus", setting.encoded, "--sizes", json.dumps(_sizes(preset)), "--steps", steps)
+        config = _config(preset)
+        common = ("--corpus", setting.encoded, "--sizes", json.dumps(vars(config)), "--steps", steps)
         common += ("--threads", THREADS)
         ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *common))
         others = [
@@ -56,7 +56,7 @@ def training(setting: Setting) -> list[str]:
         ]
         paired([ours, *others], rounds, profile=True)
         profiles.append(_profile(ours))
-        flops = _flops_per_token(preset, setting.encoded)
+        flops = flops_per_token(config, setting.encoded)
         for side in (ours, *others):
             rate = side.median("tokens_per_s")
             ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
@@ -159,9 +159,7 @@ def orchestration(setting: Setting) -> list[str]:
     starts, intervals = [], []
     for number in range(3):
         say(f"round {number + 1} of 3: the bare loop")
-        again = Side("bare", bare.command)
-        paired([again], 1)
-        bare.blocks += again.blocks
+        paired([bare], 1)
         say(f"round {number + 1} of 3: python -m pipeline.train")
         _clear(project / "checkpoints", project / "mlflow.db", project / "mlartifacts", project / "models")
         began = time.time()
@@ -253,21 +251,10 @@ def _clear(*paths: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sizes(preset: str) -> dict[str, Any]:
+def _config(preset: str) -> Any:
     from pipeline.params import load_settings
 
-    return vars(load_settings(ROOT, model=preset).model.config(VOCAB_SIZE))
-
-
-def _flops_per_token(preset: str, encoded: Path) -> float:
-    """Of training, a target token, without padding: what the corpus needs, whatever a toolkit makes of it."""
-    from model.config import TransformerConfig
-    from model.flops import training_flops
-    from pipeline.corpus import EncodedSplit
-
-    split, config = EncodedSplit.open(encoded, "train"), TransformerConfig(**_sizes(preset))
-    lengths = list(zip(split.src.lengths[::10] + 1, split.tgt.lengths[::10] + 1, strict=True))
-    return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
+    return load_settings(ROOT, model=preset).model.config(VOCAB_SIZE)
 
 
 def _padding(setting: Setting) -> float:

@@ -11,22 +11,18 @@ number of steps.
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import yaml
-from harness import ROOT, Side, paired, script
+from harness import ROOT, Side, flops_per_token, multiply_rate, paired, script, sentence_lengths
 
 sys.path.insert(0, str(ROOT))
 
-from model.config import TransformerConfig
-from model.flops import training_flops
-from pipeline.corpus import SIDES, EncodedSplit, encoded_paths
+from pipeline.corpus import SIDES, encoded_paths
 from pipeline.params import load_settings
 
 VOCAB_SIZE, PAIRS = 37_000, 200_000  # section 5.1
@@ -68,7 +64,7 @@ def main() -> None:
             ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *options, *own))
             peer = Side(f"{preset}, torch.nn.Transformer", script("training.py", sys.executable, "torch", *options))
             paired([ours, peer], arguments.rounds, profile=True)
-            flops = _flops_per_token(config, corpus)
+            flops = flops_per_token(config, corpus)
             for side in (ours, peer):
                 rate = side.median("tokens_per_s")
                 hours = settings.train.max_steps * settings.train.batch_tokens / rate / 3600
@@ -85,30 +81,16 @@ def _multiply_rate(device: torch.device) -> float:
     """FLOP/s, bf16: the ceiling of training."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
-    times = []
-    for _ in range(30):
-        started = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for it
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(times[10:])
+    return multiply_rate(lambda: a @ b, size)
 
 
 def _write_corpus(folder: Path) -> None:
-    """Random pieces; 24 in the median sentence, similar lengths on both sides."""
+    """Random pieces."""
     rng = np.random.default_rng(0)
-    topic = rng.normal(0, 0.55, PAIRS)
-    for side in SIDES:
-        lengths = np.clip(24 * np.exp(topic + rng.normal(0, 0.15, PAIRS)), 1, 250).astype(np.int64)
+    for side, lengths in zip(SIDES, sentence_lengths(PAIRS), strict=True):
         ids, offsets = encoded_paths(folder, "train", side)
-        np.save(offsets, np.concatenate(([0], lengths.cumsum())))
+        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
         np.save(ids, rng.integers(4, VOCAB_SIZE, lengths.sum(), dtype=np.uint16))
-
-
-def _flops_per_token(config: TransformerConfig, corpus: Path) -> float:
-    """A target token's, without padding."""
-    split = EncodedSplit.open(corpus, "train")
-    lengths = list(zip(split.src.lengths[:5000] + 1, split.tgt.lengths[:5000] + 1, strict=True))
-    return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
 
 
 if __name__ == "__main__":

@@ -69,14 +69,13 @@ def paired(sides: Sequence[Side], rounds: int, profile: bool = False) -> None:
 @contextmanager
 def _started(side: Side) -> Iterator["subprocess.Popen[str]"]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(THREADS)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         side.command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _ask(side: Side, process: "subprocess.Popen[str]", word: str) -> dict[str, float]:
@@ -152,18 +151,40 @@ def multiply_rates(threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    libraries: dict[str, Callable[[], torch.Tensor]] = {"MKL": lambda: a @ b}
+    rates = {"MKL": multiply_rate(lambda: a @ b, 2048)}
     if ONEDNN:
-        libraries["oneDNN"] = lambda: product(a, b)
-    rates = {}
-    for name, multiply in libraries.items():
-        times = []
-        for _ in range(20):
-            started = time.perf_counter()
-            multiply()
-            times.append(time.perf_counter() - started)
-        rates[name] = 2 * 2048**3 / statistics.median(times[5:])
+        rates["oneDNN"] = multiply_rate(lambda: product(a, b), 2048)
     return rates
+
+
+def multiply_rate(multiply: Callable[[], Any], size: int) -> float:
+    """FLOP/s, in the median call, of a product of two square matrices."""
+    times = []
+    for _ in range(30):
+        started = time.perf_counter()
+        multiply()[0, 0].item()  # waits for a device
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[10:])
+
+
+def flops_per_token(config: Any, encoded: Path) -> float:
+    """Of training, a target token, without padding: what the corpus needs, whatever a toolkit makes of it."""
+    from model.flops import training_flops
+    from pipeline.corpus import EncodedSplit
+
+    split = EncodedSplit.open(encoded, "train")
+    lengths = list(zip(split.src.lengths[::10] + 1, split.tgt.lengths[::10] + 1, strict=True))
+    return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
+
+
+def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
+    """Of both sides, by chance, like those of WMT 2014: 24 pieces in the median, similar in a pair."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    topic = rng.normal(0, 0.55, num_pairs)
+    src, tgt = (np.clip(24 * np.exp(topic + rng.normal(0, 0.15, num_pairs)), 1, 250).astype(np.int32) for _ in "ab")
+    return src, tgt
 
 
 def machine() -> str:

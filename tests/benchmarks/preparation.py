@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-from harness import serve
+from harness import sentence_lengths, serve
 
 from pipeline.batching import BatchPlan, Position
-from pipeline.corpus import CLEAN, SIDES, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.corpus import CLEAN, TOKENIZER, EncodedSplit, load_tokenizer
 from pipeline.encode import encode_corpus
 
 PAIRS = 4_500_000  # WMT 2014 English-German
@@ -46,10 +45,7 @@ def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def plan() -> dict[str, float]:
-    """Lengths by chance, of similar length on both sides, 28 pieces in the middle."""
-    rng = np.random.default_rng(0)
-    topic = rng.normal(0, 0.55, PAIRS)
-    src, tgt = (np.clip(24 * np.exp(topic + rng.normal(0, 0.15, PAIRS)), 1, 250).astype(np.int32) for _ in SIDES)
+    src, tgt = sentence_lengths(PAIRS)
     sizes = {"batch_tokens": 25_000, "micro_batch_tokens": 25_000, "max_length": 1024, "seed": 1}
     started = time.perf_counter()
     made = BatchPlan(src, tgt, **sizes)

@@ -1,0 +1,71 @@
+"""The benchmarks run: sides answer in turn, and what they measure comes to ratios. A quiet machine has to say how fast
+things are."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Side, flops_per_token, paired, script, sentence_lengths
+
+from model.config import TransformerConfig
+from pipeline.corpus import SIDES, encoded_paths
+
+CONFIG = TransformerConfig(
+    vocab_size=101,
+    num_layers=1,
+    d_model=16,
+    d_ff=32,
+    num_heads=2,
+    d_k=8,
+    d_v=8,
+    dropout=0.1,
+    positions="sinusoidal",
+    norm="post",
+    max_length=512,
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    for side, lengths in zip(SIDES, sentence_lengths(300), strict=True):
+        ids, offsets = encoded_paths(tmp_path, "train", side)
+        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
+        np.save(ids, rng.integers(4, CONFIG.vocab_size, lengths.sum(), dtype=np.uint16))
+    return tmp_path
+
+
+def test_training_is_measured_beside_torchs_own_modules(corpus: Path):
+    options = ("--corpus", corpus, "--sizes", json.dumps(vars(CONFIG)), "--steps", 1)
+    options += ("--threads", 1, "--batch-tokens", 1000)
+    sides = [Side(name, script("training.py", sys.executable, name, *options)) for name in ("ours", "torch")]
+    paired(sides, rounds=2, profile=True)
+    for side in sides:
+        assert len(side.blocks) == 2
+        assert all(block["tokens_per_s"] > 0 for block in side.blocks)
+        assert side.peak_bytes > 1e6
+    ours, torchs = sides
+    ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours.blocks, torchs.blocks, strict=True))
+    assert ours.ratio(torchs, "tokens_per_s") == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
+    assert 0.3 < sum(ours.shares.values()) <= 1
+    assert not torchs.shares
+
+
+def test_a_side_that_dies_is_named_with_its_command():
+    side = Side("the third", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RuntimeError, match=r"the third ended with exit code 3: .*SystemExit"):
+        paired([side], rounds=1)
+
+
+def test_flops_are_those_of_the_sentences_without_padding(corpus: Path):
+    """By the formula of a layer's products, written again: 6 FLOPs a weight and token, and attention's own."""
+    d, inner, f, vocab = CONFIG.d_model, CONFIG.num_heads * CONFIG.d_k, CONFIG.d_ff, CONFIG.vocab_size
+    flops = tokens = 0
+    src_lengths, tgt_lengths = (lengths[::10].astype(int) + 1 for lengths in sentence_lengths(300))
+    for s, t in zip(src_lengths, tgt_lengths, strict=True):
+        encoder = s * (4 * d * inner + 2 * d * f) + 2 * s * s * inner
+        decoder = t * (6 * d * inner + 2 * d * f + d * vocab) + s * 2 * d * inner + 2 * t * (t + s) * inner
+        flops, tokens = flops + 6 * (encoder + decoder), tokens + t
+    assert flops_per_token(CONFIG, corpus) == pytest.approx(flops / tokens)
