@@ -36,7 +36,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif _autocast(a):
         total += a.T @ b
     else:
-        total.addmm_(a.T, b)
+        torch.addmm(total, a.T, b, out=total)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,5 +1,5 @@
-"""The benchmarks run: sides answer in turn, and what they measure comes to ratios. A quiet machine has to say how fast
-things are."""
+"""The benchmarks run: sides answer in turn, and what they measure comes to ratios. A quiet machine has to say how
+fast things are."""
 
 import json
 import sys
