@@ -54,6 +54,8 @@ def ray_cluster(hardware: Hardware, root: Path, dashboard: bool = False) -> Iter
             "include_dashboard": dashboard,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
+        # Ray's workers leave the processors to its other processes, by a nice of 15. Here the work is all there is.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
         # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
         if dashboard:
