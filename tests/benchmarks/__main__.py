@@ -1,4 +1,4 @@
-"""How fast, beside others: training, decoding, data, orchestration. Takes about 40 minutes on two cores.
+"""How fast, beside others: training, decoding, data, orchestration. Takes the better part of an hour.
 
     python tests/benchmarks                          # all; the table goes to docs/performance.md
     python tests/benchmarks training decoding        # some; the table goes to the terminal alone
@@ -35,15 +35,17 @@ def main() -> None:
     folder = ROOT / ".benchmarks"
     folder.mkdir(exist_ok=True)
     setting = cases.Setting(folder, _peers(folder), _corpus(folder), arguments.rounds, arguments.pairs)
-    lines = [f"{datetime.date.today()}; {machine()}; {THREADS} threads.", ""]
+    table = f"{datetime.date.today()}; {machine()}; {THREADS} threads.\n"
+    print(table)
     for name in arguments.cases or cases.CASES:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        lines += [*cases.CASES[name](setting), ""]
-    print("\n".join(lines))
+        part = "\n".join([*cases.CASES[name](setting), ""])
+        print(part, flush=True)  # what is measured is not lost if a later part fails
+        table += f"\n{part}"
     if not arguments.cases:
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
-        DOCUMENT.write_text(before + BEGIN + "\n".join(lines) + END + after, encoding="utf-8")
+        DOCUMENT.write_text(before + BEGIN + table + END + after, encoding="utf-8")
 
 
 def _peers(folder: Path) -> Path:

@@ -8,7 +8,6 @@ inside each round, and given as median, smallest and largest.
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,10 @@ from typing import Any
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 THREADS = 2
+LAUNCHER = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+"""Runs a command as the child of a small process: a child's peak counts what it was forked from."""
 
 
 @dataclass
@@ -108,7 +111,8 @@ def _peak() -> dict[str, float]:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the process was forked from, too
+    return {"peak_bytes": float(status.partition("VmHWM:")[2].split()[0]) * 1024}
 
 
 def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -132,14 +136,14 @@ def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[fl
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     with (folder / "log.txt").open("wb") as log:
         started = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], env=variables, cwd=folder, stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
+        launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
+        process = subprocess.run(launched, env=variables, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
         took = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    code, peak_kb = map(int, process.stdout.split())
+    if code:
         output = (folder / "log.txt").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with exit code {process.returncode}:\n{output}")
-    return took, used.ru_maxrss * 1024
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with exit code {code}:\n{output}")
+    return took, peak_kb * 1024
 
 
 def multiply_rates(threads: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ import ctranslate2
 import numpy as np
 import pytest
 import torch
+from ctranslate2.specs import transformer_spec
 from random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 from model.config import BOS, EOS, UNK, Positions, TransformerConfig
@@ -68,6 +69,22 @@ def test_int8_is_nearly_the_same_and_leaves_our_weights_as_they_are(tmp_path: Pa
     ours = torch.cat([log_probs(model, *pair) for pair in PAIRS])
     error = (torch.cat(exported_log_probs(tmp_path)) - ours).abs()
     assert 1e-3 < error.mean() < 0.3
+
+
+def test_int8_products_fit_into_16_bits_and_weights_are_rounded_to_their_scale(tmp_path: Path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(transformer_spec.TransformerSpec, "save", lambda spec, folder: saved.append(spec.variables()))
+    write_export(model := random_model(2, "none"), TOKENIZER, tmp_path, "int8")
+    (variables,) = saved
+    eighths = {name: value.array.astype(int) for name, value in variables.items() if f"{name}_scale" in variables}
+    assert len(eighths) > 10 * model.config.num_layers
+    for name, weight in eighths.items():
+        assert 2 * 255 * np.abs(weight).max() < 2**15, name
+        assert (np.abs(weight).max(axis=1) == 64).any(), name
+    embeddings = "decoder/embeddings/weight"
+    found = eighths[embeddings] / variables[f"{embeddings}_scale"].array[:, None]
+    ours = model.embedding.weight.detach().numpy()
+    assert np.abs(found - ours).max() <= 0.76 * np.abs(ours).max() / 63.5  # rounded to 8 bits, then to 7
 
 
 def test_the_shared_embeddings_are_there_once(tmp_path: Path):
