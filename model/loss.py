@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import products
 from model.config import PAD
-from model.products import ROWS, add_product, filled_up, product
+from model.products import ROWS, add_product, filled_up, product, scratch_for, sum_for
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
 """Logits in memory at once: 16 MB in single precision, near a CPU's cache; 256 MB on a GPU, where every chunk costs
@@ -48,12 +47,10 @@ class _ProjectionLoss(torch.autograd.Function):
         chunks = max(1, -(-len(x_all) * len(weight) // most))
         rows = max(1, -(-len(x_all) // (chunks * ROWS))) * ROWS  # all of a size, but for the last
         losses, grads_x = [], []
-        grad_weight = (-uniform * x_sum).to(weight.dtype).expand_as(weight)
-        # Either library adds to one of the two layouts faster.
-        grad_weight = grad_weight.T.contiguous().T if products.ONEDNN else grad_weight.contiguous()
-        scratch = x_all.new_empty(rows, len(weight))
+        grad_weight = sum_for((-uniform * x_sum).to(weight.dtype).expand_as(weight))
+        scratch = scratch_for(x_all, rows, len(weight))
         for x_chunk, target_chunk in zip(x_all.split(rows), target_all.split(rows), strict=True):
-            logits = product(x_chunk, weight, out=scratch[: len(x_chunk)]).to(at_least_single)  # [rows, vocab]
+            logits = product(x_chunk, weight, scratch).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
             largest = logits.amax(1, keepdim=True)
             exp = logits.sub_(largest).exp_()

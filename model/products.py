@@ -17,20 +17,27 @@ SMALL = 1 << 20
 """Multiplications below which oneDNN's call, 10 microseconds longer, does not pay."""
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient.
-
-    `out` is memory that MKL writes to instead of fresh memory, whose pages the system has to clear first.
-    """
+def product(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient. Where there is `scratch`, it may lie there."""
     if _by_onednn(a, b, len(a)):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    if out is None or _autocast(a):  # which leaves alone what is written to an `out`
-        return a @ b.T
-    return torch.mm(a, b.T, out=out)
+    return a @ b.T if scratch is None else torch.mm(a, b.T, out=scratch[: len(a)])
+
+
+def scratch_for(a: Tensor, rows: int, columns: int) -> Tensor | None:
+    """Memory for one product after another of parts of `a`: the system has to clear the pages of fresh memory. None
+    under autocast, which leaves alone what is written to an `out`."""
+    return None if _autocast(a) else a.new_empty(rows, columns)
+
+
+def sum_for(start: Tensor) -> Tensor:
+    """A copy of `start` for add_product to add to, in the layout in which that is faster."""
+    layout = torch.contiguous_format
+    return start.T.clone(memory_format=layout).T if ONEDNN else start.clone(memory_format=layout)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a^T b: [rows, m], [rows, n] -> [m, n]; without a gradient."""
+    """total += a^T b: [rows, m], [rows, n] -> [m, n]; without a gradient. See `sum_for`."""
     if _by_onednn(b.T, a.T, b.size(1)):
         total += product(b.T, a.T).T
     elif _autocast(a):

@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 import yaml
-from harness import ROOT, Side, flops_per_token, multiply_rate, paired, script, sentence_lengths
+from harness import ROOT, Side, flops_per_token, multiply_rate, paired, script, write_corpus
 
 sys.path.insert(0, str(ROOT))
 
-from pipeline.corpus import SIDES, encoded_paths
 from pipeline.params import load_settings
 
 VOCAB_SIZE, PAIRS = 37_000, 200_000  # section 5.1
@@ -49,7 +47,7 @@ def main() -> None:
     micro_batch_tokens = on_gpu["hardware"]["micro_batch_tokens"]
     with TemporaryDirectory() as folder:
         corpus = Path(folder)
-        _write_corpus(corpus)
+        write_corpus(corpus, PAIRS, VOCAB_SIZE)
         for preset in arguments.presets:
             settings = load_settings(ROOT, model=preset)
             config = settings.model.config(VOCAB_SIZE)
@@ -82,15 +80,6 @@ def _multiply_rate(device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
     return multiply_rate(lambda: a @ b, size)
-
-
-def _write_corpus(folder: Path) -> None:
-    """Random pieces."""
-    rng = np.random.default_rng(0)
-    for side, lengths in zip(SIDES, sentence_lengths(PAIRS), strict=True):
-        ids, offsets = encoded_paths(folder, "train", side)
-        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
-        np.save(ids, rng.integers(4, VOCAB_SIZE, lengths.sum(), dtype=np.uint16))
 
 
 if __name__ == "__main__":

@@ -191,6 +191,19 @@ def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
     return src, tgt
 
 
+def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
+    """An encoded one of random pieces."""
+    import numpy as np
+
+    from pipeline.corpus import SIDES, encoded_paths
+
+    rng = np.random.default_rng(0)
+    for side, lengths in zip(SIDES, sentence_lengths(num_pairs), strict=True):
+        ids, offsets = encoded_paths(folder, "train", side)
+        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
+        np.save(ids, rng.integers(4, vocab_size, lengths.sum(), dtype=np.uint16))
+
+
 def machine() -> str:
     """What the figures were measured on."""
     info = Path("/proc/cpuinfo")

@@ -5,35 +5,18 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from harness import Side, flops_per_token, paired, script, sentence_lengths
+from harness import ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
 
-from model.config import TransformerConfig
-from pipeline.corpus import SIDES, encoded_paths
+from pipeline.params import load_settings
 
-CONFIG = TransformerConfig(
-    vocab_size=101,
-    num_layers=1,
-    d_model=16,
-    d_ff=32,
-    num_heads=2,
-    d_k=8,
-    d_v=8,
-    dropout=0.1,
-    positions="sinusoidal",
-    norm="post",
-    max_length=512,
-)
+CONFIG = load_settings(ROOT, model="nano").model.config(101)
+PAIRS = 300
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(1)
-    for side, lengths in zip(SIDES, sentence_lengths(300), strict=True):
-        ids, offsets = encoded_paths(tmp_path, "train", side)
-        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
-        np.save(ids, rng.integers(4, CONFIG.vocab_size, lengths.sum(), dtype=np.uint16))
+    write_corpus(tmp_path, PAIRS, CONFIG.vocab_size)
     return tmp_path
 
 
@@ -61,9 +44,11 @@ def test_a_side_that_dies_is_named_with_its_command():
 
 def test_flops_are_those_of_the_sentences_without_padding(corpus: Path):
     """By the formula of a layer's products, written again: 6 FLOPs a weight and token, and attention's own."""
+    assert CONFIG.num_layers == 1
+    assert CONFIG.d_k == CONFIG.d_v
     d, inner, f, vocab = CONFIG.d_model, CONFIG.num_heads * CONFIG.d_k, CONFIG.d_ff, CONFIG.vocab_size
     flops = tokens = 0
-    src_lengths, tgt_lengths = (lengths[::10].astype(int) + 1 for lengths in sentence_lengths(300))
+    src_lengths, tgt_lengths = (lengths[::10].astype(int) + 1 for lengths in sentence_lengths(PAIRS))
     for s, t in zip(src_lengths, tgt_lengths, strict=True):
         encoder = s * (4 * d * inner + 2 * d * f) + 2 * s * s * inner
         decoder = t * (6 * d * inner + 2 * d * f + d * vocab) + s * 2 * d * inner + 2 * t * (t + s) * inner

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from model import products
-from model.products import ROWS, Linear, linear, product
+from model.products import ROWS, Linear, add_product, linear, product, scratch_for, sum_for
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -83,6 +83,34 @@ def test_a_product_of_two_matrices(calls):
     torch.testing.assert_close(product(a.T, b[:64].T), a.T @ b[:64], **CLOSE)
     assert len(calls) == 2
     torch.testing.assert_close(product(a.double(), b.double()), a.double() @ b.double().T)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_are_added_up_in_either_layout(onednn, autocast, calls, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", onednn)
+    a, b, start = torch.randn(64, 2003), torch.randn(64, 1009), torch.randn(2003, 1009)
+    total, before = sum_for(start), start.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        add_product(total, a, b)
+        add_product(total, a, b)
+    close = {"atol": 1.0, "rtol": 0.02} if autocast else CLOSE
+    torch.testing.assert_close(total, start + 2 * a.T @ b, **close)
+    assert torch.equal(start, before)
+    assert len(calls) == (2 if onednn and not autocast else 0)
+    one = torch.randn(1009)
+    assert sum_for(one.expand(2003, -1))[0].data_ptr() != one.data_ptr()
+
+
+def test_where_onednn_does_not_work_a_product_lies_where_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", False)
+    a, b = torch.randn(67, 101), torch.randn(211, 101)
+    scratch = scratch_for(a, 101, 211)
+    found = product(a, b, scratch)
+    assert found.data_ptr() == scratch.data_ptr()
+    torch.testing.assert_close(found, a @ b.T)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scratch_for(a, 101, 211) is None
 
 
 def test_small_products_and_other_precisions_are_left_to_torch(calls):

@@ -76,13 +76,13 @@ def test_int8_products_fit_into_16_bits_and_weights_are_rounded_to_their_scale(t
     monkeypatch.setattr(transformer_spec.TransformerSpec, "save", lambda spec, folder: saved.append(spec.variables()))
     write_export(model := random_model(2, "none"), TOKENIZER, tmp_path, "int8")
     (variables,) = saved
-    eighths = {name: value.array.astype(int) for name, value in variables.items() if f"{name}_scale" in variables}
-    assert len(eighths) > 10 * model.config.num_layers
-    for name, weight in eighths.items():
+    weights = {name: value.array.astype(int) for name, value in variables.items() if f"{name}_scale" in variables}
+    assert len(weights) > 10 * model.config.num_layers
+    for name, weight in weights.items():
         assert 2 * 255 * np.abs(weight).max() < 2**15, name
         assert (np.abs(weight).max(axis=1) == 64).any(), name
     embeddings = "decoder/embeddings/weight"
-    found = eighths[embeddings] / variables[f"{embeddings}_scale"].array[:, None]
+    found = weights[embeddings] / variables[f"{embeddings}_scale"].array[:, None]
     ours = model.embedding.weight.detach().numpy()
     assert np.abs(found - ours).max() <= 0.76 * np.abs(ours).max() / 63.5  # rounded to 8 bits, then to 7
 

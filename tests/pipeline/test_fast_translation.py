@@ -121,11 +121,11 @@ def test_empty_sources_and_those_that_are_cut_get_the_translations_of_torch():
     model = random_model(1, "learned")
     long = np.arange(4, 4 + LONGEST + 5)
     sources = [[], long, long[:LONGEST], []]
-    found = translate_fast(model, TOKENIZER, sources, SETTINGS, progress=False)
+    one_by_one = replace(SETTINGS, batch_tokens=1)  # on some processors, rows of one batch are rounded otherwise
+    found = translate_fast(model, TOKENIZER, sources, one_by_one, progress=False)
     ours = translate(model, TOKENIZER, sources, SETTINGS, progress=False)
     assert [(best.text, best.finished) for best in found] == [(best.text, best.finished) for best in ours]
-    assert found[1].text == found[2].text
-    assert found[1].score == pytest.approx(found[2].score, abs=1e-5)
+    assert found[1] == found[2]
     assert found[0].score == pytest.approx(ours[0].score, abs=1e-5)
 
 

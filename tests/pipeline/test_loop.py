@@ -179,7 +179,8 @@ def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
     scaled_dot_product_attention, cross_entropy over all logits, and Adam: with dropout, and while it learns."""
     config = replace(DROPPING, d_model=128, d_ff=256, num_heads=4, d_k=32, d_v=32)
     data = [[batch([(src, src) for src, _ in random_pairs(67, seed)])] for seed in range(5)]  # to be copied
-    recipe = replace(RECIPE, max_steps=40, learning_rate=lambda step: 1e-3)
+    rate = 5e-4  # by larger steps, the rounding of some processors grows beyond the tolerance
+    recipe = replace(RECIPE, max_steps=40, learning_rate=lambda step: rate)
     products_by_onednn = []
 
     def curve(
@@ -201,7 +202,7 @@ def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
         patch.setattr(transformer, "MAX_UNFUSED_QUERIES", 0)
 
     def by_hand(model: Transformer) -> list[float]:
-        optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3, (0.9, 0.98), 1e-9), []
+        optimizer, losses = torch.optim.Adam(model.parameters(), rate, (0.9, 0.98), 1e-9), []
         for step in range(1, recipe.max_steps + 1):
             seed_dropout(recipe.seed, step, 0)
             optimizer.zero_grad()
@@ -217,8 +218,7 @@ def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
     ours, theirs = curve(fast, by_the_loop), curve(plain, by_hand)
     assert len(products_by_onednn) > 10 * recipe.max_steps
     assert theirs[-1] < 0.8 * theirs[0]
-    assert ours[:20] == pytest.approx(theirs[:20], rel=1e-4)
-    assert ours == pytest.approx(theirs, rel=1e-3)  # rounding, another on each processor, grows tenfold in 20 steps
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_adam_is_the_formula_of_section_5_3():
