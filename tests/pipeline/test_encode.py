@@ -172,6 +172,18 @@ def test_unseen_characters_become_bytes_and_a_lost_one_is_named(corpus, tmp_path
     assert "test.de, line 3, is decoded as 'ein'" in capsys.readouterr().err
 
 
+def test_what_the_encoding_lower_cases_is_not_lost(corpus, tmp_path):
+    train_tokenizer(corpus / "clean/train.en", corpus / "clean/train.de", tmp_path / "lower", 379, lowercase=True)
+    reports = {
+        name: encode_corpus(corpus / "clean", tokenizer, tmp_path / "encoded", "en", "de")
+        for name, tokenizer in (("mixed", corpus / "tokenizer"), ("lower", tmp_path / "lower"))
+    }
+    assert {name: report["not_restored"] for name, report in reports.items()} == {"mixed": 0, "lower": 0}
+    assert not stage._same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=False)
+    assert stage._same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=True)
+    assert not stage._same("ΌΣΟΣ Straße", "όσοσ strasse", lowercase=True)
+
+
 def test_faults_are_named_and_leave_nothing_behind(corpus, tmp_path):
     clean = tmp_path / "clean"
     clean.mkdir()
