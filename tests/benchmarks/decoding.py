@@ -75,8 +75,11 @@ def generate(model: Path, sources: Outputs, cap: bool) -> Block:
     return lambda: _timed(outputs)
 
 
-def ctranslate2(model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int) -> Block:
-    """CTranslate2 on what `python -m pipeline.export` makes, with `threads` threads in all."""
+def ctranslate2(
+    model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int, patience: float
+) -> Block:
+    """CTranslate2 on what `python -m pipeline.export` makes, with `threads` threads in all; evaluate.engine has it
+    search with a `patience` of 2."""
     import ctranslate2 as ct2
 
     translator = ct2.Translator(
@@ -95,6 +98,7 @@ def ctranslate2(model: Path, sources: Outputs, cap: bool, compute_type: str, wor
                 [texts[i] for i in indices],
                 beam_size=BEAM,
                 length_penalty=ALPHA,
+                patience=patience,
                 max_decoding_length=limit,
                 min_decoding_length=limit if cap else 0,
                 suppress_sequences=[[pieces[PAD]], [pieces[BOS]]],
@@ -176,6 +180,7 @@ def main() -> None:
     parser.add_argument("--cap", action="store_true")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1, help="of CTranslate2, which share the threads")
+    parser.add_argument("--patience", type=float, default=1, help="of CTranslate2")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ids, offsets = (np.load(arguments.encoded / f"test.src.{what}.npy") for what in ("ids", "offsets"))
@@ -185,7 +190,8 @@ def main() -> None:
     chosen = [sources[order[i * len(order) // arguments.sentences]] for i in range(arguments.sentences)]
     given = (arguments.model, chosen, arguments.cap)
     if arguments.side in ("float32", "int8"):
-        serve(ctranslate2(*given, arguments.side, arguments.workers, arguments.threads))
+        options = (arguments.side, arguments.workers, arguments.threads, arguments.patience)
+        serve(ctranslate2(*given, *options))
     else:
         serve((ours if arguments.side == "ours" else generate)(*given))
 
