@@ -145,10 +145,6 @@ class MicroBatch:
     tgt_out: Tensor  # [sentences, T], the pieces and EOS
     num_tgt_tokens: int  # of tgt_out, padding not counted
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        src, tgt_in, tgt_out = (x.to(device, non_blocking=True) for x in (self.src, self.tgt_in, self.tgt_out))
-        return MicroBatch(src, tgt_in, tgt_out, self.num_tgt_tokens)
-
 
 def collate(split: EncodedSplit, indices: np.ndarray) -> MicroBatch:
     """The sentence pairs of these indices, in this order."""

@@ -1,5 +1,4 @@
 import time
-from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
@@ -191,14 +190,6 @@ def test_collate_lays_out_source_decoder_input_and_decoder_output(split):
     ]
     assert batch.num_tgt_tokens == 9 == int((batch.tgt_out != PAD).sum())
     assert {x.dtype for x in (batch.src, batch.tgt_in, batch.tgt_out)} == {torch.int64}
-
-
-def test_a_micro_batch_moves_as_a_whole(split):
-    batch = collate(split, np.array([1]))
-    moved = batch.to("meta")
-    assert {x.device.type for x in (moved.src, moved.tgt_in, moved.tgt_out)} == {"meta"}
-    assert moved.num_tgt_tokens == batch.num_tgt_tokens
-    assert replace(moved, src=batch.src).src is batch.src
 
 
 @settings(max_examples=50, deadline=None)
