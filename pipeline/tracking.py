@@ -21,9 +21,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlflow.pyfunc
 import psutil
@@ -62,6 +63,8 @@ LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves."""
 LONG_SILENCE_S = 90
 """After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (usage.py)."""
+P = ParamSpec("P")
+R = TypeVar("R")
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
@@ -71,7 +74,34 @@ def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it counts local files, three times
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
-    return MlflowClient(uri)
+    try:
+        return MlflowClient(uri)
+    except Exception as error:  # of a database: MLflow's, SQLAlchemy's or its driver's
+        raise ConnectionError(_refusal(uri, error)) from error
+
+
+def _refusal(uri: str, error: Exception) -> str:
+    return f"MLflow's store {without_password(uri)}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+def _in_a_line(call: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+    """For what a driver asks of the store: a refusal (of a password, say) becomes a ConnectionError of one line."""
+
+    @wraps(call)
+    def wrapped(uri: str, /, *arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return call(uri, *arguments, **named)
+        except MlflowException as error:
+            raise ConnectionError(_refusal(uri, error)) from error
+
+    return wrapped
+
+
+def prepare(uri: str) -> None:
+    """If the store is a file, import what it needs and, where it is not there, make its tables: seconds, for which
+    nobody has to wait later. Raises ConnectionError if it cannot be opened."""
+    if uri.startswith("sqlite:"):
+        _client(uri)
 
 
 def answers(uri: str) -> bool:
@@ -100,6 +130,7 @@ def _await_server(uri: str, patience_s: float) -> None:
         time.sleep(min(2.0, patience_s))
 
 
+@_in_a_line
 def open_run(
     uri: str,
     settings: Settings,
@@ -209,7 +240,11 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
     SIGTERM raises SystemExit inside, when this is the main thread. Only SIGKILL gets past; see `reconcile`.
     """
 
+    stopped = False
+
     def stop(signum: int, _frame: Any) -> None:
+        nonlocal stopped
+        stopped = True  # for Ray, if it is at work, makes another exit of this one
         raise SystemExit(128 + signum)
 
     main = threading.current_thread() is threading.main_thread()
@@ -217,8 +252,8 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        codes = (128 + signal.SIGTERM, signal.SIGTERM)  # ours, and that of Ray's handler, if it was set later
-        killed = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in codes)
+        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM  # its handler, if it was set later
+        killed = stopped or by_ray or isinstance(error, KeyboardInterrupt)
         finish(uri, run_id, "KILLED" if killed else "FAILED", patience_s=5)
         raise
     finally:
@@ -231,6 +266,7 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
+@_in_a_line
 def reconcile(uri: str, experiment: str) -> list[str]:
     """Mark KILLED every run that is RUNNING on this machine in name alone; returns their ids.
 
@@ -244,6 +280,7 @@ def reconcile(uri: str, experiment: str) -> list[str]:
     return _kill_running(uri, experiment, dead)
 
 
+@_in_a_line
 def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
     """Mark KILLED every child of the run that is RUNNING; returns their ids. For the driver of a sweep alone, which
     knows that none of them is: unlike `reconcile`, this holds for children on other machines too."""
@@ -273,6 +310,7 @@ def end_as(uri: str, run_key: str, experiment: str, status: str, reason: str) ->
         client.set_terminated(run.info.run_id, status)
 
 
+@_in_a_line
 def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
     """Add files and figures to a run, in place of those of the same name. Raises ConnectionError when the server
     stays away, ValueError when there is no such run any more."""
@@ -296,6 +334,7 @@ def _require_run(client: MlflowClient, run_id: str) -> Run:
     return run
 
 
+@_in_a_line
 def share_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> str:
     """Give the experiment of `run_id` a view of the children of that run, and return its address.
 
@@ -508,6 +547,7 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
     return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
 
 
+@_in_a_line
 def training_run(uri: str, settings: Settings, run_key: str, root: Path = Path()) -> str:
     """The id of the run that trained; a model that was trained elsewhere (`dvc pull`) gets one in this store.
 
@@ -523,6 +563,7 @@ def training_run(uri: str, settings: Settings, run_key: str, root: Path = Path()
     return run_id
 
 
+@_in_a_line
 def log_evaluation(
     uri: str,
     settings: Settings,
@@ -575,7 +616,8 @@ def search_name(settings: Settings) -> str:
 
 def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], name: str) -> Run:
     key = f"{parent.data.tags['run_key']}, {name}"
-    if child := _find(client, parent.info.experiment_id, key):
+    child = _find(client, parent.info.experiment_id, key)
+    if child and child.info.status == "FINISHED":
         return child
     inherited = {
         tag: value
@@ -587,13 +629,14 @@ def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, st
         "mlflow.parentRunId": parent.info.run_id,
         "run_key": key,
     }
-    child = client.create_run(parent.info.experiment_id, tags={**inherited, **own})
-    params = {**parent.data.params, **search}
+    child = child or client.create_run(parent.info.experiment_id, tags={**inherited, **own})
+    params = {**parent.data.params, **search}  # again, if the evaluation that made the child was killed
     client.log_batch(child.info.run_id, params=[Param(key, value) for key, value in params.items()])
     client.set_terminated(child.info.run_id, "FINISHED")
     return client.get_run(child.info.run_id)
 
 
+@_in_a_line
 def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mapping[str, float]) -> str:
     """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
 

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def dead_pid() -> str:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return str(process.pid)
+
+
+def test_a_store_is_prepared_with_its_tables_or_refused_in_a_line(tmp_path: Path) -> None:
+    tracking.prepare(f"sqlite:///{tmp_path / 'new.db'}")
+    with closing(sqlite3.connect(tmp_path / "new.db")) as database:
+        assert database.execute("select count(*) from runs").fetchone() == (0,)
+    (tmp_path / "broken.db").write_text("no database" * 1000)
+    broken = f"sqlite:///{tmp_path / 'broken.db'}"
+    for ask in (tracking.prepare, lambda uri: tracking.reconcile(uri, EXPERIMENT)):
+        with pytest.raises(ConnectionError, match=rf"^MLflow's store {broken}: .*file is not a database$"):
+            ask(broken)
+    tracking.prepare("http://127.0.0.1:9")  # is not asked
 
 
 def test_the_store_is_an_absolute_path_because_ray_workers_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,12 +246,11 @@ def test_a_trials_run_can_be_ended_by_its_key_with_the_reason(
     assert client.get_run(other).info.status == "RUNNING"
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C counts, even if these tests are a shell's background job, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def terminated_as_by_ray() -> None:
+    """While Ray's own code is at work, it makes another exit of ours."""
+    with suppress(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    sys.exit(1)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +261,10 @@ def _interruptible() -> Iterator[None]:
         (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt, "KILLED"),
         (lambda: signal.raise_signal(signal.SIGTERM), SystemExit, "KILLED"),
         (lambda: sys.exit(signal.SIGTERM), SystemExit, "KILLED"),
+        (lambda: terminated_as_by_ray(), SystemExit, "KILLED"),
     ],
 )
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_the_guard_marks_a_run_that_does_not_come_to_its_end(uri, run_id, ending, error, expected) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error), tracking.run_guard(uri, run_id):
@@ -508,6 +521,26 @@ def test_another_search_has_a_child_run_with_the_parameters_of_training(
     assert child.data.tags["mlflow.parentRunId"] == run_id
     assert child.info.run_name == "grammar mini, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
     assert child.info.status == "FINISHED"
+    assert child.data.params == {**parent.data.params, "beam": "13"}
+
+
+def test_an_evaluation_that_was_killed_leaves_a_child_run_that_the_next_one_completes(
+    uri: str, root: Path, settings: Settings, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = replace(settings, evaluate=replace(settings.evaluate, beam=13))
+    evaluate(uri, root, settings, 41.0)
+
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(uri, root, wide, 41.5)
+    client = MlflowClient(uri)
+    parent, child = client.get_run(run_id), client.get_run(evaluate(uri, root, wide, 41.5))
+    assert len(client.search_runs([child.info.experiment_id])) == 2
+    assert (child.info.status, child.data.metrics) == ("FINISHED", {"test_bleu": 41.5})
     assert child.data.params == {**parent.data.params, "beam": "13"}
 
 

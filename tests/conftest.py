@@ -1,0 +1,12 @@
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C counts, even if these tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
