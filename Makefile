@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the default test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make ui      open the MLflow UI on http://127.0.0.1:5000"
-	@echo "make clean   delete what runs have made, and .venv"
+	@echo "make clean   delete what runs have made (not DVC's cache), and .venv"
 
 repro: .venv/installed
 	dvc repro
@@ -39,7 +39,7 @@ ui: .venv/installed
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
-	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db data/raw data/clean data/tokenizer data/encoded data/sweep models
+	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db* data/downloads data/raw data/clean data/tokenizer data/encoded data/sweep models/final models/ctranslate2* .benchmarks
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

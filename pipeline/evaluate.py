@@ -3,7 +3,8 @@
     python -m pipeline.evaluate
 
 Reads models/final, data/tokenizer, data/encoded and data/clean; writes reports/evaluation.json,
-reports/bleu_by_length.csv and reports/translations.tsv. `evaluate` and what it calls need no disk, no MLflow.
+reports/bleu_by_length.csv and reports/translations.tsv. `evaluate` and what it calls need no MLflow, and a
+disk for the exports of CTranslate2 alone.
 """
 
 import argparse

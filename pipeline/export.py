@@ -13,7 +13,7 @@ The folder has all that it takes, the tokenizer too:
                                           suppress_sequences=[["<pad>"], ["<s>"]])
     print(tokenizer.decode(result.hypotheses[0]))
 
-Where model.max_length is below 256, add max_input_length and max_decoding_length, both with its value. The
+Where model.max_length is below 1,024, add max_input_length with its value, and below 256 max_decoding_length too. The
 evaluate stage translates by such an export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
 """
 
@@ -192,7 +192,7 @@ def main() -> None:
         "--quantization",
         choices=("float32", "int8"),
         default="float32",
-        help="int8: a quarter of the size, faster, and one in some translations another (float32)",
+        help="int8: a quarter of the size and faster; some translations differ (default: float32)",
     )
     arguments = parser.parse_args()
     try:

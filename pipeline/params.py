@@ -148,7 +148,8 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """On what training runs; nothing here changes what one step computes, precision apart."""
+    """On what training runs. Of these only precision and micro_batch_tokens change what a step computes: with other
+    values it is another run."""
 
     num_workers: int | list[int]
     device: Literal["auto", "cpu", "gpu"]
