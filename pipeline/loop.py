@@ -91,7 +91,7 @@ class FlatGradients:
 
     def __init__(self, model: nn.Module) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.vector = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.vector = parameters[0].new_zeros(sum(p.numel() for p in parameters))
         for p, part in zip(parameters, self.vector.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 

@@ -459,8 +459,10 @@ def test_the_search_of_a_transformer_is_the_plain_one(num_seeds: int):
     assert {(True, 1), (False, 1), (True, 3), (False, 3)} <= ends
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative", "rotary"])
-def test_the_transformers_own_score_of_an_output_is_what_the_search_reports(positions: Positions):
+def test_the_transformers_own_score_of_an_output_is_what_the_search_reports(positions: Positions, device: str):
+    """Its own in double precision."""
     config = TransformerConfig(
         vocab_size=23, num_layers=2, d_model=14, d_ff=17, num_heads=3, d_k=6, d_v=5, dropout=0.0,
         positions=positions, norm="post", max_length=12,
@@ -472,7 +474,9 @@ def test_the_transformers_own_score_of_an_output_is_what_the_search_reports(posi
         src = torch.randint(4, 23, (5, 7))
         for sentence, length in zip(src, (6, 2, 4, 0, 5), strict=True):
             sentence[length], sentence[length + 1 :] = EOS, PAD
-        found = beam_search(model.start(src), torch.tensor([11, 5, 7, 3, 2]), beam=4, alpha=0.6)
+        limits = torch.tensor([11, 5, 7, 3, 2], device=device)
+        found = beam_search(model.to(device).start(src.to(device)), limits, beam=4, alpha=0.6)
+        model.cpu().double()
         for i, h in ((i, h) for i, hypotheses in enumerate(found) for h in hypotheses):
             tgt = torch.tensor([[BOS, *h.tokens, EOS]])
             with torch.inference_mode():

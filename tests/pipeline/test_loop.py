@@ -308,6 +308,21 @@ def test_bf16_changes_the_step_a_little_and_keeps_weights_in_single_precision():
     assert all(p.dtype == torch.float32 for p in models[1].parameters())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 1e-2)])
+def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
+    exact, model = new_model().double(), new_model().to(device)
+    epoch = [micro_batches([5, 7]), micro_batches([3], seed=2)]
+    recipes = replace(RECIPE, max_steps=6), replace(RECIPE, max_steps=6, bf16=bf16)
+    states = [run(*given) for given in ((exact, epoch, recipes[0]), (model, epoch, recipes[1]))]
+    expected, found = ([point["train_loss"] for point in state.training_curve] for state in states)
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert expected[-1] < 0.9 * expected[0]
+    sums = [cross_entropy(trained, epoch[0], bf16=on) for trained, on in ((exact, False), (model, bf16))]
+    assert sums[1][0] == pytest.approx(sums[0][0], rel=tolerance)
+    assert sums[1][1] == sums[0][1]
+
+
 def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypatch):
     calls: list[Any] = []
 
