@@ -1,23 +1,32 @@
-"""What runs in the processes of Ray Train: a worker of training, and what they need to reach each other.
+"""What runs in the processes of Ray Train: a worker of training, what they need to reach each other, and who starts
+and watches them.
 
 The driver (train.py) sends these by name. MLflow is not imported here, for each of Ray's processes would wait for it.
 """
 
+import asyncio
 import logging
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import ray
 import ray.train
 import torch
+from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipeline import checkpoint, progress
 from pipeline.corpus import ENCODED
@@ -149,7 +158,9 @@ class LeanTrainer(TorchTrainer):
     """Without those of Ray's processes that have nothing to do here: each takes as long to start as a worker.
 
     What hands out Ray's datasets is never needed. On a Ray that ends with this driver, `private`, neither is what
-    asks an autoscaler for nodes, nor what gives back the room of a controller that died.
+    asks an autoscaler for nodes, nor what gives back the room of a controller that died; and the controller, which
+    starts workers, watches them and starts dead ones again, is at work in the driver (so not where an event loop of
+    asyncio is running).
     """
 
     def __init__(self, *arguments: Any, private: bool, **named: Any) -> None:
@@ -159,11 +170,15 @@ class LeanTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         idle: tuple[type, ...] = (DatasetsCallback,)
         if self.private:
-            idle += (PlacementGroupCleanerCallback,)
+            idle += (PlacementGroupCleanerCallback, StateManagerCallback)
             if isinstance(parts["scaling_policy"], FixedScalingPolicy):
                 parts["scaling_policy"] = _NothingToAskFor(self.scaling_config)  # type: ignore[arg-type]
         parts["callbacks"] = [callback for callback in parts["callbacks"] if not isinstance(callback, idle)]
-        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+        if not self.private:
+            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+        controller = _ControllerHere(**parts)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
 
 class _NothingToAskFor(FixedScalingPolicy):
@@ -172,3 +187,21 @@ class _NothingToAskFor(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class _WorkersWithoutController(WorkerGroup):
+    """Workers may ask the controller, an actor, for the checkpoints that were reported to Ray. Ours report none."""
+
+    def _init_train_context_on_workers(self, *arguments: Any, **named: Any) -> None:
+        with patch.object(RuntimeContext, "current_actor", None):  # there is none in a driver: Ray raises
+            super()._init_train_context_on_workers(*arguments, **named)
+
+
+class _ControllerHere(TrainController):
+    worker_group_cls = _WorkersWithoutController
+
+    async def run(self) -> None:
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            # Ctrl-C at once. asyncio's way waits for an await, and while workers start there is none.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        await super().run()

@@ -10,7 +10,6 @@ from its last checkpoint in checkpoints/; with other settings, data or code it s
 import argparse
 import csv
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
     """
     started = time.perf_counter()
-    threading.Thread(target=importlib.import_module, args=["pipeline.tracking"]).start()  # while Ray starts
     root = root.resolve()
+    store_opened = ThreadPoolExecutor(1).submit(_open_store, tracking_uri(root))  # while Ray starts
     published = bring(settings, root, run_storage(root))
     folder = run_folder(settings, root)
     _say_how_it_starts(folder)
@@ -74,6 +74,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     with nullcontext() if done else ray_cluster(settings.hardware, root):
         if not done:
             check(settings.hardware, root, run_storage(root), published, tracking_uri(root))
+        store_opened.result()
         from pipeline import tracking
 
         tracking.reconcile(tracking_uri(root), settings.tracking.experiment)
@@ -84,6 +85,12 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
                 write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(run.state, f"{name}_curve")))
     _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
+
+
+def _open_store(uri: str) -> None:
+    from pipeline import tracking  # MLflow takes seconds to import
+
+    tracking.prepare(uri)
 
 
 @contextmanager
@@ -294,6 +301,9 @@ def main() -> None:
     except (ValueError, OSError, TrainingError) as error:
         _say(str(error))
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from the last checkpoint")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

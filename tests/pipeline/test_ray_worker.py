@@ -59,11 +59,29 @@ def test_one_of_several_workers_dies_of_it_because_the_others_wait_for_it(out_of
 @pytest.mark.parametrize("private", [True, False])
 def test_rays_processes_that_have_nothing_to_do_are_not_started(private, num_workers, monkeypatch):
     started = {}
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **parts: started.update(parts))
+
+    class ControllerHere:
+        def __init__(self, **parts):
+            started.update(parts, where="in the driver")
+
+        async def run(self):
+            started.update(result="of training")
+
+        def get_result(self):
+            return started["result"]
+
+    def start_actor(self, **parts):
+        started.update(parts, where="in a process of its own")
+        return "of training"
+
+    monkeypatch.setattr(ray_worker, "_ControllerHere", ControllerHere)
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", start_actor)
     config = ScalingConfig(num_workers=num_workers)
     trainer = ray_worker.LeanTrainer(lambda: None, private=private, scaling_config=config)
     everything = trainer._create_default_callbacks()
-    trainer._initialize_and_run_controller(callbacks=everything, scaling_policy=create_scaling_policy(config))
+    parts = {"callbacks": everything, "scaling_policy": create_scaling_policy(config)}
+    assert trainer._initialize_and_run_controller(**parts) == "of training"
+    assert started["where"] == ("in the driver" if private else "in a process of its own")
     left_out = {type(callback).__name__ for callback in everything} - {
         type(callback).__name__ for callback in started["callbacks"]
     }

@@ -1,6 +1,9 @@
 """Training that is killed, in several ways, ends with the weights that it would have had."""
 
+import signal
+
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +30,20 @@ def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_pat
     assert project.weights() == trained.weights()
     assert project.only_run().info.status == "FINISHED"
     assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_training_that_is_interrupted_says_so_in_a_line(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    with project.started("python", "-m", "pipeline.train") as training:
+        project.wait_for(project.checkpoints, "checkpoint")
+        ours = training.children(recursive=True)
+        training.send_signal(signal.SIGINT)
+        assert training.wait(PATIENCE_S) == 130, project.log()
+    assert project.log().endswith("train: interrupted; the same command goes on from the last checkpoint\n")
+    assert "Traceback" not in project.log()
+    assert project.only_run().info.status == "KILLED"
+    assert not [title(process) for process in ours if process.is_running()]
 
 
 def test_killed_repro_is_continued_by_the_next_and_the_weights_are_the_same(trained, tmp_path):
