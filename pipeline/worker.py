@@ -48,11 +48,16 @@ def train_rank(
     plan = batch_plan(train_split, settings, settings.train.batch_tokens)
     if plan.num_skipped and rank == 0:
         say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
-    share = t.batch_tokens // num_ranks
-    if num_ranks > 1 and settings.hardware.micro_batch_tokens > share * 8 // 7 and rank == 0:
+    _, micro_batches = next(plan.from_position(Position(*state.position)))
+    num_micro = len(micro_batches)
+    if rank == 0 and num_micro < 0.9 * num_ranks * -(-num_micro // num_ranks):
+        if num_micro > num_ranks:  # so many fewer of them as are over
+            even = -(-settings.hardware.micro_batch_tokens * num_micro // (num_micro - num_micro % num_ranks))
+        else:  # a seventh above the share, as sentences fit badly
+            even = t.batch_tokens // num_ranks * 8 // 7
         say(
-            f"{num_ranks} workers share a step of {t.batch_tokens} tokens, and some wait for others: set "
-            f"hardware.micro_batch_tokens to {share * 8 // 7} (a seventh above the share, as sentences fit badly)"
+            f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: "
+            f"set hardware.micro_batch_tokens to {even}"
         )
     valid_batches = _all_batches(valid_split, settings)
     mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]

@@ -183,6 +183,7 @@ def orchestration(setting: Setting) -> list[str]:
     for key, value in (("max_steps", 6), ("checkpoint_every", 6), ("validate_every", 1000), ("batch_tokens", 4096)):
         edit(project / "conf/model/base.yaml", f"train.{key}", value)
     edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
+    edit(project / "conf/hardware/auto.yaml", "hardware.micro_batch_tokens", 1170)  # four a step: two for each worker
     rates = []
     for workers in (1, 2):
         say(f"base on {workers} workers of one thread")

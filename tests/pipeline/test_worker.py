@@ -208,15 +208,19 @@ def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_
     assert points(again) == points(whole)
 
 
-def test_workers_that_would_wait_for_others_are_said_with_the_setting(data, tmp_path):
-    small = make_settings(hardware={"micro_batch_tokens": 97})
-    torch.multiprocessing.spawn(as_rank, (str(tmp_path), small), nprocs=2)
-    assert json.loads((tmp_path / "0.json").read_text()) == []
-    large = make_settings(hardware={"micro_batch_tokens": 98})
-    torch.multiprocessing.spawn(as_rank, (str(tmp_path), large), nprocs=2)
-    (said,) = json.loads((tmp_path / "0.json").read_text())
-    assert said.startswith("2 workers share a step of 170 tokens, and some wait for others: set hardware.micro_b")
-    assert "micro_batch_tokens to 97 " in said
+@pytest.mark.parametrize(("micro_batch_tokens", "shared", "advice"), [(300, 1, 97), (97, 3, 146), (146, 2, None)])
+def test_workers_that_would_wait_for_others_are_said_with_the_setting(
+    data, tmp_path, micro_batch_tokens, shared, advice
+):
+    settings = make_settings(hardware={"micro_batch_tokens": micro_batch_tokens})
+    torch.multiprocessing.spawn(as_rank, (str(tmp_path), settings), nprocs=2)
+    said = json.loads((tmp_path / "0.json").read_text())
+    assert said == [] if advice is None else len(said) == 1
+    for line in said:
+        assert line == (
+            f"2 workers share {shared} micro-batches a step, and some wait for others: "
+            f"set hardware.micro_batch_tokens to {advice}"
+        )
 
 
 def test_a_finished_run_is_not_trained_further(data, tmp_path):
@@ -301,7 +305,9 @@ def test_the_number_of_ranks_may_change_from_one_checkpoint_to_the_next(data, tm
     with pytest.raises(Stopped):
         run(data, tmp_path / "parts", stop=4)
     torch.multiprocessing.spawn(as_rank, (str(tmp_path),), nprocs=2)
-    assert json.loads((tmp_path / "0.json").read_text()) == ["continuing from the checkpoint of step 3"]
+    resumed, shared = json.loads((tmp_path / "0.json").read_text())
+    assert resumed == "continuing from the checkpoint of step 3"
+    assert shared.startswith("2 workers share 5 micro-batches a step")
     assert json.loads((tmp_path / "1.json").read_text()) == []
     parts = run(data, tmp_path / "parts")
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
