@@ -296,6 +296,7 @@ def as_rank(rank: int, folder: str, settings: Settings | None = None) -> None:
         run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=2)
     except Stopped:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+    dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
     dist.destroy_process_group()
 
 
