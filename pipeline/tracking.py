@@ -50,6 +50,8 @@ from pipeline.files import sha256_of
 from pipeline.params import Settings, flatten
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SEARCH = ("beam", "alpha", "max_extra", "engine")
 """The settings of `evaluate` that change a translation."""
@@ -63,8 +65,6 @@ LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves."""
 LONG_SILENCE_S = 90
 """After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (usage.py)."""
-P = ParamSpec("P")
-R = TypeVar("R")
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
 """Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
 
