@@ -56,6 +56,7 @@ def ray_cluster(hardware: Hardware, root: Path, dashboard: bool = False) -> Iter
         }
         # Ray's workers leave the processors to its other processes, by a nice of 15. Here the work is all there is.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them
         # One of Ray's helpers asks the dashboard once a second. Without one, it warns each time that it got none,
         # and dies with a traceback when it finds two clusters on this machine: tell it where nobody answers.
         if dashboard:

@@ -75,7 +75,7 @@ def work(config: dict[str, Any]) -> str | None:
     def report(metrics: dict[str, float], step: int) -> None:
         nonlocal writer
         if rank == 0:
-            from pipeline.tracking import MetricWriter  # here: MLflow is slow to import, and no step waits for it
+            from pipeline.tracking import MetricWriter  # here: the first step does not wait for MLflow's import
 
             writer = writer or MetricWriter(job.tracking_uri, job.run_id)
             writer.log(metrics, step)
@@ -141,6 +141,8 @@ class ReachableTorch(TorchConfig):
 
 class _ReachableBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if len(worker_group) == 1:  # nobody to reach; and a thread of Gloo's wakes up a hundred times a second
+            return
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)
 

@@ -54,6 +54,19 @@ def test_one_of_several_workers_dies_of_it_because_the_others_wait_for_it(out_of
         out_of_memory(2)
 
 
+@pytest.mark.parametrize(("num_workers", "grouped"), [(1, False), (2, True), (3, True)])
+def test_only_workers_that_have_another_to_reach_form_a_process_group(num_workers, grouped, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ray_worker._TorchBackend, "on_start", lambda self, group, config: asked.append(len(group)))
+
+    class Group(list):
+        execute = staticmethod(asked.append)
+
+    backend_class = ray_worker.ReachableTorch().backend_cls
+    backend_class().on_start(Group(range(num_workers)), ray_worker.ReachableTorch())
+    assert asked == ([ray_worker._name_interface, num_workers] if grouped else [])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about settings of its own
 @pytest.mark.parametrize("num_workers", [2, (1, 3)])
 @pytest.mark.parametrize("private", [True, False])
