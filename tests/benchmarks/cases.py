@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
+from harness import ROOT, THREADS, Runner, Side, flops_per_token, multiply_rates, paired, run, say, script, slower_by
 
 VOCAB_SIZE = 10_000
 
@@ -155,33 +155,38 @@ def orchestration(setting: Setting) -> list[str]:
     _clear(project)
     new_project(project, data="multi30k", model="tiny")
     shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
-    every = 60
-    for key, value in (("max_steps", 2 * every), ("checkpoint_every", every), ("validate_every", 1000)):
-        edit(project / "conf/model/tiny.yaml", f"train.{key}", value)
-    bare = Side("bare", script("orchestration.py", sys.executable, "--project", project, "--steps", every))
-    starts, intervals = [], []
+    starts = []
     for number in range(3):
-        say(f"round {number + 1} of 3: the bare loop")
-        paired([bare], 1)
-        say(f"round {number + 1} of 3: python -m pipeline.train")
-        _clear(project / "checkpoints", project / "mlflow.db", project / "mlartifacts", project / "models")
+        say(f"round {number + 1} of 3: two steps")
+        _forget(project)
+        _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
         began = time.time()
         run([sys.executable, "-m", "pipeline.train"], project)
         (usage,) = (json.loads(path.read_text()) for path in project.glob("checkpoints/*/usage/*.json"))
         starts.append(usage["first_step_at"] - began)
-        first, second = sorted(project.glob("checkpoints/*/step_*"))
-        intervals.append(second.stat().st_mtime - first.stat().st_mtime)
-    ratios = [interval / block["seconds"] - 1 for interval, block in zip(intervals, bare.blocks, strict=True)]
+    slower = []
+    for number in range(setting.rounds):
+        say(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
+        _forget(project)
+        _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
+        whole = Runner([sys.executable, "-m", "pipeline.train"], project, "checkpoints/*/progress.json")
+        alone = project / "bare"
+        _clear(alone)
+        alone.mkdir()
+        command = script("orchestration.py", sys.executable, "--project", project, "--progress", alone / "told.json")
+        bare = Runner(command, alone, "told.json")
+        with whole.started(25), bare.started(3):  # after the first point of the curve, for which MLflow is imported
+            slower.append(slower_by(whole, bare, turns=24, turn_s=5))
     lines = [
         "**Orchestration**",
         "",
-        f"- A step of tiny under Ray Train with MLflow and a checkpoint every {statistics.median(intervals):.0f} s, "
-        f"beside the bare loop's: {statistics.median(ratios):+.1%} ({min(ratios):+.1%} to {max(ratios):+.1%}).",
+        "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
+        f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
         f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}).",
     ]
     edit(project / "params.yaml", "model", "base")
-    for key, value in (("max_steps", 6), ("checkpoint_every", 6), ("validate_every", 1000), ("batch_tokens", 4096)):
-        edit(project / "conf/model/base.yaml", f"train.{key}", value)
+    _lengths(project, "base", max_steps=6, checkpoint_every=6)
+    edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
     edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
     edit(project / "conf/hardware/auto.yaml", "hardware.micro_batch_tokens", 1170)  # four a step: two for each worker
     rates = []
@@ -197,8 +202,7 @@ def orchestration(setting: Setting) -> list[str]:
     )
     _clear(project)
     new_project(project, data="grammar", model="nano")
-    for key, value in (("max_steps", 20), ("validate_every", 20), ("checkpoint_every", 20)):
-        edit(project / "conf/model/nano.yaml", f"train.{key}", value)
+    _lengths(project, "nano", max_steps=20, checkpoint_every=20)
     for command in (["git", "init", "-q"], ["git", "add", "."], ["git", *WHO, "commit", "-qm", "benchmark"]):
         run(command, project)
     say("dvc repro evaluate, and again")
@@ -240,6 +244,16 @@ def edit(path: Path, key: str, value: Any) -> None:
         section = section[part]
     section[name] = value
     path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _lengths(project: Path, preset: str, max_steps: int, checkpoint_every: int) -> None:
+    for key, value in (("max_steps", max_steps), ("checkpoint_every", checkpoint_every), ("validate_every", 1000)):
+        edit(project / f"conf/model/{preset}.yaml", f"train.{key}", value)
+
+
+def _forget(project: Path) -> None:
+    """The runs."""
+    _clear(*(project / name for name in ("checkpoints", "mlflow.db", "mlartifacts", "models")))
 
 
 def _profile(side: Side) -> str:

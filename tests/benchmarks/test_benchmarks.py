@@ -3,10 +3,11 @@ fast things are."""
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
+from harness import ROOT, Runner, Side, flops_per_token, paired, script, sentence_lengths, slower_by, write_corpus
 
 from pipeline.params import load_settings
 
@@ -40,6 +41,43 @@ def test_a_side_that_dies_is_named_with_its_command():
     side = Side("the third", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match=r"the third ended with exit code 3: .*SystemExit"):
         paired([side], rounds=1)
+
+
+COUNTS = """import json, os, sys, time
+step = 0
+while True:
+    step, end = step + 1, time.perf_counter() + 0.01
+    while time.perf_counter() < end:
+        pass
+    open("new", "w").write(json.dumps({"step": step, "text": "", "said": []}))
+    os.replace("new", sys.argv[1])
+"""
+
+
+def test_one_that_waits_for_its_turn_takes_no_step(tmp_path: Path):
+    runner = Runner([sys.executable, "-c", COUNTS, str(tmp_path / "told.json")], tmp_path, "told.json")
+    with runner.started(steps=3):
+        asleep = (tmp_path / "told.json").read_text()
+        time.sleep(0.3)
+        assert (tmp_path / "told.json").read_text() == asleep
+        while len(runner.reached) < 2:
+            runner.work(0.1)
+        assert runner.reached[0][0] < runner.reached[1][0]
+        process = runner.process
+    assert not process.is_running()
+
+
+def test_steps_are_compared_by_the_time_in_which_their_process_was_awake():
+    awake = [(10, 1.0), (20, 2.0), (40, 6.0)]
+    runner, bare = (Runner([], Path(), "", reached=[*reached]) for reached in (awake, [(5, 0.5), (30, 3.0)]))
+    assert runner.seconds(10, 30) == pytest.approx(3.0)
+    assert slower_by(runner, bare, turns=0, turn_s=0) == pytest.approx(0.5)
+
+
+def test_a_run_that_ends_before_its_turn_is_named_with_its_output(tmp_path: Path):
+    runner = Runner([sys.executable, "-c", "raise SystemExit('no data')"], tmp_path, "told.json")
+    with pytest.raises(RuntimeError, match=r"ended with exit code 1:\nno data"), runner.started(steps=1):
+        pass
 
 
 def test_flops_are_those_of_the_sentences_without_padding(corpus: Path):
