@@ -80,7 +80,8 @@ class Project:
     @property
     def environment(self):
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_"))}
-        for name in ("CORPUS_MIRROR", "GIT_COMMIT", "PYTHONPATH", "RUN_STORAGE", "VIRTUAL_ENV"):
+        others = "CORPUS_MIRROR GIT_COMMIT PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
+        for name in others.split():
             ours.pop(name, None)
         identity = {
             f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
