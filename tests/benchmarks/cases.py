@@ -156,19 +156,19 @@ def orchestration(setting: Setting) -> list[str]:
     new_project(project, data="multi30k", model="tiny")
     shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
     starts = []
+    _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
     for number in range(3):
         say(f"round {number + 1} of 3: two steps")
         _forget(project)
-        _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
         began = time.time()
         run([sys.executable, "-m", "pipeline.train"], project)
         (usage,) = (json.loads(path.read_text()) for path in project.glob("checkpoints/*/usage/*.json"))
         starts.append(usage["first_step_at"] - began)
     slower = []
+    _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
         say(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
         _forget(project)
-        _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
         whole = Runner([sys.executable, "-m", "pipeline.train"], project, "checkpoints/*/progress.json")
         alone = project / "bare"
         _clear(alone)

@@ -154,8 +154,7 @@ class Runner:
         try:
             while self._step() < steps:
                 if process.poll() is not None:
-                    end = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"{' '.join(self.command)} ended with exit code {process.returncode}:\n{end}")
+                    raise _ended(self.command, process.returncode, log)
                 time.sleep(0.2)
             self.process = process
             self._send(signal.SIGSTOP)
@@ -218,9 +217,14 @@ def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[fl
         took = time.perf_counter() - started
     code, peak_kb = map(int, process.stdout.split())
     if code:
-        output = (folder / "log.txt").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with exit code {code}:\n{output}")
+        raise _ended(command, code, folder / "log.txt")
     return took, peak_kb * 1024
+
+
+def _ended(command: Sequence[object], code: int, log: Path) -> RuntimeError:
+    return RuntimeError(
+        f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
+    )
 
 
 def multiply_rates(threads: int) -> dict[str, float]:

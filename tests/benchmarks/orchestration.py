@@ -1,4 +1,5 @@
-"""The bare loop: pipeline/worker.py on the settings of a project, without Ray, MLflow and checkpoints."""
+"""The bare loop: pipeline/worker.py on the settings of a project, without Ray, MLflow and checkpoints. It
+tells its steps in a file, as a run under Ray does."""
 
 import argparse
 from dataclasses import replace
