@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import ROOT, THREADS, Runner, Side, flops_per_token, multiply_rates, paired, run, say, script, slower_by
+from harness import ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
+from turns import Runner, slower_by
 
 VOCAB_SIZE = 10_000
 

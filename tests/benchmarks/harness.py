@@ -2,24 +2,22 @@
 
 A side prints a line when it is ready, then works a block for every line that it reads, and prints what it measured.
 The rounds go through all sides in turn, so that what else the machine does falls on each alike; a ratio is taken
-inside each round, and given as median, smallest and largest.
+inside each round, and given as median, smallest and largest. The sides of others import this, too: it needs
+nothing but Python.
 """
 
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 THREADS = 2
@@ -133,79 +131,6 @@ def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
     return {name: times[name] / total for name in sorted(times, key=lambda name: -times[name])[:9]}
 
 
-@dataclass
-class Runner:
-    """A training run that is stopped and continued with all its processes. `told` is the pattern of the file, below
-    `folder`, in which it tells its steps as pipeline/progress.py does."""
-
-    command: list[str]
-    folder: Path
-    told: str
-    awake_s: float = 0.0
-    reached: list[tuple[int, float]] = field(default_factory=list)  # steps, and awake_s when they were done
-
-    @contextmanager
-    def started(self, steps: int) -> Iterator[None]:
-        """Asleep after its first steps; killed in the end. Raises RuntimeError if it ends by itself before."""
-        log = self.folder / "log.txt"
-        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
-        with log.open("wb") as file:
-            process = psutil.Popen(self.command, env=variables, cwd=self.folder, stdout=file, stderr=file)
-        try:
-            while self._step() < steps:
-                if process.poll() is not None:
-                    raise _ended(self.command, process.returncode, log)
-                time.sleep(0.2)
-            self.process = process
-            self._send(signal.SIGSTOP)
-            yield
-        finally:
-            if process.is_running():
-                for part in [*process.children(recursive=True), process]:
-                    with suppress(psutil.NoSuchProcess):
-                        part.kill()
-            process.wait()
-
-    def work(self, seconds: float) -> None:
-        began = time.time()
-        self._send(signal.SIGCONT)
-        time.sleep(seconds)
-        self._send(signal.SIGSTOP)
-        ended = time.time()
-        self.awake_s += ended - began
-        (file,) = self.folder.glob(self.told)
-        if (written := file.stat().st_mtime) > began:
-            self.reached.append((self._step(), self.awake_s - (ended - written)))
-
-    def seconds(self, first: int, last: int) -> float:
-        """From one step to another; between those that were seen, at an even pace."""
-        import numpy as np
-
-        steps, times = zip(*self.reached, strict=True)
-        return float(np.interp(last, steps, times) - np.interp(first, steps, times))
-
-    def _step(self) -> int:
-        from pipeline import progress
-
-        return max((progress.step(file) for file in self.folder.glob(self.told)), default=0)
-
-    def _send(self, number: int) -> None:
-        for process in [self.process, *self.process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-
-def slower_by(runner: Runner, bare: Runner, turns: int, turn_s: float) -> float:
-    """How much longer its steps take than the same ones of `bare`, as a share. They work in turns of a few seconds,
-    in which the other sleeps."""
-    for number in range(turns):
-        for one in (runner, bare) if number % 2 else (bare, runner):
-            one.work(turn_s)
-    first = max(one.reached[0][0] for one in (runner, bare))
-    last = min(one.reached[-1][0] for one in (runner, bare))
-    return runner.seconds(first, last) / bare.seconds(first, last) - 1
-
-
 def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:
     """Seconds and peak bytes (of the largest process below it) of a command. Raises RuntimeError with the end of
     its output if it fails."""
@@ -217,11 +142,12 @@ def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[fl
         took = time.perf_counter() - started
     code, peak_kb = map(int, process.stdout.split())
     if code:
-        raise _ended(command, code, folder / "log.txt")
+        raise failed(command, code, folder / "log.txt")
     return took, peak_kb * 1024
 
 
-def _ended(command: Sequence[object], code: int, log: Path) -> RuntimeError:
+def failed(command: Sequence[object], code: int, log: Path) -> RuntimeError:
+    """To raise, for a command that failed."""
     return RuntimeError(
         f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
     )

@@ -2,12 +2,14 @@
 fast things are."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Runner, Side, flops_per_token, paired, script, sentence_lengths, slower_by, write_corpus
+from harness import HERE, ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
+from turns import Runner, slower_by
 
 from pipeline.params import load_settings
 
@@ -35,6 +37,11 @@ def test_training_is_measured_beside_torchs_own_modules(corpus: Path):
     assert ours.ratio(torchs, "tokens_per_s") == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
     assert 0.3 < sum(ours.shares.values()) <= 1
     assert not torchs.shares
+
+
+def test_the_harness_needs_nothing_that_others_may_lack():
+    imports = f"import sys; sys.path.append({str(HERE)!r}); import harness"
+    subprocess.run([sys.executable, "-ISc", imports], check=True)
 
 
 def test_a_side_that_dies_is_named_with_its_command():

@@ -1,0 +1,85 @@
+"""Whole training runs, with all their processes, in turns: while one works, the other is stopped."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from harness import ROOT, THREADS, failed
+
+
+@dataclass
+class Runner:
+    """A training run that is stopped and continued with all its processes. `told` is the pattern of the file, below
+    `folder`, in which it tells its steps as pipeline/progress.py does."""
+
+    command: list[str]
+    folder: Path
+    told: str
+    awake_s: float = 0.0
+    reached: list[tuple[int, float]] = field(default_factory=list)  # steps, and awake_s when they were done
+
+    @contextmanager
+    def started(self, steps: int) -> Iterator[None]:
+        """Asleep after its first steps; killed in the end. Raises RuntimeError if it ends by itself before."""
+        log = self.folder / "log.txt"
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
+        with log.open("wb") as file:
+            process = psutil.Popen(self.command, env=variables, cwd=self.folder, stdout=file, stderr=file)
+        try:
+            while self._step() < steps:
+                if process.poll() is not None:
+                    raise failed(self.command, process.returncode, log)
+                time.sleep(0.2)
+            self.process = process
+            self._send(signal.SIGSTOP)
+            yield
+        finally:
+            if process.is_running():
+                for part in [*process.children(recursive=True), process]:
+                    with suppress(psutil.NoSuchProcess):
+                        part.kill()
+            process.wait()
+
+    def work(self, seconds: float) -> None:
+        began = time.time()
+        self._send(signal.SIGCONT)
+        time.sleep(seconds)
+        self._send(signal.SIGSTOP)
+        ended = time.time()
+        self.awake_s += ended - began
+        (file,) = self.folder.glob(self.told)
+        if (written := file.stat().st_mtime) > began:
+            self.reached.append((self._step(), self.awake_s - (ended - written)))
+
+    def seconds(self, first: int, last: int) -> float:
+        """From one step to another; between those that were seen, at an even pace."""
+        import numpy as np
+
+        steps, times = zip(*self.reached, strict=True)
+        return float(np.interp(last, steps, times) - np.interp(first, steps, times))
+
+    def _step(self) -> int:
+        from pipeline import progress
+
+        return max((progress.step(file) for file in self.folder.glob(self.told)), default=0)
+
+    def _send(self, number: int) -> None:
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def slower_by(runner: Runner, bare: Runner, turns: int, turn_s: float) -> float:
+    """How much longer its steps take than the same ones of `bare`, as a share. They work in turns of a few seconds,
+    in which the other sleeps."""
+    for number in range(turns):
+        for one in (runner, bare) if number % 2 else (bare, runner):
+            one.work(turn_s)
+    first = max(one.reached[0][0] for one in (runner, bare))
+    last = min(one.reached[-1][0] for one in (runner, bare))
+    return runner.seconds(first, last) / bare.seconds(first, last) - 1
