@@ -8,8 +8,8 @@ from model.config import PAD
 from model.products import ROWS, add_product, filled_up, product, scratch_for, sum_for
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
-"""Logits in memory at once: 16 MB in single precision, near a CPU's cache; 256 MB on a GPU, where every chunk costs
-the start of its operators."""
+"""Logits in memory at once: 16 MB in single precision (for each thread that trains), near a CPU's cache; 256 MB on a
+GPU, where every chunk costs the start of its operators."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:

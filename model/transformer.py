@@ -5,6 +5,7 @@ Shapes in the comments: batch, src and tgt (positions of a sentence), heads, d_m
 """
 
 import math
+import threading
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from model.products import Linear, linear
 MAX_RELATIVE_DISTANCE = 16
 """Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
 MAX_UNFUSED_QUERIES = 256
-"""On a CPU, sentences up to here keep their attention weights in memory: a quarter of the fused kernel's time."""
+"""On a CPU, sentences up to here keep their attention weights in memory, instead of using the fused kernel."""
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -25,7 +26,8 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
     `mask`, if any, is True where to attend, or a bias, and broadcasts to [batch, heads, queries, keys]. torch's fused
     kernel spares the weights [queries, keys] their way through memory, which matters for long sentences; on a CPU it
-    gains next to nothing from a second thread, where batched products of all heads do.
+    gains next to nothing from a second thread, where batched products of all heads do. With a thread to each
+    micro-batch, both take as long.
     """
     if q.device.type != "cpu" or q.size(2) > MAX_UNFUSED_QUERIES:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
@@ -200,19 +202,29 @@ class Embedding(nn.Module):
         return dropout(x, self.dropout) if self.training else x
 
 
+class _DropoutRandom(threading.local):
+    """What dropout on a CPU draws from, in this thread; None: torch's generator, which threads share."""
+
+    generator: torch.Generator | None = None
+
+
+dropout_random = _DropoutRandom()
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Each number is 0 with probability p, else divided by 1 - p (section 5.4).
 
-    torch draws one random number for each on a CPU, in one thread: a sixth of the time of a small model's step on
-    two. Four draws of 16 bits from each 64-bit one take a sixth of that; p is rounded to a multiple of 2^-16, and
-    what is kept is divided by exactly the share that is kept.
+    torch draws one random number for each on a CPU, which is a large part of a small model's step. Here are four
+    draws of 16 bits from each 64-bit one; p is rounded to a multiple of 2^-16, and what is kept is divided by exactly
+    the share that is kept.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped = round(p * 2**16)
     if not dropped:
         return x
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+    bits.random_(-(2**63), None, generator=dropout_random.generator)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 

@@ -28,10 +28,10 @@ class BatchPlan:
     """Which sentence pairs each optimiser step sees.
 
     A step has about `batch_tokens` target tokens (padding not counted), in micro-batches of similar length
-    that pass through the model one after another. A micro-batch has at most `micro_batch_tokens` source and
-    as many target positions, padding counted; all are made as much smaller as it takes for a step to be a
-    whole number of them, so that no step is much smaller or larger than the others. Every pair comes once an
-    epoch, but those longer than `max_length` positions on a side: `num_skipped` counts them.
+    that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
+    source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
+    be a number of them that is `easily_shared`, so that no step is much smaller or larger than the others. Every
+    pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped` counts them.
 
     `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
     Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
@@ -64,10 +64,12 @@ class BatchPlan:
         # By the longer side, which alone decides where a micro-batch is full: the cuts hold for every epoch.
         self._pairs = pairs[np.argsort(longest[pairs], kind="stable")]
         self._longest = longest[self._pairs]
+        self.longest = int(self._longest[-1])
         num_steps = max(1, round(int(self._tgt[pairs].sum()) / batch_tokens))
-        per_step = -(-len(_cut(self._longest, micro_batch_tokens)) // num_steps)
-        self._starts = _cut_into(self._longest, per_step * num_steps, micro_batch_tokens)
-        self.num_steps = max(1, len(self._starts) // per_step)
+        per_step = easily_shared(-(-len(_cut(self._longest, micro_batch_tokens)) // num_steps))
+        self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
+        self._starts = _cut(self._longest, self.budget)
+        self.num_steps = min(num_steps, len(self._starts))
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
     def steps(self, epoch: int) -> list[list[np.ndarray]]:
@@ -112,6 +114,13 @@ class BatchPlan:
         return 1 - tokens / positions
 
 
+def easily_shared(number: int) -> int:
+    """From `number` up, the first that two, four or eight share alike (threads or workers), if it is large enough: a
+    power of two up to 8, a multiple of 8 beyond."""
+    unit = min(8, 1 << (number - 1).bit_length())
+    return -(-number // unit) * unit
+
+
 def _cut(longest: np.ndarray, budget: int) -> list[int]:
     """Starts of parts of ascending lengths, each of at most `budget` positions when padded."""
     starts = []
@@ -124,16 +133,16 @@ def _cut(longest: np.ndarray, budget: int) -> list[int]:
     return starts
 
 
-def _cut_into(longest: np.ndarray, parts: int, budget: int) -> list[int]:
-    """The same for the smallest budget, up to this one, that makes at most `parts`: all are nearly full."""
-    low, high = int(longest[-1]), budget  # more budget never makes more parts: search by halves
+def _budget(longest: np.ndarray, parts: int, most: int) -> int:
+    """The smallest, up to `most`, that makes at most `parts`: all are nearly full."""
+    low, high = int(longest[-1]), most  # more budget never makes more parts: search by halves
     while low < high:
         middle = (low + high) // 2
         if len(_cut(longest, middle)) <= parts:
             high = middle
         else:
             low = middle + 1
-    return _cut(longest, low)
+    return low
 
 
 @dataclass

@@ -5,14 +5,17 @@ turn. Loss and gradient are sums over target tokens, divided by the tokens of th
 micro-batches equal one and two workers equal one. Every micro-batch seeds its own dropout by (seed, step, its
 place in the step): there is no random state to save, and a resumed run draws what the undisturbed one would.
 
-Gradients live in one flat buffer that is summed over the ranks once a step. DistributedDataParallel is not used:
-it wants equally many micro-batches on every rank.
+On a CPU each thread has micro-batches of its own, with a replica of the model and a gradient. A gradient lies in one
+flat buffer; those of the threads are added, then the sum over the ranks is taken, once a step.
+DistributedDataParallel is not used: it wants equally many micro-batches on every rank.
 """
 
+import copy
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,11 +25,16 @@ from torch import Tensor, nn
 
 from model.config import PAD
 from model.loss import label_smoothed_loss
-from model.transformer import Transformer
+from model.transformer import Transformer, dropout_random
 
 ADVICE = (
     "lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1, or use norm pre; "
     "with bf16, see whether fp32 is finite. The last checkpoint stands"
+)
+
+MAX_REPLICAS = 8  # each adds a gradient and the activations of a micro-batch to what is in memory
+MIN_BUSY_SHARE = (
+    0.85  # of the threads' time; else fewer of them take micro-batches of their own, with more threads each
 )
 
 
@@ -86,19 +94,99 @@ class Recipe:
     compile: bool
 
 
-class FlatGradients:
-    """All gradients as one vector; each parameter's .grad is a view of it."""
+class Replica:
+    """The model with a gradient of its own: one flat vector, of which each parameter's .grad is a view."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.vector = parameters[0].new_zeros(sum(p.numel() for p in parameters))
-        for p, part in zip(parameters, self.vector.split([p.numel() for p in parameters]), strict=True):
+        self.gradient = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
-    def reduce(self) -> None:
-        """Sum over the ranks."""
-        if dist.is_initialized():
-            dist.all_reduce(self.vector)
+
+class Replicas:
+    """The model, and replicas that share its weights, so that several threads work at a micro-batch each.
+
+    On a CPU, two threads at one micro-batch wait for each other at every operator; at one each they wait at the end
+    of the step. On another device, and with torch.compile, there is the model alone. Who takes which micro-batch, and
+    the order of sums, depend on the numbers of threads and micro-batches alone: with as many threads, a run's weights
+    are the same to the bit again.
+    """
+
+    def __init__(self, model: Transformer, recipe: Recipe) -> None:
+        self.all, self._recipe = [Replica(model)], recipe
+        self._forward = torch.compile(model, dynamic=True) if recipe.compile else None
+        self._threads = ThreadPoolExecutor(MAX_REPLICAS, initializer=_own_dropout)  # each starts when it is wanted
+
+    @property
+    def gradient(self) -> Tensor:
+        """The last step's, as one vector."""
+        return self.all[0].gradient
+
+    def backward(self, step: Step, number: int) -> Tensor:
+        """Set `gradient` to this rank's part of that of step `number`; return its part of the loss."""
+        if self._recipe.compile or self.gradient.device.type != "cpu":
+            return self._backward(self.all[0], step.micro_batches, step.num_tokens, number)
+        micro_batches, num_threads = list(step.micro_batches), torch.get_num_threads()
+        num_replicas = number_of_replicas(num_threads, len(micro_batches))
+        if num_replicas == 1:
+            return self._backward(self.all[0], micro_batches, step.num_tokens, number)
+        while len(self.all) < num_replicas:
+            model = self.all[0].model
+            same_weights = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+            self.all.append(Replica(copy.deepcopy(model, same_weights)))
+
+        def share(i: int) -> Tensor:
+            torch.set_num_threads(num_threads // num_replicas)
+            return self._backward(self.all[i], micro_batches[i::num_replicas], step.num_tokens, number)
+
+        try:
+            shares = [self._threads.submit(share, i) for i in range(num_replicas)]
+            wait(shares)
+        finally:
+            torch.set_num_threads(num_threads)  # a new thread takes the number that was set last, by whomever
+        losses = [share.result() for share in shares]
+        for replica in self.all[1:num_replicas]:
+            self.gradient.add_(replica.gradient)
+        return torch.stack(losses).sum()
+
+    def _backward(
+        self, replica: Replica, micro_batches: Iterable[tuple[int, Batch]], num_tokens: int, number: int
+    ) -> Tensor:
+        recipe, device, model = self._recipe, replica.gradient.device, replica.model.train()
+        forward = self._forward or model
+        replica.gradient.zero_()
+        loss = torch.zeros((), device=device)
+        for place, batch in micro_batches:
+            seed_dropout(recipe.seed, number, place)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+                x = forward(batch.src.to(device), batch.tgt_in.to(device))
+                part = label_smoothed_loss(
+                    x, model.embedding.weight, batch.tgt_out.to(device), recipe.label_smoothing
+                )
+            part = part / num_tokens
+            part.backward()
+            loss += part.detach()
+        return loss
+
+
+def number_of_replicas(num_threads: int, num_micro_batches: int) -> int:
+    """As many as leave little of the threads' time unused, which they share; one always does."""
+    for number in range(min(num_threads, num_micro_batches, MAX_REPLICAS), 1, -1):
+        used = (num_threads // number) * number / num_threads
+        if used * busy_share(num_micro_batches, number) >= MIN_BUSY_SHARE:
+            return number
+    return 1
+
+
+def busy_share(num_micro_batches: int, takers: int) -> float:
+    """Of the time of those that take micro-batches in turn, until the one that has most is done."""
+    return num_micro_batches / (takers * -(-num_micro_batches // takers))
+
+
+def _own_dropout() -> None:
+    dropout_random.generator = torch.Generator()
 
 
 def train(
@@ -118,13 +206,12 @@ def train(
     `validate` returns metrics, "valid_loss" among them; `save` writes a checkpoint; `report` gets metrics and
     their step; `progress` gets the state and the loss after each step. Raises NotFiniteError.
     """
-    gradients = FlatGradients(model)
-    forward = torch.compile(model, dynamic=True) if recipe.compile else model
+    replicas = Replicas(model, recipe)
     while not state.finished:
         started = time.perf_counter()
         step = next(steps)
         rate = recipe.learning_rate(state.step + 1)
-        loss, grad_norm = train_step(model, forward, optimizer, gradients, step, rate, recipe, state)
+        loss, grad_norm = train_step(replicas, optimizer, step, rate, recipe, state)
         elapsed = time.perf_counter() - started
         state.step, state.position = state.step + 1, step.position
         state.tokens, state.seconds = state.tokens + step.num_tokens, state.seconds + elapsed
@@ -161,33 +248,15 @@ def train(
 
 
 def train_step(
-    model: Transformer,
-    forward: Callable[[Tensor, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    gradients: FlatGradients,
-    step: Step,
-    rate: float,
-    recipe: Recipe,
-    state: State,
+    replicas: Replicas, optimizer: torch.optim.Optimizer, step: Step, rate: float, recipe: Recipe, state: State
 ) -> tuple[float, float]:
     """One update. Returns the loss per target token (label-smoothed, nats) and the gradient's norm before
     clipping, both of the whole step."""
-    model.train()
-    device = gradients.vector.device
-    gradients.vector.zero_()
-    loss = torch.zeros((), device=device)
-    for place, batch in step.micro_batches:
-        seed_dropout(recipe.seed, state.step + 1, place)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-            x = forward(batch.src.to(device), batch.tgt_in.to(device))
-            part = label_smoothed_loss(x, model.embedding.weight, batch.tgt_out.to(device), recipe.label_smoothing)
-        part = part / step.num_tokens
-        part.backward()
-        loss += part.detach()
-    gradients.reduce()
+    loss, gradient = replicas.backward(step, state.step + 1), replicas.gradient
     if dist.is_initialized():
+        dist.all_reduce(gradient)
         dist.all_reduce(loss)
-    grad_norm = gradients.vector.norm()
+    grad_norm = gradient.norm()
     loss_value, norm_value = loss.item(), grad_norm.item()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise NotFiniteError(
@@ -195,7 +264,7 @@ def train_step(
             f"{loss_value}, the gradient's norm {norm_value}, the learning rate {rate:.3g}. {ADVICE}"
         )
     if recipe.max_grad_norm and norm_value > recipe.max_grad_norm:
-        gradients.vector.mul_(recipe.max_grad_norm / norm_value)
+        gradient.mul_(recipe.max_grad_norm / norm_value)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -233,6 +302,7 @@ def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.opti
 
 
 def seed_dropout(*parts: Any) -> None:
-    """Seed torch by a digest of the parts (torch's CPU generator uses the low 32 bits alone)."""
+    """Seed what dropout draws from in this thread by a digest of the parts (torch's generators on CPUs use its low
+    32 bits alone)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    (dropout_random.generator or torch).manual_seed(int.from_bytes(digest, "little") >> 1)

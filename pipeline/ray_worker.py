@@ -141,7 +141,7 @@ class ReachableTorch(TorchConfig):
 
 class _ReachableBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        if len(worker_group) == 1:  # nobody to reach; and a thread of Gloo's wakes up a hundred times a second
+        if len(worker_group) == 1:  # nobody to reach, and Gloo's thread would keep waking up
             return
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)

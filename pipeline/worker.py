@@ -10,9 +10,9 @@ import torch.distributed as dist
 from model.schedule import learning_rate
 from model.transformer import Transformer
 from pipeline import checkpoint
-from pipeline.batching import BatchPlan, MicroBatch, Position, collate
+from pipeline.batching import BatchPlan, MicroBatch, Position, collate, easily_shared
 from pipeline.corpus import CorpusInfo, EncodedSplit
-from pipeline.loop import Recipe, State, Step, adam, cross_entropy, perplexity, train
+from pipeline.loop import MIN_BUSY_SHARE, Recipe, State, Step, adam, busy_share, cross_entropy, perplexity, train
 from pipeline.params import Settings
 from pipeline.storage import Folder, patiently
 
@@ -48,17 +48,8 @@ def train_rank(
     plan = batch_plan(train_split, settings, settings.train.batch_tokens)
     if plan.num_skipped and rank == 0:
         say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
-    _, micro_batches = next(plan.from_position(Position(*state.position)))
-    num_micro = len(micro_batches)
-    if rank == 0 and num_micro < 0.9 * num_ranks * -(-num_micro // num_ranks):
-        if num_micro > num_ranks:  # so many fewer of them as are over
-            even = -(-settings.hardware.micro_batch_tokens * num_micro // (num_micro - num_micro % num_ranks))
-        else:  # a seventh above the share, as sentences fit badly
-            even = t.batch_tokens // num_ranks * 8 // 7
-        say(
-            f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: "
-            f"set hardware.micro_batch_tokens to {even}"
-        )
+    if rank == 0 and (advice := share_advice(plan, num_ranks)):
+        say(advice)
     valid_batches = _all_batches(valid_split, settings)
     mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
     bf16 = settings.hardware.precision == "bf16"
@@ -121,6 +112,23 @@ def batch_plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> Ba
         max_length=settings.model.max_length,
         seed=settings.seed,
     )
+
+
+def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
+    """What to say if workers have to wait for others for too long."""
+    num_micro = max(map(len, plan.steps(0)))
+    if busy_share(num_micro, num_ranks) >= MIN_BUSY_SHARE:
+        return None
+    enough = num_micro
+    while enough != easily_shared(enough) or busy_share(enough, num_ranks) < MIN_BUSY_SHARE:
+        enough += 1
+    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, for sentences fit badly
+    way_out = (
+        f"set hardware.micro_batch_tokens to {micro_batch_tokens}"
+        if micro_batch_tokens >= plan.longest
+        else "take fewer workers"
+    )
+    return f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: {way_out}"
 
 
 def _all_batches(split: EncodedSplit, settings: Settings) -> list:

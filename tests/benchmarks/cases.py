@@ -189,7 +189,6 @@ def orchestration(setting: Setting) -> list[str]:
     _lengths(project, "base", max_steps=6, checkpoint_every=6)
     edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
     edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
-    edit(project / "conf/hardware/auto.yaml", "hardware.micro_batch_tokens", 1170)  # four a step: two for each worker
     rates = []
     for workers in (1, 2):
         say(f"base on {workers} workers of one thread")

@@ -121,7 +121,7 @@ def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
     import torch
 
     device = "CUDA" if torch.cuda.is_initialized() else "CPU"
-    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # search has threads of its own
+    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # training and search have their own
     activity = getattr(torch.profiler.ProfilerActivity, device)
     with torch.profiler.profile(activities=[activity], experimental_config=threads) as profiler:
         block()

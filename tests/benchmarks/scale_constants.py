@@ -40,7 +40,7 @@ from model.transformer import Transformer
 from pipeline import checkpoint, tracking
 from pipeline.batching import BatchPlan, MicroBatch, collate
 from pipeline.corpus import SIDES, EncodedSplit, encoded_paths
-from pipeline.loop import FlatGradients, Recipe, State, Step, adam, train_step
+from pipeline.loop import Recipe, Replicas, State, Step, adam, train_step
 from pipeline.params import load_settings
 from pipeline.plan import LENGTH, VOCAB_SIZE
 
@@ -180,13 +180,13 @@ def data() -> None:
         split = EncodedSplit.open(folder, "train")
         src, tgt = split.src.lengths, split.tgt.lengths
         sizes = {"batch_tokens": 25_000, "max_length": 1024, "seed": 1}
-        made = seconds(lambda: BatchPlan(src, tgt, micro_batch_tokens=3125, **sizes))
-        plan = BatchPlan(src, tgt, micro_batch_tokens=3125, **sizes)
+        made = seconds(lambda: BatchPlan(src, tgt, micro_batch_tokens=3600, **sizes))
+        plan = BatchPlan(src, tgt, micro_batch_tokens=3600, **sizes)
         epochs = statistics.median(seconds(lambda epoch=epoch: plan.steps(epoch)) for epoch in range(3))
         show(
             "epoch_plan_s_per_million", epochs / PAIRS * 1e6, f"{PAIRS:,} pairs; the plan itself, once: {made:.2f} s"
         )
-        for micro_batch_tokens in (25_000, 3125):
+        for micro_batch_tokens in (25_000, 3600):
             plan = BatchPlan(src, tgt, micro_batch_tokens=micro_batch_tokens, **sizes)
             batches = [indices for step in plan.steps(0)[:100] for indices in step]
             tokens = sum(collate(split, indices).num_tgt_tokens for indices in batches)
@@ -219,7 +219,6 @@ def launches() -> None:
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     rows = CHUNK_LOGITS // VOCAB_SIZE
-    gradients = FlatGradients(model)
     recipe = Recipe(
         seed=1,
         max_steps=1,
@@ -233,13 +232,13 @@ def launches() -> None:
         bf16=False,
         compile=False,
     )
-    counts = []
+    replicas, counts = Replicas(model, recipe), []
     for chunks in (1, 1, 3):  # the first makes Adam's moments, and does not count
         pieces = torch.full((1, rows * chunks), EOS + 1)
         batch = MicroBatch(pieces, pieces, pieces, pieces.numel())
         step = Step((0, 1), [(0, batch)], batch.num_tgt_tokens)
         with Counter() as counter:
-            train_step(model, model, optimizer, gradients, step, 0.0, recipe, State())
+            train_step(replicas, optimizer, step, 0.0, recipe, State())
         counts.append(counter.count)
     per_chunk = (counts[2] - counts[1]) / 2
     show(

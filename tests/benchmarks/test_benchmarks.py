@@ -25,7 +25,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_training_is_measured_beside_torchs_own_modules(corpus: Path):
     options = ("--corpus", corpus, "--sizes", json.dumps(vars(CONFIG)), "--steps", 1)
-    options += ("--threads", 1, "--batch-tokens", 1000)
+    options += ("--threads", 2, "--batch-tokens", 1000, "--micro-batch-tokens", 300)
     sides = [Side(name, script("training.py", sys.executable, name, *options)) for name in ("ours", "torch")]
     paired(sides, rounds=2, profile=True)
     for side in sides:

@@ -44,14 +44,13 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
     from model.transformer import Transformer
     from pipeline.batching import BatchPlan, Position, collate
     from pipeline.corpus import EncodedSplit
-    from pipeline.loop import FlatGradients, Recipe, State, Step, adam, train_step
+    from pipeline.loop import Recipe, Replicas, State, Step, adam, train_step
 
     split = EncodedSplit.open(work.corpus, "train")
     budgets = {"batch_tokens": work.batch_tokens, "micro_batch_tokens": micro_batch_tokens, "max_length": 512}
     plan = BatchPlan(split.src.lengths, split.tgt.lengths, seed=1, **budgets)
     model = Transformer(TransformerConfig(**work.sizes)).to(work.device)
-    forward = torch.compile(model, dynamic=True) if compiled else model
-    optimizer, gradients, state = adam(model, *BETAS, EPS), FlatGradients(model), State()
+    optimizer, state = adam(model, *BETAS, EPS), State()
     recipe = Recipe(
         seed=1,
         max_steps=1,
@@ -65,13 +64,14 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
         bf16=work.bf16,
         compile=compiled,
     )
+    replicas = Replicas(model, recipe)
     planned = plan.from_position(Position(0, 0))
 
     def step() -> int:
         _, micro_batches = next(planned)
         num_tokens = plan.num_tgt_tokens(micro_batches)
         batches = ((i, collate(split, indices)) for i, indices in enumerate(micro_batches))
-        train_step(model, forward, optimizer, gradients, Step((0, 0), batches, num_tokens), RATE, recipe, state)
+        train_step(replicas, optimizer, Step((0, 0), batches, num_tokens), RATE, recipe, state)
         state.step += 1
         return num_tokens
 
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="of a block")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1280, help="of ours")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--compile", action="store_true", help="ours, by torch.compile")

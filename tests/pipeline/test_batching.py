@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import BOS, EOS, PAD
-from pipeline.batching import BatchPlan, Position, collate
+from pipeline.batching import BatchPlan, Position, collate, easily_shared
 from pipeline.corpus import EncodedSplit, EncodedText
 
 
@@ -115,6 +115,15 @@ def test_all_steps_have_about_the_tokens_asked_for(batch, micro):
     # fewest are in a step that holds many of the pairs whose source is much longer than the target
     assert np.quantile(tokens, [0.05, 0.95]) == pytest.approx([batch, batch], rel=0.3)
     assert 0.3 * batch < min(tokens) <= max(tokens) < 1.4 * batch
+
+
+def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike():
+    assert [easily_shared(number) for number in range(1, 18)] == [1, 2, 4, 4, *[8] * 4, *[16] * 8, 24]
+    for micro, number in ((4_700, 1), (2_500, 2), (1_300, 4), (1_000, 8), (500, 16)):
+        plan = make_plan(num_pairs=29_000, batch_tokens=4_001, micro_batch_tokens=micro)
+        of_steps = [len(step) for step in plan.steps(0)]
+        assert max(of_steps) == number
+        assert of_steps.count(number) >= 0.95 * plan.num_steps
 
 
 def test_a_corpus_smaller_than_a_batch_is_one_step():

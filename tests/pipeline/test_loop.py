@@ -2,7 +2,10 @@
 
 import copy
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +21,19 @@ from model import loss, products, transformer
 from model.config import BOS, EOS, PAD, TransformerConfig
 from model.transformer import Transformer
 from pipeline import checkpoint
-from pipeline.loop import NotFiniteError, Recipe, State, Step, adam, cross_entropy, perplexity, seed_dropout, train
+from pipeline.loop import (
+    NotFiniteError,
+    Recipe,
+    Replicas,
+    State,
+    Step,
+    adam,
+    cross_entropy,
+    number_of_replicas,
+    perplexity,
+    seed_dropout,
+    train,
+)
 
 VOCAB = 23
 CONFIG = TransformerConfig(
@@ -330,13 +345,14 @@ def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypat
         assert options == {"dynamic": True}
         return lambda *args: (calls.append(args), model(*args))[1]
 
+    torch.set_num_threads(2)  # for replicas, which there are not
     monkeypatch.setattr(torch, "compile", fake_compile)
     plain, compiled = new_model(), new_model()
     run(plain, [micro_batches([2, 3])])
     assert not calls
     run(compiled, [micro_batches([2, 3])], replace(RECIPE, compile=True))
     assert len(calls) == 2 * RECIPE.max_steps
-    assert torch.equal(weights(plain), weights(compiled))
+    torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow  # half a minute of the C++ compiler
@@ -346,6 +362,107 @@ def test_a_compiled_model_takes_the_steps_of_the_plain_one():
     for model, on in zip(models, (False, True), strict=True):
         run(model, [micro_batches([5, 7]), micro_batches([3], seed=2)], replace(RECIPE, compile=on))
     torch.testing.assert_close(*(weights(model) for model in models), rtol=1e-3, atol=1e-4)
+
+
+# --- replicas, in threads
+
+
+def run_by(num_threads: int, epoch: list[list[Sentences]], recipe: Recipe = RECIPE) -> tuple[Tensor, State]:
+    """A model with dropout after it, and the state."""
+    torch.set_num_threads(num_threads)
+    model = new_model(DROPPING)
+    state = run(model, epoch, replace(recipe, max_steps=6))
+    assert threads_of_a_new_thread() == num_threads
+    return weights(model), state
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 4, 16])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_threads_with_a_micro_batch_each_equal_one_thread_with_dropout_on(num_threads, bf16):
+    epoch = [micro_batches([5, 7, 2, 9, 3, 8]), micro_batches([4], seed=2), micro_batches([6, 1, 3, 3], seed=3)]
+    recipe = replace(RECIPE, bf16=bf16)
+    (expected, alone), (found, together) = run_by(1, epoch, recipe), run_by(num_threads, epoch, recipe)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 if bf16 else 1e-4)
+    for ours, theirs in zip(together.training_curve, alone.training_curve, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3 if bf16 else 1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2 if bf16 else 1e-4)
+
+
+def test_threads_give_the_same_weights_to_the_bit_again():
+    epoch = [micro_batches([5, 7, 2, 9, 3, 1]), micro_batches([6, 1, 3], seed=3)]
+    first = run_by(3, epoch)[0]
+    for _ in range(5):
+        assert torch.equal(run_by(3, epoch)[0], first)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_micro_batches", "expected"),
+    [
+        (1, 4, 1), (2, 1, 1), (2, 2, 2), (2, 3, 1), (2, 4, 2), (2, 7, 2), (3, 4, 1), (3, 8, 3), (4, 2, 2), (4, 4, 4),
+        (6, 4, 2), (7, 8, 2), (8, 4, 4), (8, 32, 8), (12, 24, 6), (16, 4, 4), (16, 16, 8), (64, 24, 8), (4, 0, 1),
+    ],
+)  # fmt: skip
+def test_there_are_as_many_replicas_as_keep_the_threads_busy(num_threads, num_micro_batches, expected):
+    assert number_of_replicas(num_threads, num_micro_batches) == expected
+
+
+def test_replicas_are_at_work_at_once_and_share_out_torchs_threads(monkeypatch):
+    seen: dict[int, int] = {}  # of each micro-batch's sentences: the thread's number of threads
+
+    def spy(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:
+        everyone.wait(timeout=60)  # nobody gets by before all are here
+        seen[len(src)] = torch.get_num_threads()
+        return forward(model, src, tgt_in)
+
+    forward, everyone = Transformer.forward, threading.Barrier(3)
+    monkeypatch.setattr(Transformer, "forward", spy)
+    run_by(6, [micro_batches([5, 7, 2])])
+    assert seen == {5: 2, 7: 2, 2: 2}
+    everyone = threading.Barrier(1)
+    run_by(6, [micro_batches([5])])
+    assert seen[5] == 6
+
+
+def test_replicas_hold_the_weights_once_and_are_no_more_than_have_had_work():
+    torch.set_num_threads(6)
+    model = new_model()
+    replicas = Replicas(model, RECIPE)
+    for count, expected in ((1, 1), (3, 3), (2, 3), (6, 6)):
+        parts = micro_batches([2] * count)
+        replicas.backward(Step((0, 1), enumerate(parts), sum(part.num_tokens for part in parts)), 1)
+        assert len(replicas.all) == expected
+    for replica in replicas.all:
+        for ours, theirs in zip(replica.model.parameters(), model.parameters(), strict=True):
+            assert ours.data_ptr() == theirs.data_ptr()
+            assert ours.grad is not None
+    assert len({replica.gradient.data_ptr() for replica in replicas.all}) == 6
+
+
+def test_a_fault_in_a_thread_is_raised_when_no_other_is_at_work(monkeypatch):
+    done = []
+
+    def fail(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:
+        if len(src) == 5:
+            raise RuntimeError("5 sentences are too many")
+        time.sleep(0.2)
+        done.append(len(src))
+        return forward(model, src, tgt_in)
+
+    forward = Transformer.forward
+    torch.set_num_threads(2)
+    model = new_model()
+    before = weights(model)
+    monkeypatch.setattr(Transformer, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"^5 sentences are too many$"):
+        run(model, [micro_batches([5, 7])])
+    assert done == [7]
+    assert threads_of_a_new_thread() == 2
+    assert torch.equal(weights(model), before)
 
 
 # --- faults
@@ -492,7 +609,7 @@ def without_time(curve: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def twice_half_and_whole(folder: Path, config: TransformerConfig, log_every: int) -> list[dict[str, Any]]:
     """After 5 steps, a checkpoint, and 5 more from it; and after 10: weights, Adam's state, and the loop's."""
-    epoch = [micro_batches([3, 5, 2], seed=seed) for seed in (1, 2, 3)]
+    epoch = [micro_batches([3, 5, 2, 4], seed=seed) for seed in (1, 2, 3)]
     recipe = replace(RECIPE, max_steps=10, log_every=log_every, validate_every=3, checkpoint_every=5)
     results = []
     for stop in (5, 10):
@@ -532,8 +649,10 @@ def twice_half_and_whole(folder: Path, config: TransformerConfig, log_every: int
     return results
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("config", [CONFIG, DROPPING], ids=["no dropout", "dropout"])
-def test_k_steps_a_checkpoint_and_k_steps_are_2k_steps_bit_for_bit(tmp_path, config):
+def test_k_steps_a_checkpoint_and_k_steps_are_2k_steps_bit_for_bit(tmp_path, config, num_threads):
+    torch.set_num_threads(num_threads)
     resumed, undisturbed = twice_half_and_whole(tmp_path, config, log_every=5)
     assert torch.equal(resumed["weights"], undisturbed["weights"])
     for ours, theirs in zip(resumed["moments"], undisturbed["moments"], strict=True):
@@ -566,7 +685,7 @@ def steps_of(name: str) -> list[list[Sentences]]:
 
 def as_rank(rank: int, folder: str) -> None:
     """One of two processes: all that has to be the same as on one rank."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)  # and a micro-batch to each, where there are as many
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results: dict[str, Any] = {}
     for name in SPLITS:

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from model.config import BOS, EOS
 from model.transformer import Transformer
 from pipeline import checkpoint
-from pipeline.corpus import SIDES, SPLITS, encoded_paths
+from pipeline.batching import BatchPlan
+from pipeline.corpus import SIDES, SPLITS, EncodedSplit, encoded_paths
 from pipeline.loop import State
 from pipeline.params import Settings, load_settings
-from pipeline.worker import rate_of_step, train_rank
+from pipeline.worker import batch_plan, rate_of_step, share_advice, train_rank
 
 VOCAB = 29
 PAIRS = {"train": 97, "valid": 13, "test": 3}
@@ -168,7 +169,9 @@ def test_validation_is_torchs_cross_entropy_sentence_by_sentence(data, tmp_path)
     assert last["valid_ppl_word"] == pytest.approx(math.exp(total / VALID_WORDS), rel=1e-3)
 
 
-def test_a_run_that_is_stopped_and_started_again_gives_the_undisturbed_one_bit_for_bit(data, tmp_path):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_run_that_is_stopped_and_started_again_gives_the_undisturbed_one_bit_for_bit(data, tmp_path, num_threads):
+    torch.set_num_threads(num_threads)
     whole = run(data, tmp_path / "whole")
     said: list[str] = []
     for stop in (5, 8):
@@ -208,19 +211,43 @@ def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_
     assert points(again) == points(whole)
 
 
-@pytest.mark.parametrize(("micro_batch_tokens", "shared", "advice"), [(300, 1, 97), (97, 3, 146), (146, 2, None)])
-def test_workers_that_would_wait_for_others_are_said_with_the_setting(
-    data, tmp_path, micro_batch_tokens, shared, advice
-):
-    settings = make_settings(hardware={"micro_batch_tokens": micro_batch_tokens})
-    torch.multiprocessing.spawn(as_rank, (str(tmp_path), settings), nprocs=2)
-    said = json.loads((tmp_path / "0.json").read_text())
-    assert said == [] if advice is None else len(said) == 1
-    for line in said:
-        assert line == (
-            f"2 workers share {shared} micro-batches a step, and some wait for others: "
-            f"set hardware.micro_batch_tokens to {advice}"
-        )
+@pytest.mark.parametrize(("micro_batch_tokens", "advice"), [(600, True), (230, False)])
+def test_workers_that_would_wait_for_others_are_said_once(data, tmp_path, micro_batch_tokens, advice):
+    settings = make_settings({"batch_tokens": 400}, {"micro_batch_tokens": micro_batch_tokens})
+    torch.multiprocessing.spawn(as_rank, (2, str(tmp_path), settings), nprocs=2)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    plan = batch_plan(EncodedSplit.open(data, "train"), settings, 400)
+    assert said == [[share_advice(plan, 2)] if advice else [], []]
+
+
+def plan_of(batch_tokens: int, micro_batch_tokens: int) -> BatchPlan:
+    lengths = np.random.default_rng(3).integers(1, 30, (2, 5000))
+    return BatchPlan(
+        *lengths, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, max_length=64, seed=1
+    )
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 25_000])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 7, 8, 12, 24])
+def test_who_follows_the_advice_for_a_number_of_workers_hears_no_more(batch_tokens, num_ranks):
+    advice = share_advice(plan_of(batch_tokens, 100_000), num_ranks)  # a step is one micro-batch
+    assert advice is not None
+    text, _, last = advice.rpartition(" ")
+    start = f"{num_ranks} workers share 1 micro-batches a step, and some wait for others: "
+    assert text == f"{start}set hardware.micro_batch_tokens to"
+    assert share_advice(plan_of(batch_tokens, int(last)), num_ranks) is None
+
+
+def test_more_workers_than_sentences_can_be_shared_out_to_are_advised_to_be_fewer():
+    assert share_advice(plan_of(1024, 1100), 64) == (
+        "64 workers share 2 micro-batches a step, and some wait for others: take fewer workers"
+    )
+
+
+def test_one_step_that_is_short_of_a_micro_batch_is_no_reason_for_advice():
+    plan = plan_of(1024, 600)
+    assert [len(step) for step in plan.steps(0)[:3]] == [3, 4, 4]
+    assert share_advice(plan, 4) is None
 
 
 def test_a_finished_run_is_not_trained_further(data, tmp_path):
@@ -282,18 +309,18 @@ def test_validation_pairs_that_are_too_long_stop_it_with_the_way_out(data, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def as_rank(rank: int, folder: str, settings: Settings | None = None) -> None:
-    torch.set_num_threads(1)
+def as_rank(rank: int, num_ranks: int, folder: str, settings: Settings | None = None) -> None:
+    torch.set_num_threads(2)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet-{os.getppid()}-{settings and settings.hardware.micro_batch_tokens}",
         rank=rank,
-        world_size=2,
+        world_size=num_ranks,
     )
     said: list[str] = []
     try:
         parts = Path(folder) / ("parts" if settings is None else f"{settings.hardware.micro_batch_tokens}")
-        run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=2)
+        run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=num_ranks)
     except Stopped:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
     dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
@@ -305,10 +332,8 @@ def test_the_number_of_ranks_may_change_from_one_checkpoint_to_the_next(data, tm
     whole = run(data, tmp_path / "whole")
     with pytest.raises(Stopped):
         run(data, tmp_path / "parts", stop=4)
-    torch.multiprocessing.spawn(as_rank, (str(tmp_path),), nprocs=2)
-    resumed, shared = json.loads((tmp_path / "0.json").read_text())
-    assert resumed == "continuing from the checkpoint of step 3"
-    assert shared.startswith("2 workers share 5 micro-batches a step")
+    torch.multiprocessing.spawn(as_rank, (2, str(tmp_path)), nprocs=2)
+    assert json.loads((tmp_path / "0.json").read_text()) == ["continuing from the checkpoint of step 3"]
     assert json.loads((tmp_path / "1.json").read_text()) == []
     parts = run(data, tmp_path / "parts")
     ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
