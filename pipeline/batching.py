@@ -31,7 +31,8 @@ class BatchPlan:
     that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
     source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
     be a number of them that is `easily_shared`, so that no step is much smaller or larger than the others. Every
-    pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped` counts them.
+    pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped` counts them. A
+    step has `most_micro_batches` at most, each of at most `budget` positions a side; the longest pair has `longest`.
 
     `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
     Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
@@ -70,6 +71,7 @@ class BatchPlan:
         self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
         self._starts = _cut(self._longest, self.budget)
         self.num_steps = min(num_steps, len(self._starts))
+        self.most_micro_batches = -(-len(self._starts) // self.num_steps)
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
     def steps(self, epoch: int) -> list[list[np.ndarray]]:

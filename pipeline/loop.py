@@ -5,8 +5,8 @@ turn. Loss and gradient are sums over target tokens, divided by the tokens of th
 micro-batches equal one and two workers equal one. Every micro-batch seeds its own dropout by (seed, step, its
 place in the step): there is no random state to save, and a resumed run draws what the undisturbed one would.
 
-On a CPU each thread has micro-batches of its own, with a replica of the model and a gradient. A gradient lies in one
-flat buffer; those of the threads are added, then the sum over the ranks is taken, once a step.
+On a CPU threads take a micro-batch each, as far as they share them evenly, with a replica of the model each. A
+gradient lies in one flat buffer; those of the threads are added, then the sum over the ranks is taken, once a step.
 DistributedDataParallel is not used: it wants equally many micro-batches on every rank.
 """
 

@@ -116,7 +116,7 @@ def batch_plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> Ba
 
 def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
     """What to say if workers have to wait for others for too long."""
-    num_micro = max(map(len, plan.steps(0)))
+    num_micro = plan.most_micro_batches
     if busy_share(num_micro, num_ranks) >= MIN_BUSY_SHARE:
         return None
     enough = num_micro
@@ -124,7 +124,7 @@ def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
         enough += 1
     micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, for sentences fit badly
     way_out = (
-        f"set hardware.micro_batch_tokens to {micro_batch_tokens}"
+        f"set hardware.micro_batch_tokens to {micro_batch_tokens}, which is another run"
         if micro_batch_tokens >= plan.longest
         else "take fewer workers"
     )

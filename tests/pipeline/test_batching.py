@@ -122,7 +122,8 @@ def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike
     for micro, number in ((4_700, 1), (2_500, 2), (1_300, 4), (1_000, 8), (500, 16)):
         plan = make_plan(num_pairs=29_000, batch_tokens=4_001, micro_batch_tokens=micro)
         of_steps = [len(step) for step in plan.steps(0)]
-        assert max(of_steps) == number
+        assert max(of_steps) == plan.most_micro_batches == number
+        assert plan.longest <= plan.budget <= micro
         assert of_steps.count(number) >= 0.95 * plan.num_steps
 
 

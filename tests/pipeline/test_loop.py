@@ -339,11 +339,11 @@ def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
 
 
 def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypatch):
-    calls: list[Any] = []
+    calls: list[int] = []  # by which thread
 
     def fake_compile(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
         assert options == {"dynamic": True}
-        return lambda *args: (calls.append(args), model(*args))[1]
+        return lambda *args: (calls.append(threading.get_ident()), model(*args))[1]
 
     torch.set_num_threads(2)  # for replicas, which there are not
     monkeypatch.setattr(torch, "compile", fake_compile)
@@ -351,7 +351,7 @@ def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypat
     run(plain, [micro_batches([2, 3])])
     assert not calls
     run(compiled, [micro_batches([2, 3])], replace(RECIPE, compile=True))
-    assert len(calls) == 2 * RECIPE.max_steps
+    assert calls == 2 * RECIPE.max_steps * [threading.get_ident()]
     torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-5)
 
 

@@ -201,7 +201,7 @@ def test_the_measured_rate_is_what_is_computed_after_the_warm_up_by_the_time_it_
     ticks = count(100.0, 5.0)  # every look at the clock is 5 seconds after the last
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     settings = load_sweep(root).base
-    steps, split = batch_plan(settings, root, settings.hardware.micro_batch_tokens)
+    steps, split = batch_plan(settings, root, settings.train.batch_tokens)
     batches = [indices for step in steps.steps(0) for indices in step]
     timed = sum(flops_of(settings, split, indices) for indices in batches[3:6])
     threads = torch.get_num_threads()
