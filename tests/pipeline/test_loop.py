@@ -219,7 +219,7 @@ def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
     def by_hand(model: Transformer) -> list[float]:
         optimizer, losses = torch.optim.Adam(model.parameters(), rate, (0.9, 0.98), 1e-9), []
         for step in range(1, recipe.max_steps + 1):
-            seed_dropout(recipe.seed, step, 0)
+            seed_dropout(torch.device("cpu"), recipe.seed, step, 0)
             optimizer.zero_grad()
             value = torchs_loss(model, data[(step - 1) % len(data)][0], recipe.label_smoothing)
             value.backward()
@@ -279,7 +279,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm_and_keeps_its_direction(max
 
 def test_dropout_differs_by_seed_step_and_place_and_by_nothing_else():
     def noise(*parts: int) -> tuple[float, ...]:
-        seed_dropout(*parts)
+        seed_dropout(torch.device("cpu"), *parts)
         return tuple(torch.rand(3).tolist())
 
     parts = [(seed, step, place) for seed in range(3) for step in range(5) for place in range(4)]
@@ -341,9 +341,21 @@ def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
 def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypatch):
     calls: list[int] = []  # by which thread
 
-    def fake_compile(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
+    class Compiled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Tensor) -> Tensor:
+            calls.append(threading.get_ident())
+            return self.model(*args)
+
+        def __len__(self) -> int:  # as torch's, which has no truth value either
+            raise TypeError
+
+    def fake_compile(model: nn.Module, **options: Any) -> nn.Module:
         assert options == {"dynamic": True}
-        return lambda *args: (calls.append(threading.get_ident()), model(*args))[1]
+        return Compiled(model)
 
     torch.set_num_threads(2)  # for replicas, which there are not
     monkeypatch.setattr(torch, "compile", fake_compile)
