@@ -15,6 +15,10 @@ from torch import Tensor
 from model.config import BOS, EOS, PAD
 from pipeline.corpus import EncodedSplit, EncodedText
 
+MIN_MICRO_BATCHES = 4
+"""A step: from steps of sentences of one length models learn less (docs/performance.md). The paper's had a batch for
+each of eight GPUs."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -30,9 +34,10 @@ class BatchPlan:
     A step has about `batch_tokens` target tokens (padding not counted), in micro-batches of similar length
     that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
     source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
-    be a number of them that is `easily_shared`, so that no step is much smaller or larger than the others. Every
-    pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped` counts them. A
-    step has `most_micro_batches` at most, each of at most `budget` positions a side; the longest pair has `longest`.
+    be MIN_MICRO_BATCHES or more of them, a number that is `easily_shared`, so that no step is much smaller or larger
+    than the others. Chance says which ones share a step. Every pair comes once an epoch, but those longer than
+    `max_length` positions on a side: `num_skipped` counts them. A step has `most_micro_batches` at most, each of at
+    most `budget` positions a side; the longest pair has `longest`.
 
     `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
     Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
@@ -52,22 +57,14 @@ class BatchPlan:
         self._src = np.asarray(src_lengths, dtype=np.int32) + 1
         self._tgt = np.asarray(tgt_lengths, dtype=np.int32) + 1
         longest = np.maximum(self._src, self._tgt)
-        pairs = np.flatnonzero(longest <= max_length)
-        self.num_skipped = len(longest) - len(pairs)
-        if not len(pairs):
-            raise ValueError(f"none of {len(longest)} sentence pairs has at most max_length ({max_length}) pieces")
-        worst = pairs[longest[pairs].argmax()]
-        if longest[worst] > micro_batch_tokens:
-            raise ValueError(
-                f"the sentence pair of line {worst + 1} has {longest[worst]} pieces on one side: more than "
-                f"micro_batch_tokens ({micro_batch_tokens}); raise it, or lower max_length"
-            )
         # By the longer side, which alone decides where a micro-batch is full: the cuts hold for every epoch.
-        self._pairs = pairs[np.argsort(longest[pairs], kind="stable")]
+        self._pairs = _by_length(longest, max_length, micro_batch_tokens)
+        self.num_skipped = len(longest) - len(self._pairs)
         self._longest = longest[self._pairs]
         self.longest = int(self._longest[-1])
-        num_steps = max(1, round(int(self._tgt[pairs].sum()) / batch_tokens))
-        per_step = easily_shared(-(-len(_cut(self._longest, micro_batch_tokens)) // num_steps))
+        num_steps = max(1, round(int(self._tgt[self._pairs].sum()) / batch_tokens))
+        needed = -(-len(_cut(self._longest, micro_batch_tokens)) // num_steps)
+        per_step = easily_shared(max(needed, MIN_MICRO_BATCHES))
         self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
         self._starts = _cut(self._longest, self.budget)
         self.num_steps = min(num_steps, len(self._starts))
@@ -83,9 +80,8 @@ class BatchPlan:
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
         # Among pairs whose longer sides are equal, neighbours are alike in the shorter side too, give or take
-        # one piece: chance mixes them, and costs a percent of padding. Every other length runs backwards, so
-        # that a micro-batch that spans two lengths finds pairs that are alike there as well.
-        shape = (self._src - self._tgt)[self._pairs] * (1 - 2 * (self._longest % 2))
+        # one piece: chance mixes them, and costs a percent of padding.
+        shape = _shape(self._src, self._tgt, self._longest, self._pairs)
         order = np.lexsort((shape + rng.uniform(-1, 1, len(shape)), self._longest))
         micro_batches = np.split(self._pairs[order], self._starts[1:])
         shuffled = [micro_batches[i] for i in rng.permutation(len(micro_batches))]
@@ -116,11 +112,44 @@ class BatchPlan:
         return 1 - tokens / positions
 
 
+def batches_to_read(
+    src_lengths: np.ndarray, tgt_lengths: np.ndarray, *, micro_batch_tokens: int, max_length: int
+) -> list[np.ndarray]:
+    """Micro-batches of a split that is only read, as large as they may be, the shortest sentences first. Sizes,
+    pairs that are left out and errors are as in BatchPlan."""
+    src, tgt = (np.asarray(lengths, dtype=np.int32) + 1 for lengths in (src_lengths, tgt_lengths))
+    longest = np.maximum(src, tgt)
+    pairs = _by_length(longest, max_length, micro_batch_tokens)
+    order = np.lexsort((_shape(src, tgt, longest[pairs], pairs), longest[pairs]))
+    return np.split(pairs[order], _cut(longest[pairs], micro_batch_tokens)[1:])
+
+
 def easily_shared(number: int) -> int:
     """From `number` up, the first that two, four or eight share alike (threads or workers), if it is large enough: a
     power of two up to 8, a multiple of 8 beyond."""
     unit = min(8, 1 << (number - 1).bit_length())
     return -(-number // unit) * unit
+
+
+def _by_length(longest: np.ndarray, max_length: int, micro_batch_tokens: int) -> np.ndarray:
+    """The pairs within `max_length`, ascending. Raises ValueError."""
+    pairs = np.flatnonzero(longest <= max_length)
+    if not len(pairs):
+        raise ValueError(f"none of {len(longest)} sentence pairs has at most max_length ({max_length}) pieces")
+    pairs = pairs[np.argsort(longest[pairs], kind="stable")]
+    worst = pairs[-1]
+    if longest[worst] > micro_batch_tokens:
+        raise ValueError(
+            f"the sentence pair of line {worst + 1} has {longest[worst]} pieces on one side: more than "
+            f"micro_batch_tokens ({micro_batch_tokens}); raise it, or lower max_length"
+        )
+    return pairs
+
+
+def _shape(src: np.ndarray, tgt: np.ndarray, longest: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """What to sort pairs by whose longer sides are equal. Every other length runs backwards, so that a micro-batch
+    that spans two lengths finds pairs that are alike there as well."""
+    return (src - tgt)[pairs] * (1 - 2 * (longest % 2))
 
 
 def _cut(longest: np.ndarray, budget: int) -> list[int]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model.transformer import Transformer
 from pipeline import scoring, tracking
-from pipeline.batching import BatchPlan, MicroBatch, collate
+from pipeline.batching import MicroBatch, batches_to_read, collate
 from pipeline.checkpoint import load_model
 from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, EncodedSplit, load_tokenizer
 from pipeline.files import write_json, write_text
@@ -106,8 +106,7 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
     longest = model.config.max_length
     src, tgt = split.pieces.src.lengths, split.pieces.tgt.lengths
     budget = max(batch_tokens, longest)
-    plan = BatchPlan(src, tgt, batch_tokens=budget, micro_batch_tokens=budget, max_length=longest, seed=0)
-    batches = [indices for step in plan.steps(0) for indices in step]
+    batches = batches_to_read(src, tgt, micro_batch_tokens=budget, max_length=longest)
     num_words = sum(len(split.references[i].split()) for indices in batches for i in indices)
     label = f"perplexity, {split.name}"
 

@@ -19,6 +19,7 @@ import torch
 from model.flops import training_flops
 from model.loss import CHUNK_LOGITS_GPU
 from model.transformer import Transformer
+from pipeline.batching import MIN_MICRO_BATCHES
 from pipeline.params import load_settings
 
 VOCAB_SIZE = 37_000
@@ -50,7 +51,7 @@ class Measured:
     mlflow_s_per_point: float  # on top, for every point of four metrics
     collate_tokens_per_s: float  # target tokens with their source, on one core
     epoch_plan_s_per_million: float  # pairs
-    launches: float  # operators of a step of base, the loss left out
+    launches: float  # operators of a step of base on one micro-batch, the loss left out
     launches_per_chunk: float  # of the loss, for CHUNK_LOGITS_GPU logits
 
 
@@ -64,8 +65,8 @@ MEASURED = Measured(
     mlflow_s_per_point=0.0005,
     collate_tokens_per_s=2.6e7,
     epoch_plan_s_per_million=0.2,
-    launches=800,
-    launches_per_chunk=21,
+    launches=805,
+    launches_per_chunk=14,
 )
 
 
@@ -203,9 +204,10 @@ class Plan:
 
     @property
     def launches(self) -> tuple[float, float]:
-        """Operators of a step on one micro-batch: of all but the loss; of the loss, which makes logits in chunks."""
+        """Operators of a step: of all but the loss; of the loss, which makes logits in chunks."""
         chunks = self.tokens_per_gpu / (CHUNK_LOGITS_GPU // VOCAB_SIZE)
-        return self.measured.launches, self.measured.launches_per_chunk * chunks
+        micro_batches = -(-MIN_MICRO_BATCHES // self.cluster.gpus)
+        return self.measured.launches * micro_batches, self.measured.launches_per_chunk * chunks
 
     @property
     def launch_s(self) -> float:
@@ -404,7 +406,9 @@ def _assumptions(plan: Plan) -> str:
     launch_s = cluster.launch_us / 1e6
     # Of each token's arithmetic, what is left when the loss's launches for it are done, for all other launches.
     left_s = (plan.compute_s - plan.launches[1] * launch_s) / plan.tokens_per_gpu
-    few = f"fewer than {plan.launches[0] * launch_s / left_s:,.0f} tokens" if left_s > 0 else "any number of tokens"
+    few = "any number of tokens"
+    if left_s > 0:
+        few = f"fewer than {plan.measured.launches * launch_s / left_s:,.0f} tokens"
     return (
         f"**{work.name}**: {work.parameters:,} parameters, {work.steps:,} steps of {work.batch_tokens:,} tokens of "
         f"each side, {work.flops_per_step * work.steps:.3g} FLOPs; {100 * cluster.mfu:g}% of "
@@ -413,7 +417,7 @@ def _assumptions(plan: Plan) -> str:
         f"${cluster.price:g} an hour. Weights, gradients and Adam take {16 * work.parameters / 1e9:.1f} of "
         f"{card.memory_bytes / 1e9:g} GB, a checkpoint {work.checkpoint_bytes / 1e9:.2f} GB "
         f"({work.keep_checkpoints} are kept), the corpus {work.corpus_bytes / 1e9:.1f} GB on every node. "
-        f"At {cluster.launch_us:g} us a launch, a device with {few} a step waits for the host."
+        f"At {cluster.launch_us:g} us a launch, a device with {few} a micro-batch waits for the host."
     )
 
 
@@ -449,8 +453,8 @@ def _measured(m: Measured) -> str:
         f"- Measured: checkpoints are written at {m.checkpoint_write_bytes_per_s / 1e6:,.0f} MB/s, read at "
         f"{m.checkpoint_load_bytes_per_s / 1e6:,.0f}; an MLflow server takes {1e3 * m.mlflow_s_per_call:g} ms a call "
         f"and {1e3 * m.mlflow_s_per_point:g} a point; a core collates {m.collate_tokens_per_s:,.0f} target tokens a "
-        f"second and plans an epoch in {m.epoch_plan_s_per_million:g} s a million pairs; a step of base launches "
-        f"{m.launches:g} operators, and {m.launches_per_chunk:g} for every {rows} target tokens."
+        f"second and plans an epoch in {m.epoch_plan_s_per_million:g} s a million pairs; a micro-batch of base "
+        f"launches {m.launches:g} operators, and {m.launches_per_chunk:g} for every {rows} target tokens."
     )
 
 

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from model.schedule import learning_rate
 from model.transformer import Transformer
 from pipeline import checkpoint
-from pipeline.batching import BatchPlan, MicroBatch, Position, collate, easily_shared
+from pipeline.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
 from pipeline.corpus import CorpusInfo, EncodedSplit
 from pipeline.loop import MIN_BUSY_SHARE, Recipe, State, Step, adam, busy_share, cross_entropy, perplexity, train
 from pipeline.params import Settings
@@ -45,7 +46,7 @@ def train_rank(
         for point in curve:
             report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
-    plan = batch_plan(train_split, settings, settings.train.batch_tokens)
+    plan = batch_plan(train_split, settings)
     if plan.num_skipped and rank == 0:
         say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
     if rank == 0 and (advice := share_advice(plan, num_ranks)):
@@ -102,12 +103,12 @@ def rate_of_step(settings: Settings) -> Callable[[int], float]:
     return lambda step: learning_rate(step, settings.model.d_model, t.warmup_steps, t.lr_scale)
 
 
-def batch_plan(split: EncodedSplit, settings: Settings, batch_tokens: int) -> BatchPlan:
+def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
     """The micro-batches of every step, the same on all ranks."""
     return BatchPlan(
         split.src.lengths,
         split.tgt.lengths,
-        batch_tokens=batch_tokens,
+        batch_tokens=settings.train.batch_tokens,
         micro_batch_tokens=settings.hardware.micro_batch_tokens,
         max_length=settings.model.max_length,
         seed=settings.seed,
@@ -131,15 +132,17 @@ def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
     return f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: {way_out}"
 
 
-def _all_batches(split: EncodedSplit, settings: Settings) -> list:
-    """Micro-batches of a split that is only read."""
-    plan = batch_plan(split, settings, settings.hardware.micro_batch_tokens)
-    if plan.num_skipped:
+def _all_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
+    """Micro-batches of the split for validation, of which no pair may be left out."""
+    longest = settings.model.max_length
+    num_skipped = int((np.maximum(split.src.lengths, split.tgt.lengths) >= longest).sum())
+    if num_skipped:
         raise ValueError(
-            f"{plan.num_skipped} validation pairs have more than {settings.model.max_length} pieces on one side: "
+            f"{num_skipped} validation pairs have more than {longest} pieces on one side: "
             "raise model.max_length, or drop them with a smaller validate.max_words"
         )
-    return [indices for step in plan.steps(0) for indices in step]
+    budget = settings.hardware.micro_batch_tokens
+    return batches_to_read(split.src.lengths, split.tgt.lengths, micro_batch_tokens=budget, max_length=longest)
 
 
 def _share(plan: BatchPlan, split: EncodedSplit, state: State, rank: int, num_ranks: int) -> Iterator[Step]:

@@ -95,7 +95,7 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     data = root / ENCODED
     config = settings.model.config(CorpusInfo.open(data).vocab_size)
     split = EncodedSplit.open(data, "train")
-    plan = batch_plan(split, replace(settings, seed=0), settings.train.batch_tokens)
+    plan = batch_plan(split, replace(settings, seed=0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = Transformer(config).to(device)

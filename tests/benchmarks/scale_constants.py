@@ -186,7 +186,7 @@ def data() -> None:
         show(
             "epoch_plan_s_per_million", epochs / PAIRS * 1e6, f"{PAIRS:,} pairs; the plan itself, once: {made:.2f} s"
         )
-        for micro_batch_tokens in (25_000, 3600):
+        for micro_batch_tokens in (7200, 3600):
             plan = BatchPlan(src, tgt, micro_batch_tokens=micro_batch_tokens, **sizes)
             batches = [indices for step in plan.steps(0)[:100] for indices in step]
             tokens = sum(collate(split, indices).num_tgt_tokens for indices in batches)

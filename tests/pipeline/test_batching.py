@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import BOS, EOS, PAD
-from pipeline.batching import BatchPlan, Position, collate, easily_shared
+from pipeline.batching import BatchPlan, Position, batches_to_read, collate, easily_shared
 from pipeline.corpus import EncodedSplit, EncodedText
 
 
@@ -119,7 +119,7 @@ def test_all_steps_have_about_the_tokens_asked_for(batch, micro):
 
 def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike():
     assert [easily_shared(number) for number in range(1, 18)] == [1, 2, 4, 4, *[8] * 4, *[16] * 8, 24]
-    for micro, number in ((4_700, 1), (2_500, 2), (1_300, 4), (1_000, 8), (500, 16)):
+    for micro, number in ((4_700, 4), (1_300, 4), (1_000, 8), (500, 16)):
         plan = make_plan(num_pairs=29_000, batch_tokens=4_001, micro_batch_tokens=micro)
         of_steps = [len(step) for step in plan.steps(0)]
         assert max(of_steps) == plan.most_micro_batches == number
@@ -130,6 +130,37 @@ def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike
 def test_a_corpus_smaller_than_a_batch_is_one_step():
     plan = make_plan(num_pairs=11, batch_tokens=10**7)
     assert plan.num_steps == len(plan.steps(0)) == 1
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(41, 1_000), st.integers(5, 41))
+def test_batches_to_read_have_every_pair_once_and_are_full(pairs, micro, max_length):
+    src, tgt = np.array(pairs).T + 1
+    longest = np.maximum(src, tgt)
+    if longest.min() > max_length:
+        with pytest.raises(ValueError, match="none of"):
+            batches_to_read(src - 1, tgt - 1, micro_batch_tokens=micro, max_length=max_length)
+        return
+    batches = batches_to_read(src - 1, tgt - 1, micro_batch_tokens=micro, max_length=max_length)
+    order = np.concatenate(batches)
+    assert sorted(order) == np.flatnonzero(longest <= max_length).tolist()
+    assert (np.diff(longest[order]) >= 0).all()
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert len(batch) * longest[batch].max() <= micro
+        if following is not None:
+            assert (len(batch) + 1) * longest[following[0]] > micro
+
+
+def test_pairs_alike_in_the_shorter_side_too_are_read_together():
+    src, tgt = lengths_like_multi30k(2_003)
+    batches = batches_to_read(src, tgt, micro_batch_tokens=1_009, max_length=257)
+    by_longest = np.lexsort((np.random.default_rng(0).random(len(src)), np.maximum(src, tgt)))
+    by_chance = np.split(by_longest, np.cumsum([len(indices) for indices in batches])[:-1])
+    num_positions = [
+        sum(len(indices) * (side[indices].max() + 1) for indices in parts for side in (src, tgt))
+        for parts in (batches, by_chance)
+    ]
+    assert num_positions[0] < 0.98 * num_positions[1]
 
 
 @pytest.mark.parametrize(("micro", "share"), [(1024, 0.05), (4096, 0.08), (25_000, 0.10)])
