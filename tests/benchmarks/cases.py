@@ -1,5 +1,6 @@
 """The comparisons, each a function that gives the lines of its table."""
 
+import csv
 import json
 import random
 import shutil
@@ -178,27 +179,35 @@ def orchestration(setting: Setting) -> list[str]:
         bare = Runner(command, alone, "told.json")
         with whole.started(25), bare.started(3):  # after the first point of the curve, for which MLflow is imported
             slower.append(slower_by(whole, bare, turns=24, turn_s=5))
+            shares = [[f"{share:.1%}" for share in runner.shares()] for runner in (whole, bare)]
     lines = [
         "**Orchestration**",
         "",
         "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
         f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
+        "- Of the cores' time, in the last round: {} by the threads that train, {} by the worker's others, {} by "
+        "other processes; of the bare loop, {}, {} and {}.".format(*shares[0], *shares[1]),
         f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}).",
     ]
     edit(project / "params.yaml", "model", "base")
-    _lengths(project, "base", max_steps=6, checkpoint_every=6)
+    _lengths(project, "base", max_steps=8, checkpoint_every=8)
     edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
+    edit(project / "conf/model/base.yaml", "train.log_every", 1)
     edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
-    rates = []
-    for workers in (1, 2):
-        say(f"base on {workers} workers of one thread")
-        edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
-        _clear(project / "checkpoints")  # or one worker's run would be two's as well
-        run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
-        rates.append(json.loads((project / "reports/train.json").read_text())["tokens_per_second"])
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(setting.rounds):
+        for workers, found in rates.items():
+            say(f"round {number + 1} of {setting.rounds}: base on {workers} workers of one thread")
+            edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
+            _clear(project / "checkpoints")  # or one worker's run would be two's as well
+            run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
+            points = csv.DictReader((project / "reports/training_curve.csv").read_text().splitlines())
+            found.append(statistics.median([float(point["tokens_per_second"]) for point in points][2:]))
+    ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
+    one, two = map(statistics.median, rates.values())
     lines.append(
-        f"- Base on workers of one thread: {rates[0]:,.0f} tokens/s by one, {rates[1]:,.0f} by two: "
-        f"{rates[1] / rates[0]:.2f} times as many."
+        f"- Base on workers of one thread, from the third step on: {one:,.0f} tokens/s by one, {two:,.0f} by two: "
+        f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})."
     )
     _clear(project)
     new_project(project, data="grammar", model="nano")
@@ -282,9 +291,7 @@ def _padding(setting: Setting) -> float:
     from pipeline.worker import batch_plan
 
     settings = load_settings(ROOT, model="tiny")
-    return batch_plan(
-        EncodedSplit.open(setting.encoded, "train"), settings, settings.train.batch_tokens
-    ).padding_share()
+    return batch_plan(EncodedSplit.open(setting.encoded, "train"), settings).padding_share()
 
 
 def _model(setting: Setting, preset: str) -> Path:

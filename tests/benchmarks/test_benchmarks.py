@@ -74,6 +74,22 @@ def test_one_that_waits_for_its_turn_takes_no_step(tmp_path: Path):
     assert not process.is_running()
 
 
+def test_the_cores_time_is_shared_out_to_threads_that_train_and_to_others(tmp_path: Path):
+    burn = "while True: pass"
+    code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', '{burn}'])\n{COUNTS}"
+    runner = Runner([sys.executable, "-c", code, str(tmp_path / "told.json")], tmp_path, "told.json")
+    with runner.started(steps=3):
+        before = runner.threads()
+        assert runner.used_s.keys() == before.keys()
+        while len(runner.reached) < 2:
+            runner.work(0.5)
+        training, beside, others = runner.shares()
+        used = sum(runner.threads().values()) - sum(before.values())
+    assert min(training, others) > 0
+    assert beside == 0
+    assert (training + others) * 2 * runner.awake_s == pytest.approx(used, abs=0.05)
+
+
 def test_steps_are_compared_by_the_time_in_which_their_process_was_awake():
     awake = [(10, 1.0), (20, 2.0), (40, 6.0)]
     runner, bare = (Runner([], Path(), "", reached=[*reached]) for reached in (awake, [(5, 0.5), (30, 3.0)]))

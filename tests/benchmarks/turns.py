@@ -22,6 +22,7 @@ class Runner:
     told: str
     awake_s: float = 0.0
     reached: list[tuple[int, float]] = field(default_factory=list)  # steps, and awake_s when they were done
+    used_s: dict[tuple[int, int], float] = field(default_factory=dict)  # of a core before the first turn, by thread
 
     @contextmanager
     def started(self, steps: int) -> Iterator[None]:
@@ -37,6 +38,7 @@ class Runner:
                 time.sleep(0.2)
             self.process = process
             self._send(signal.SIGSTOP)
+            self.used_s = self.threads()
             yield
         finally:
             if process.is_running():
@@ -55,6 +57,24 @@ class Runner:
         (file,) = self.folder.glob(self.told)
         if (written := file.stat().st_mtime) > began:
             self.reached.append((self._step(), self.awake_s - (ended - written)))
+
+    def threads(self) -> dict[tuple[int, int], float]:
+        """Seconds of a core that each has used, by process and thread."""
+        found = {}
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                found |= {(process.pid, t.id): t.user_time + t.system_time for t in process.threads()}
+        return found
+
+    def shares(self) -> tuple[float, float, float]:
+        """Of THREADS cores, since `used_s` and while awake: what the busiest threads of the process that trains take,
+        as many; its others; all other processes."""
+        used = {thread: seconds - self.used_s.get(thread, 0.0) for thread, seconds in self.threads().items()}
+        trains = max(used, key=used.__getitem__)[0]
+        own = sorted((seconds for (process, _), seconds in used.items() if process == trains), reverse=True)
+        parts = sum(own[:THREADS]), sum(own[THREADS:]), sum(used.values()) - sum(own)
+        training, beside, others = (seconds / self.awake_s / THREADS for seconds in parts)
+        return training, beside, others
 
     def seconds(self, first: int, last: int) -> float:
         """From one step to another; between those that were seen, at an even pace."""
