@@ -185,12 +185,14 @@ def orchestration(setting: Setting) -> list[str]:
         "",
         "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
         f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
-        "- Of the cores' time, in the last round: {} by the threads that train, {} by the worker's others, {} by "
-        "other processes; of the bare loop, {}, {} and {}.".format(*shares[0], *shares[1]),
+        "- Of the cores' time, in the last round: {} by the two threads at micro-batches, {} by the worker's others "
+        "(one adds gradients and updates weights), {} by other processes; of the bare loop, {}, {}, {}.".format(
+            *shares[0], *shares[1]
+        ),
         f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}).",
     ]
     edit(project / "params.yaml", "model", "base")
-    _lengths(project, "base", max_steps=8, checkpoint_every=8)
+    _lengths(project, "base", max_steps=6, checkpoint_every=6)
     edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
     edit(project / "conf/model/base.yaml", "train.log_every", 1)
     edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)

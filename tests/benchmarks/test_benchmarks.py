@@ -74,20 +74,22 @@ def test_one_that_waits_for_its_turn_takes_no_step(tmp_path: Path):
     assert not process.is_running()
 
 
-def test_the_cores_time_is_shared_out_to_threads_that_train_and_to_others(tmp_path: Path):
-    burn = "while True: pass"
-    code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', '{burn}'])\n{COUNTS}"
+def test_the_time_of_a_runs_threads_is_counted_with_those_of_its_children(tmp_path: Path):
+    code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\n{COUNTS}"
     runner = Runner([sys.executable, "-c", code, str(tmp_path / "told.json")], tmp_path, "told.json")
     with runner.started(steps=3):
         before = runner.threads()
-        assert runner.used_s.keys() == before.keys()
-        while len(runner.reached) < 2:
-            runner.work(0.5)
-        training, beside, others = runner.shares()
-        used = sum(runner.threads().values()) - sum(before.values())
-    assert min(training, others) > 0
-    assert beside == 0
-    assert (training + others) * 2 * runner.awake_s == pytest.approx(used, abs=0.05)
+        assert runner.used_s == before
+        assert len({process for process, _ in before}) == 2
+        runner.work(1.0)
+        after = runner.threads()
+    assert all(after[thread] > before[thread] for thread in before)
+
+
+def test_the_cores_time_is_shared_out_to_threads_at_micro_batches_and_to_others(monkeypatch):
+    runner = Runner([], Path(), "", awake_s=10.0, used_s={(1, 1): 2.0})
+    monkeypatch.setattr(runner, "threads", lambda: {(1, 1): 10.0, (1, 2): 6.0, (1, 3): 1.0, (2, 2): 3.0})
+    assert runner.shares() == pytest.approx((0.7, 0.05, 0.15))
 
 
 def test_steps_are_compared_by_the_time_in_which_their_process_was_awake():

@@ -68,7 +68,7 @@ class Runner:
 
     def shares(self) -> tuple[float, float, float]:
         """Of THREADS cores, since `used_s` and while awake: what the busiest threads of the process that trains take,
-        as many; its others; all other processes."""
+        as many, those at micro-batches; its others, the one among them that updates weights; all other processes."""
         used = {thread: seconds - self.used_s.get(thread, 0.0) for thread, seconds in self.threads().items()}
         trains = max(used, key=used.__getitem__)[0]
         own = sorted((seconds for (process, _), seconds in used.items() if process == trains), reverse=True)
