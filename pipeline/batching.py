@@ -16,8 +16,8 @@ from model.config import BOS, EOS, PAD
 from pipeline.corpus import EncodedSplit, EncodedText
 
 MIN_MICRO_BATCHES = 4
-"""A step: from steps of sentences of one length models learn less (docs/performance.md). The paper's had a batch for
-each of eight GPUs."""
+"""A step: from steps of sentences of one length models learn less (docs/performance.md). The paper's went to eight
+GPUs."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class BatchPlan:
     A step has about `batch_tokens` target tokens (padding not counted), in micro-batches of similar length
     that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
     source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
-    be MIN_MICRO_BATCHES or more of them, a number that is `easily_shared`, so that no step is much smaller or larger
-    than the others. Chance says which ones share a step. Every pair comes once an epoch, but those longer than
-    `max_length` positions on a side: `num_skipped` counts them. A step has `most_micro_batches` at most, each of at
-    most `budget` positions a side; the longest pair has `longest`.
+    be MIN_MICRO_BATCHES or more of them (fewer, if the longest pair needs more than such a part of a step), a number
+    that is `easily_shared`, so that no step is much smaller or larger than the others. Chance says which ones share
+    a step. Every pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped`
+    counts them. A step has `most_micro_batches` at most, each of at most `budget` positions a side; the longest pair
+    has `longest`.
 
     `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
     Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
@@ -64,7 +65,10 @@ class BatchPlan:
         self.longest = int(self._longest[-1])
         num_steps = max(1, round(int(self._tgt[self._pairs].sum()) / batch_tokens))
         needed = -(-len(_cut(self._longest, micro_batch_tokens)) // num_steps)
-        per_step = easily_shared(max(needed, MIN_MICRO_BATCHES))
+        most, wanted = len(_cut(self._longest, self.longest)), MIN_MICRO_BATCHES
+        while wanted > 1 and wanted * num_steps > most:  # or steps would have different numbers of them
+            wanted //= 2
+        per_step = easily_shared(max(needed, wanted))
         self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
         self._starts = _cut(self._longest, self.budget)
         self.num_steps = min(num_steps, len(self._starts))

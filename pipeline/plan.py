@@ -19,7 +19,7 @@ import torch
 from model.flops import training_flops
 from model.loss import CHUNK_LOGITS_GPU
 from model.transformer import Transformer
-from pipeline.batching import MIN_MICRO_BATCHES
+from pipeline.batching import MIN_MICRO_BATCHES, easily_shared
 from pipeline.params import load_settings
 
 VOCAB_SIZE = 37_000
@@ -55,8 +55,8 @@ class Measured:
     launches_per_chunk: float  # of the loss, for CHUNK_LOGITS_GPU logits
 
 
-# On two cores of an AMD EPYC (Zen 3) that others use too, torch 2.13.0, 2026-11-21: the middle of three to six runs.
-# They differ by a third, those of disk and gloo by a factor of two.
+# On two cores of an AMD EPYC (Zen 3) that others use too, torch 2.13.0, 2026-11-21, launches two days later: the
+# middle of three to six runs. They differ by a third, those of disk and gloo by a factor of two.
 MEASURED = Measured(
     checkpoint_write_bytes_per_s=3.7e8,
     checkpoint_load_bytes_per_s=1.0e9,
@@ -206,7 +206,8 @@ class Plan:
     def launches(self) -> tuple[float, float]:
         """Operators of a step: of all but the loss; of the loss, which makes logits in chunks."""
         chunks = self.tokens_per_gpu / (CHUNK_LOGITS_GPU // VOCAB_SIZE)
-        micro_batches = -(-MIN_MICRO_BATCHES // self.cluster.gpus)
+        gpus = self.cluster.gpus
+        micro_batches = -(-easily_shared(max(gpus, MIN_MICRO_BATCHES)) // gpus)
         return self.measured.launches * micro_batches, self.measured.launches_per_chunk * chunks
 
     @property
@@ -228,7 +229,8 @@ class Plan:
 
     @property
     def parts(self) -> dict[str, float]:
-        """What a step is made of, one after the other, as the loop does it: nothing overlaps."""
+        """What a step is made of, one after the other, as the loop does it: nothing overlaps. All but launches
+        are shared evenly."""
         epoch_steps = PAIRS * LENGTH / self.work.batch_tokens
         planning_s = self.measured.epoch_plan_s_per_million * PAIRS / 1e6 / epoch_steps
         return {
@@ -453,8 +455,9 @@ def _measured(m: Measured) -> str:
         f"- Measured: checkpoints are written at {m.checkpoint_write_bytes_per_s / 1e6:,.0f} MB/s, read at "
         f"{m.checkpoint_load_bytes_per_s / 1e6:,.0f}; an MLflow server takes {1e3 * m.mlflow_s_per_call:g} ms a call "
         f"and {1e3 * m.mlflow_s_per_point:g} a point; a core collates {m.collate_tokens_per_s:,.0f} target tokens a "
-        f"second and plans an epoch in {m.epoch_plan_s_per_million:g} s a million pairs; a micro-batch of base "
-        f"launches {m.launches:g} operators, and {m.launches_per_chunk:g} for every {rows} target tokens."
+        f"second and plans an epoch in {m.epoch_plan_s_per_million:g} s a million pairs; a step of base "
+        f"on one micro-batch launches {m.launches:g} operators, and {m.launches_per_chunk:g} for every {rows} target "
+        "tokens."
     )
 
 

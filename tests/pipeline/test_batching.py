@@ -127,6 +127,14 @@ def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike
         assert of_steps.count(number) >= 0.95 * plan.num_steps
 
 
+@pytest.mark.parametrize(("batch", "number"), [(45, 1), (60, 2), (85, 2), (160, 4)])
+def test_steps_too_small_for_four_of_the_longest_pair_have_two_or_one_alike(batch, number):
+    plan = make_plan(num_pairs=29_000, batch_tokens=batch, micro_batch_tokens=10_000)
+    of_steps = [len(step) for step in plan.steps(0)]
+    assert max(of_steps) == number
+    assert of_steps.count(number) >= 0.9 * plan.num_steps
+
+
 def test_a_corpus_smaller_than_a_batch_is_one_step():
     plan = make_plan(num_pairs=11, batch_tokens=10**7)
     assert plan.num_steps == len(plan.steps(0)) == 1
@@ -166,7 +174,7 @@ def test_pairs_alike_in_the_shorter_side_too_are_read_together():
 @pytest.mark.parametrize(("micro", "share"), [(1024, 0.05), (4096, 0.08), (25_000, 0.10)])
 def test_at_most_a_tenth_of_all_positions_is_padding(micro, share):
     src, tgt = lengths_like_multi30k()
-    plan = BatchPlan(src, tgt, batch_tokens=8192, micro_batch_tokens=micro, max_length=257, seed=1)
+    plan = BatchPlan(src, tgt, batch_tokens=max(8192, 4 * micro), micro_batch_tokens=micro, max_length=257, seed=1)
     positions = sum(
         len(indices) * (side[list(indices)].max() + 1) for indices in flat(plan.steps(0)) for side in (src, tgt)
     )

@@ -338,6 +338,18 @@ def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
     assert sums[1][1] == sums[0][1]
 
 
+def test_dropout_is_seeded_as_torch_seeds_it_and_by_torch_on_a_gpu(monkeypatch):
+    seeds: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "manual_seed", seeds.append)
+        seed_dropout(torch.device("cuda"), 1, 2, 3)
+        seed_dropout(torch.device("cpu"), 1, 2, 3)
+    drawn = torch.rand(5)
+    assert len(seeds) == 1
+    torch.manual_seed(seeds[0])
+    assert torch.equal(torch.rand(5), drawn)
+
+
 def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypatch):
     calls: list[int] = []  # by which thread
 

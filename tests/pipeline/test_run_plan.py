@@ -133,6 +133,14 @@ def test_a_step_is_the_sum_of_its_parts_by_hand():
     assert planned.server_share == pytest.approx(5 * points * 0.12)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "number"), [(1, 4), (2, 2), (3, 2), (4, 1), (5, 2), (8, 1), (12, 2), (16, 1), (512, 1)]
+)
+def test_a_device_launches_for_every_micro_batch_that_is_its_own(gpus, number):
+    measured = replace(FREE, launches=100)
+    assert Plan(WORK, cluster(gpus=gpus, gpus_per_node=1), measured=measured).launches[0] == 100 * number
+
+
 def test_what_goes_over_the_network_and_from_the_disk_by_hand():
     assert WORK.corpus_bytes == 594_000_000  # 4.5 million pairs of 2 x (29 x 2 + 8) bytes
     two_nodes, one = Plan(WORK, cluster(gpus=16)), Plan(WORK, cluster(gpus=8))
@@ -320,7 +328,7 @@ def test_the_constants_are_those_that_the_benchmark_prints():
     assert set(re.findall(r'show\(\s*"(\w+)"', source)) == {field.name for field in fields(Measured)}
 
 
-def test_the_plan_needs_the_model_batches_the_settings_torch_and_the_standard_library_alone():
+def test_the_plan_imports_the_model_batches_the_settings_torch_and_the_standard_library_alone():
     nodes = list(ast.walk(ast.parse((REPOSITORY / "pipeline/plan.py").read_text(encoding="utf-8"))))
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
