@@ -61,7 +61,7 @@ class Runner:
     def threads(self) -> dict[tuple[int, int], float]:
         """Seconds of a core that each has used, by process and thread."""
         found = {}
-        for process in [self.process, *self.process.children(recursive=True)]:
+        for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 found |= {(process.pid, t.id): t.user_time + t.system_time for t in process.threads()}
         return found
@@ -88,8 +88,11 @@ class Runner:
 
         return max((progress.step(file) for file in self.folder.glob(self.told)), default=0)
 
+    def _processes(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
     def _send(self, number: int) -> None:
-        for process in [self.process, *self.process.children(recursive=True)]:
+        for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
