@@ -73,7 +73,7 @@ class Cluster:
             for pid in map(int, pids):
                 try:
                     process = psutil.Process(pid)
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                    if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):  # one that ends has none
                         found.setdefault(host, []).append(process)
                 except psutil.NoSuchProcess:
                     continue
