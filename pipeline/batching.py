@@ -16,8 +16,8 @@ from model.config import BOS, EOS, PAD
 from pipeline.corpus import EncodedSplit, EncodedText
 
 MIN_MICRO_BATCHES = 4
-"""A step: from steps of sentences of one length models learn less (docs/performance.md). The paper's went to eight
-GPUs."""
+"""The fewest of a step. Each has sentences of about one length, and models learn less from a step of few lengths
+(docs/performance.md). The paper's steps were shared by eight GPUs."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class BatchPlan:
     that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
     source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
     be MIN_MICRO_BATCHES or more of them (fewer, if the longest pair needs more than such a part of a step), a number
-    that is `easily_shared`, so that no step is much smaller or larger than the others. Chance says which ones share
-    a step. Every pair comes once an epoch, but those longer than `max_length` positions on a side: `num_skipped`
-    counts them. A step has `most_micro_batches` at most, each of at most `budget` positions a side; the longest pair
-    has `longest`.
+    that is `easily_shared` by workers and threads. So no step is much smaller or larger than the others. Chance says
+    which ones share a step. Every pair comes once an epoch, but those longer than `max_length` positions on a side:
+    `num_skipped` counts them. A step has `most_micro_batches` at most, each of at most `budget` positions a side; the
+    longest pair has `longest`.
 
     `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
     Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
@@ -65,8 +65,8 @@ class BatchPlan:
         self.longest = int(self._longest[-1])
         num_steps = max(1, round(int(self._tgt[self._pairs].sum()) / batch_tokens))
         needed = -(-len(_cut(self._longest, micro_batch_tokens)) // num_steps)
-        most, wanted = len(_cut(self._longest, self.longest)), MIN_MICRO_BATCHES
-        while wanted > 1 and wanted * num_steps > most:  # or steps would have different numbers of them
+        wanted = MIN_MICRO_BATCHES
+        while wanted > 1 and not self._fit(wanted * num_steps):  # or steps would have different numbers of them
             wanted //= 2
         per_step = easily_shared(max(needed, wanted))
         self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
@@ -74,6 +74,11 @@ class BatchPlan:
         self.num_steps = min(num_steps, len(self._starts))
         self.most_micro_batches = -(-len(self._starts) // self.num_steps)
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
+
+    def _fit(self, parts: int) -> bool:
+        """Whether a cut can make so many, none smaller than the longest pair. If the pairs fill them, it can; else
+        the cut itself has to tell, which takes seconds for millions of pairs."""
+        return parts * self.longest <= int(self._longest.sum()) or parts <= len(_cut(self._longest, self.longest))
 
     def steps(self, epoch: int) -> list[list[np.ndarray]]:
         """The epoch's steps, each a list of micro-batches, each an array of sentence indices."""

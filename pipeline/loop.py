@@ -1,8 +1,8 @@
 """The loop that trains (section 5 of the paper): torch and model/ alone, no Ray, no MLflow, no DVC.
 
 A step is a list of micro-batches, the same list whatever the number of workers; the workers (ranks) take them in
-turn. Loss and gradient are sums over target tokens, divided by the tokens of the whole step, so that four
-micro-batches equal one and two workers equal one. Every micro-batch seeds its own dropout by (seed, step, its
+turn. Loss and gradient are sums over target tokens, divided by the tokens of the whole step, so that two workers
+equal one and, but for dropout, four micro-batches one. Every micro-batch seeds its own dropout by (seed, step, its
 place in the step): there is no random state to save, and a resumed run draws what the undisturbed one would.
 
 On a CPU threads take a micro-batch each, as far as they share them evenly, with a replica of the model each. A
@@ -305,6 +305,6 @@ def seed_dropout(device: torch.device, *parts: Any) -> None:
     """Seed what dropout draws from in this thread by a digest of the parts (torch's generators on CPUs use its low
     32 bits alone)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    # torch.manual_seed notes down who called it, for GPUs, which takes half a millisecond.
+    # torch.manual_seed notes down who called it, for GPUs, which takes longer than to seed.
     on_cpu = dropout_random.generator or torch.default_generator
     (on_cpu if device.type == "cpu" else torch).manual_seed(int.from_bytes(digest, "little") >> 1)
