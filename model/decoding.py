@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.config import BOS, EOS, PAD
 
@@ -12,7 +13,7 @@ ROWS, ROWS_GPU = 128, 4096
 """Rows whose logits are in memory at once: in a CPU's cache if they can; on a GPU every part costs the start of its
 operators."""
 BLOCK = 64
-"""Pieces with one maximum, by which most are passed over in the search for the most probable."""
+"""The vocabulary is searched in blocks of so many pieces: most are passed over by their maximum alone."""
 
 
 class Decoder(Protocol):
@@ -79,29 +80,28 @@ def beam_search(
     results: list[list[Hypothesis]] = [[] for _ in max_lengths]
     if not results:
         return results
-    num_sentences, longest = len(results), int(max_lengths.max())
+    num_sentences = len(results)
     sentences = torch.arange(num_sentences, device=max_lengths.device)  # those still in the batch
     considered = 1 if beam == 1 else 2 * beam
 
-    tokens = max_lengths.new_full((num_sentences, 1, longest + 1), PAD)
+    tokens = max_lengths.new_empty(num_sentences, 1, 0)
     log_prob = torch.zeros(num_sentences, 1, device=max_lengths.device)
-    done_tokens = max_lengths.new_full((num_sentences, num_best, longest + 1), PAD)
+    done_tokens = max_lengths.new_empty(num_sentences, num_best, 0)
     done_log_prob = torch.full((num_sentences, num_best), -torch.inf, device=max_lengths.device)
     done_score = done_log_prob
     last = max_lengths.new_full((num_sentences,), BOS)
 
-    for length in range(longest + 1):  # of the live hypotheses
+    for length in range(int(max_lengths.max()) + 1):  # of the live hypotheses
         num_sentences, num_live = log_prob.shape
         new_log_prob, parent, token = _continue(decoder, decoder.step(last), log_prob, considered)
-        new_tokens = _pick(tokens, parent)
-        new_tokens[:, :, length] = token
+        new_tokens = torch.cat((_pick(tokens, parent), token[:, :, None]), 2)
 
         ends = token == EOS
         score = (new_log_prob / length_penalty(length + 1, alpha)).masked_fill(~ends, -torch.inf)
         scores, order = torch.cat([done_score, score], 1).sort(dim=1, descending=True, stable=True)
         done_score, order = scores[:, :num_best], order[:, :num_best]
         done_log_prob = _pick(torch.cat([done_log_prob, new_log_prob], 1), order)
-        done_tokens = _pick(torch.cat([done_tokens, new_tokens], 1), order)
+        done_tokens = _pick(torch.cat([F.pad(done_tokens, (0, 1), value=PAD), new_tokens], 1), order)
 
         over = ends | (max_lengths[sentences] == length)[:, None]
         new_log_prob, order = new_log_prob.masked_fill(over, -torch.inf).sort(dim=1, descending=True, stable=True)
@@ -109,7 +109,7 @@ def beam_search(
         settled = done_score[:, -1] >= bound  # -inf >= -inf when nothing is alive
         for i in settled.nonzero().flatten().tolist():
             found = _finished(done_tokens[i], done_log_prob[i], done_score[i])
-            unfinished = _unfinished(tokens[i, :, :length], log_prob[i], alpha)
+            unfinished = _unfinished(tokens[i], log_prob[i], alpha)
             results[int(sentences[i])] = found or unfinished[:num_best]
 
         # The living: first the sentences that stay, then in each the best `beam` hypotheses.
@@ -125,7 +125,7 @@ def beam_search(
         order = order[stay, :beam]
         log_prob = new_log_prob[stay, :beam]
         tokens = _pick(new_tokens[stay], order)
-        last = tokens[:, :, length].flatten()
+        last = tokens[:, :, -1].flatten()
         first_row = num_live * torch.arange(len(stay), device=max_lengths.device)
         decoder.reorder((first_row[:, None] + _pick(parent[stay], order)).flatten())
     return results

@@ -90,8 +90,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
-    single = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not _autocast(a)
-    return ONEDNN and single and rows * b.numel() >= SMALL and not torch.compiler.is_compiling()
+    if not ONEDNN or torch.compiler.is_compiling() or rows * b.numel() < SMALL:
+        return False
+    return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not _autocast(a)
 
 
 def _autocast(a: Tensor) -> bool:

@@ -19,6 +19,9 @@ MAX_RELATIVE_DISTANCE = 16
 """Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
 MAX_UNFUSED_QUERIES = 256
 """On a CPU, sentences up to here keep their attention weights in memory, instead of using the fused kernel."""
+POOL_STEPS = 6
+"""Steps of decoding for which the pool of keys and values has room, before it is cleared: with more, there are more
+dead keys to look at; with fewer, more copies."""
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -104,7 +107,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The heads' outputs, joined and projected: [batch, queries, d_model].
 
-        `offset` [queries, keys]: j - i, the positions of key and query; None: both have all positions, in order.
+        `offset`: j - i, the positions of key and query, broadcasting to [batch, heads, queries, keys]; None: both
+        have all positions, in order.
         """
         bias = self._position_bias(q, k, offset)
         if bias is not None:
@@ -330,6 +334,8 @@ class DecoderState:
     Rows are grouped by sentence, as many to each, and all rows of a sentence look at the same keys: those of its
     encoding, and a pool to which each step adds one a row. `ancestors` says which of the pool a row goes on from, so
     that its keys and values stay where they are when rows are reordered, and few attention products serve all rows.
+    Most hypotheses die out, and those that live have nearly all ancestors in common: when the pool is full, it is
+    cleared of keys and values from which no row goes on.
     """
 
     def __init__(self, model: Transformer, src: Tensor) -> None:
@@ -341,24 +347,27 @@ class DecoderState:
         ]  # [sentences, heads, src, d_k or d_v]
         self.pool = [[x[:, :, :0] for x in keys_values] for keys_values in self.memory]  # and spare room behind it
         self.ancestors = torch.ones(len(src), 1, 0, dtype=torch.bool, device=src.device)  # [sentences, rows, pool]
-        self.positions = torch.zeros(0, dtype=torch.int64, device=src.device)  # [pool]
+        self.positions = torch.zeros(len(src), 0, dtype=torch.int64, device=src.device)  # [sentences, pool]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Take the next token of each row: [rows] -> the decoder's output [rows, d_model], see `logits`."""
-        num_sentences, _, first = self.ancestors.shape
+        num_sentences = len(self.ancestors)
         num_rows = len(tokens) // num_sentences
+        if self.ancestors.size(2) + num_rows > self.pool[0][0].size(2):
+            self._clear_pool(POOL_STEPS * num_rows)
+        first = self.ancestors.size(2)
+        last = first + num_rows
         itself = torch.eye(num_rows, dtype=torch.bool, device=tokens.device).expand(num_sentences, -1, -1)
         self.ancestors = torch.cat((self.ancestors, itself), dim=2)
-        self.positions = torch.cat((self.positions, self.positions.new_full((num_rows,), self.length)))
-        attend_mask, offset = self.ancestors[:, None], (self.positions - self.length)[None]
+        self.positions = F.pad(self.positions, (0, num_rows), value=self.length)
+        attend_mask, offset = self.ancestors[:, None], (self.positions - self.length)[:, None, None]
         x = self.model.embedding(tokens[:, None], first=self.length)  # [all rows, 1, d_model]
         for layer, memory, pool in zip(self.layers, self.memory, self.pool, strict=True):
             new = layer.self_attention.queries_keys_values(layer.around_self_attention.before(x), first=self.length)
-            q, *keys_values = (part.view(num_sentences, num_rows, part.size(1), -1).transpose(1, 2) for part in new)
-            for i, part in enumerate(keys_values):  # [sentences, heads, rows, d_k or d_v]
-                pool[i] = _append(pool[i], first, part, spare=num_rows * memory[i].size(2))
-            k, v = (part[:, :, : first + num_rows] for part in pool)
-            attended = layer.self_attention(q, k, v, attend_mask, offset=offset)
+            q, k, v = (part.view(num_sentences, num_rows, part.size(1), -1).transpose(1, 2) for part in new)
+            keys, values = (x[:, :, :last] for x in pool)
+            keys[:, :, first:], values[:, :, first:] = k, v
+            attended = layer.self_attention(q, keys, values, attend_mask, offset=offset)
             x = layer.around_self_attention.after(x, attended.view_as(x))
             q = layer.memory_attention.queries(
                 layer.around_memory_attention.before(x).view(num_sentences, num_rows, -1)
@@ -380,6 +389,7 @@ class DecoderState:
     def keep(self, sentences: Tensor) -> None:
         """Go on with these sentences and their rows alone, in this order."""
         self.attend_mask, self.ancestors = self.attend_mask[sentences], self.ancestors[sentences]
+        self.positions = self.positions[sentences]
         places = torch.arange(len(sentences), device=sentences.device)
         moved = (sentences != places).nonzero()[:, 0]
         for tensors in (*self.memory, *self.pool):
@@ -387,14 +397,14 @@ class DecoderState:
                 x[moved] = x.index_select(0, sentences[moved])
                 tensors[i] = x[: len(sentences)]
 
-
-def _append(pool: Tensor, length: int, new: Tensor, spare: int) -> Tensor:
-    """`pool` [sentences, heads, at least length, d] with `new` after its first `length`; with `spare` more room than
-    needed if it has to grow."""
-    end = length + new.size(2)
-    if pool.size(2) < end:
-        grown = pool.new_empty(*pool.shape[:2], end + spare, pool.size(3))
-        grown[:, :, :length] = pool[:, :, :length]
-        pool = grown
-    pool[:, :, length:end] = new
-    return pool
+    def _clear_pool(self, room: int) -> None:
+        """Of the pool, keep what a row goes on from; have `room` for more behind it, or half as much again."""
+        needed = self.ancestors.any(1)
+        kept = int(needed.sum(1).max())  # as many of every sentence: some keep dead ones too, which `ancestors` hides
+        places = needed.byte().argsort(dim=1, descending=True, stable=True)[:, :kept]  # [sentences, kept]
+        self.ancestors = self.ancestors.gather(2, places[:, None].expand(-1, self.ancestors.size(1), -1))
+        self.positions = self.positions.gather(1, places)
+        for pool in self.pool:
+            for i, x in enumerate(pool):
+                index = places[:, None, :, None].expand(-1, x.size(1), -1, x.size(3))
+                pool[i] = F.pad(x.gather(2, index), (0, 0, 0, max(room, kept // 2)))

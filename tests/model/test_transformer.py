@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,15 @@ from torch.nn import functional as F
 
 from model import transformer as module
 from model.config import BOS, EOS, PAD, Positions, TransformerConfig
-from model.transformer import MAX_RELATIVE_DISTANCE, Attention, Transformer, rotary_angles, rotate, sinusoids
+from model.transformer import (
+    MAX_RELATIVE_DISTANCE,
+    POOL_STEPS,
+    Attention,
+    Transformer,
+    rotary_angles,
+    rotate,
+    sinusoids,
+)
 
 POSITIONS = get_args(Positions)
 SMALL = TransformerConfig(
@@ -224,16 +234,55 @@ def test_rows_of_a_search_go_on_from_what_they_are_told(positions):
     torch.testing.assert_close(logits, model.logits(model(src[sentence], whole))[:, -1], atol=1e-5, rtol=1e-5)
 
 
-def test_reordering_rows_copies_no_keys():
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_go_on_from_what_they_are_told_however_long_the_search(positions, seed):
+    """Rows die out, sentences leave, and the pool is cleared many times."""
+    model, random = build(replace(SMALL, positions=positions)), np.random.default_rng(seed)
+    src, beam = sentences([5, 17, 11, 9]), 3
+    state, left = model.start(src), [0, 1, 2, 3]
+    outputs = [[[BOS]] for _ in left]  # of the sentences left, by row
+    for t in range(4 * POOL_STEPS):
+        last = torch.tensor([row[-1] for rows in outputs for row in rows])
+        logits = state.logits(state.step(last))
+        rows = torch.tensor([row for rows in outputs for row in rows])
+        whole = model.logits(model(src[left].repeat_interleave(len(outputs[0]), 0), rows))[:, -1]
+        torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+        if t % 7 == 6 and len(left) > 1:
+            stay = random.permutation(len(left))[:-1].tolist()
+            state.keep(torch.tensor(stay))
+            left, outputs = [left[i] for i in stay], [outputs[i] for i in stay]
+        parents = random.integers(len(outputs[0]), size=(len(left), beam))
+        first_row = len(outputs[0]) * np.arange(len(left))
+        state.reorder(torch.from_numpy((first_row[:, None] + parents).ravel()))
+        new = random.integers(EOS + 1, 23, size=parents.shape).tolist()
+        outputs = [
+            [[*rows[parent], piece] for parent, piece in zip(*chosen, strict=True)]
+            for rows, *chosen in zip(outputs, parents, new, strict=True)
+        ]
+
+
+def test_reordering_rows_copies_no_keys_but_when_the_pool_is_full():
     state = build(SMALL).start(sentences([5, 17, 11]))
     state.step(torch.tensor([1, 1, 1]))
     state.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
-    state.step(torch.arange(5, 11))  # makes room for more
-    places = [x.data_ptr() for keys_values in state.pool for x in keys_values]
-    for _ in range(3):
-        state.reorder(torch.tensor([1, 0, 3, 3, 5, 4]))
+    places = []
+    for _ in range(4 * POOL_STEPS):
         state.step(torch.arange(5, 11))
-    assert [x.data_ptr() for keys_values in state.pool for x in keys_values] == places
+        state.reorder(torch.tensor([1, 0, 3, 3, 5, 4]))
+        places.append([x.data_ptr() for keys_values in state.pool for x in keys_values])
+    assert sum(before != after for before, after in pairwise(places)) <= 4
+
+
+def test_the_pool_keeps_only_what_rows_go_on_from():
+    state = build(SMALL).start(sentences([5, 17, 11]))
+    state.step(torch.tensor([1, 1, 1]))
+    state.reorder(torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]))
+    for length in range(2, 6 * POOL_STEPS):
+        state.step(torch.arange(5, 14))
+        state.reorder(torch.tensor([1, 1, 1, 3, 3, 3, 8, 8, 8]))  # all from one
+        size = state.pool[0][0].size(2)
+        assert size <= length + max(3 * POOL_STEPS, length // 2), length
 
 
 # --- positions, each by what defines it
