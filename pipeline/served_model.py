@@ -17,7 +17,7 @@ from pipeline.corpus import load_tokenizer
 from pipeline.params import Evaluate
 from pipeline.translation import translate
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 8192
 """Source pieces (padding counted) that are decoded together; changes memory and speed, no translation."""
 
 

@@ -1,9 +1,11 @@
 """Pieces to text by beam search (section 6.1), in batches: what evaluation and a served model share."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 Pieces = Sequence[int] | np.ndarray
+LEAST_WORK = 1 << 15
+"""Positions times d_model of a batch below which two threads at half a batch each take longer than one at the whole:
+most of what they do is to start operators."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,18 @@ def translate(
 ) -> list[Translation]:
     """The best output for each sentence (its pieces, without EOS), in their order.
 
-    An output has at most max_extra pieces more than its source, and max_length - 1. A longer source than that is
-    cut there. Sentences of similar length are decoded together; who with whom changes no translation.
+    An output has at most max_extra pieces more than its source, and never more than max_length - 1; a source longer
+    than max_length - 1 is cut. Sentences of similar length are decoded together; with whom changes no translation.
 
-    On a CPU as many batches at once as torch has threads, which share batch_tokens, one thread to each: two at work
-    on one batch wait for one another at every operator.
+    On a CPU, as many batches are searched at once as torch has threads; they share batch_tokens, and each has a
+    thread to itself: two at work on one batch would wait for one another at every operator.
     """
     device, longest = model.embedding.weight.device, model.config.max_length - 1
     lengths = np.array([min(len(sources[i]), longest) for i in range(len(sources))], dtype=np.int64)
     translations: list[Translation | None] = [None] * len(sources)
     num_workers = torch.get_num_threads() if device.type == "cpu" else 1
-    batches = list(batches_by_length(lengths, max(1, settings.batch_tokens // num_workers)))
+    batch_tokens, least = max(1, settings.batch_tokens // num_workers), LEAST_WORK // model.config.d_model
+    batches = list(batches_by_length(lengths, batch_tokens, num_workers, least))
 
     def search(indices: np.ndarray) -> list[list[Hypothesis]]:
         src = _pad([sources[i][: lengths[i]] for i in indices])
@@ -87,15 +93,31 @@ def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translatio
     return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)
 
 
-def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def batches_by_length(
+    lengths: np.ndarray, batch_tokens: int, num_workers: int = 1, least_tokens: int = 1
+) -> Iterator[np.ndarray]:
     """Indices of sentences of similar length, longest first, at most `batch_tokens` positions when padded, EOS
-    counted. A single sentence may be longer. `lengths` are without EOS."""
+    counted. A single sentence may be longer. `lengths` are without EOS.
+
+    There are as many batches as fill whole rounds of the workers, and they are as small as that allows: none waits
+    long for the last. For that alone they are not made smaller than `least_tokens` on average.
+    """
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // (int(lengths[order[start]]) + 1))
-        yield order[start : start + size]
-        start += size
+    widths = lengths[order] + 1
+    fewest = len(_starts(widths, batch_tokens))
+    rounds = -(-fewest // num_workers)
+    most = max(fewest, min(rounds * num_workers, int(widths.sum()) // max(1, least_tokens)))
+    budget = bisect_left(range(batch_tokens), True, key=lambda tokens: len(_starts(widths, tokens)) <= most)
+    yield from (order[start:end] for start, end in pairwise([*_starts(widths, budget), len(order)]))
+
+
+def _starts(widths: np.ndarray, batch_tokens: int) -> list[int]:
+    """Where batches of at most `batch_tokens` positions begin; `widths` [sentences] fall."""
+    starts, next_start = [], 0
+    while next_start < len(widths):
+        starts.append(next_start)
+        next_start += max(1, batch_tokens // int(widths[next_start]))
+    return starts
 
 
 def _pad(sentences: Sequence[Pieces]) -> Tensor:
