@@ -1,16 +1,25 @@
-"""What training costs, from the sizes alone."""
+"""What the model computes, from the sizes alone."""
 
 from model.config import TransformerConfig
 from model.transformer import MAX_RELATIVE_DISTANCE
 
 
 def training_flops(config: TransformerConfig, batch: int, src: int, tgt: int) -> int:
-    """FLOPs (2 a multiply-add) of the forward and backward pass of model and loss over `batch` sentence pairs,
-    padded to `src` and `tgt` positions: of the matrix products in the paper's formulas, and of nothing else.
+    """FLOPs of the forward and backward pass of model and loss, as in `forward_flops`: backward, each product has
+    two, for the gradients of its factors.
 
-    Attention counts as whole squares, where the causal mask hides half; what a fused kernel computes once more in
-    its backward pass does not count. The pre-softmax projection counts at every target position: the loss leaves
-    padding out, so a micro-batch really takes 6 d_model vocab_size less for each padded one.
+    What a fused kernel computes once more in its backward pass does not count. The loss leaves padding out, so a
+    micro-batch really takes 6 d_model vocab_size less for each padded target position.
+    """
+    return 3 * forward_flops(config, batch, src, tgt)
+
+
+def forward_flops(config: TransformerConfig, batch: int, src: int, tgt: int) -> int:
+    """FLOPs (2 a multiply-add) of `batch` sentence pairs, padded to `src` and `tgt` positions: of the matrix products
+    in the paper's formulas, and of nothing else.
+
+    Attention counts as whole squares, where the causal mask hides half. The pre-softmax projection counts at every
+    target position.
     """
     batch, src, tgt = int(batch), int(src), int(tgt)  # numpy's int32 would overflow
     c = config
@@ -31,5 +40,4 @@ def training_flops(config: TransformerConfig, batch: int, src: int, tgt: int) ->
     encoder_layer = self_attention(src) + feed_forward(src)
     decoder_layer = self_attention(tgt) + attention(tgt, src) + feed_forward(tgt)
     projection = tgt * c.d_model * c.vocab_size
-    forward = batch * (c.num_layers * (encoder_layer + decoder_layer) + projection)
-    return 2 * 3 * forward  # backward: a product for the gradient of each of the two factors
+    return 2 * batch * (c.num_layers * (encoder_layer + decoder_layer) + projection)

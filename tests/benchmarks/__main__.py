@@ -31,10 +31,18 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*cases.CASES, []], help=", ".join(cases.CASES))
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison (5)")
     parser.add_argument("--pairs", type=int, default=300_000, help="of the corpus for the data stages (300,000)")
+    parser.add_argument(
+        "--text",
+        nargs=2,
+        type=Path,
+        metavar=("SRC", "TGT"),
+        help="its text, by lines (.gz too), repeated to --pairs",
+    )
     arguments = parser.parse_args()
     folder = ROOT / ".benchmarks"
     folder.mkdir(exist_ok=True)
-    setting = cases.Setting(folder, _peers(folder), _corpus(folder), arguments.rounds, arguments.pairs)
+    text = tuple(arguments.text) if arguments.text else None
+    setting = cases.Setting(folder, _peers(folder), _corpus(folder), arguments.rounds, arguments.pairs, text)
     table = f"{datetime.date.today()}; {machine()}; {THREADS} threads.\n"
     print(table)
     for name in arguments.cases or cases.CASES:

@@ -1,6 +1,8 @@
 """The comparisons, each a function that gives the lines of its table."""
 
 import csv
+import datetime
+import gzip
 import json
 import random
 import shutil
@@ -9,25 +11,31 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
+from harness import OPERATORS, ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
 from turns import Runner, slower_by
 
 VOCAB_SIZE = 10_000
+WMT_VOCAB_SIZE = 37_000  # section 5.1
+CTRANSLATE2 = (("float32", 2, 1), ("float32", 2, 2), ("float32", 1, 1), ("int8", 2, 1), ("int8", 1, 1))
+"""Weights, translators that share the threads, patience."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`folder` keeps what is made; `peers` is the Python that has the others; `data` is Multi30k's, encoded."""
+    """`folder` keeps what is made; `peers` is the Python that has the others; `data` is Multi30k's, encoded; `text`
+    has the two sides of a corpus for the data stages."""
 
     folder: Path
     peers: Path
     data: Path
     rounds: int
     pairs: int
+    text: tuple[Path, Path] | None
 
     @property
     def encoded(self) -> Path:
@@ -36,15 +44,12 @@ class Setting:
 
 def training(setting: Setting) -> list[str]:
     """Tokens a second of ours, of MarianMTModel and of torch.nn.Transformer."""
-    ceilings = multiply_rates(THREADS)
-    ceiling = max(ceilings.values())
-    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in ceilings.items())
+    ceiling, found = _ceiling()
     lines = [
-        "**Training**, steps of about 4,096 target tokens, single precision. The ceiling is the better of torch's "
-        f"libraries at a product of 2048 x 2048 x 2048: {found}. Padding of ours: {_padding(setting):.1%}.",
+        f"**Training**, steps of about 4,096 target tokens, single precision. {found}",
         "",
-        "| | target tokens/s | GFLOP/s | share of the ceiling | ours to it | peak memory |",
-        "|---|---:|---:|---:|---|---:|",
+        "| | target tokens/s | padding | GFLOP/s | share of the ceiling | ours to it | peak memory |",
+        "|---|---:|---:|---:|---:|---|---:|",
     ]
     profiles = []
     for preset, steps, rounds in (("tiny", 10, setting.rounds), ("base", 1, max(3, setting.rounds - 2))):
@@ -63,41 +68,48 @@ def training(setting: Setting) -> list[str]:
             rate = side.median("tokens_per_s")
             ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
             speed, share = f"{rate * flops / 1e9:.0f}", f"{rate * flops / ceiling:.0%}"
-            cells = (side.name, f"{rate:,.0f}", speed, share, ratio, f"{side.peak_bytes / 1e9:.2f} GB")
-            lines.append(f"| {' | '.join(cells)} |")
+            padding, peak = f"{side.median('padding'):.1%}", f"{side.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((side.name, f'{rate:,.0f}', padding, speed, share, ratio, peak))} |")
     return [*lines, "", *profiles]
 
 
 def decoding(setting: Setting) -> list[str]:
     """Sentences a second of ours, of MarianMTModel.generate and of CTranslate2, from the same weights."""
+    ceiling, found = _ceiling()
     lines = [
-        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, and "
-        "every output has its source's pieces and 10 more. CTranslate2 ends a search with four finished outputs, "
-        "whatever else is growing; with patience 2, which evaluate.engine has for the outputs of ours, with eight.",
+        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, two "
+        "lengths of 64 sentences, and every output has its source's pieces and 10 more. CTranslate2 ends a search "
+        "with four finished outputs, whatever else is growing; with patience 2, which evaluate.engine has for the "
+        "outputs of ours, with eight. The share of the ceiling is of what four hypotheses as long as the output "
+        f"need. {found}",
         "",
-        "| | sentences/s | output pieces/s | ours to it | peak memory |",
-        "|---|---:|---:|---|---:|",
+        "| | sentences/s | output pieces/s | share of the ceiling | ours to it | peak memory |",
+        "|---|---:|---:|---:|---|---:|",
     ]
     profiles = []
-    for preset, sentences, rounds in (("tiny", 1000, setting.rounds), ("base", 100, max(3, setting.rounds - 2))):
+    for preset, sentences, rounds in (("tiny", 1000, setting.rounds), ("base", 128, max(3, setting.rounds - 2))):
         model = _model(setting, preset)
-        common = ("--encoded", setting.encoded, "--sentences", sentences, "--threads", THREADS)
+        common = ("--model", model, "--encoded", setting.encoded, "--sentences", sentences, "--threads", THREADS)
         common += ("--cap",) if preset == "base" else ()
-        ours = Side(f"{preset}, ours", script("decoding.py", sys.executable, "ours", "--model", model, *common))
-        generate = script("decoding.py", setting.peers, "generate", "--model", model, *common)
+        ours = Side(f"{preset}, ours", script("decoding.py", sys.executable, "ours", *common))
+        generate = script("decoding.py", setting.peers, "generate", *common)
         others = [Side(f"{preset}, transformers' generate", generate)]
-        for side, workers, patience in (("float32", 2, 1), ("float32", 2, 2), ("float32", 1, 1), ("int8", 2, 1)):
-            export = model / f"ctranslate2-{side}"
-            options = ("--model", export, "--workers", workers, "--patience", patience, *common)
+        for side, workers, patience in CTRANSLATE2:
             name = f"{preset}, CTranslate2 {side}, {workers} x {THREADS // workers} threads"
             name += ", patience 2" if patience == 2 else ""
+            options = ("--workers", workers, "--patience", patience, *common)
             others.append(Side(name, script("decoding.py", sys.executable, side, *options)))
+        if preset == "tiny":
+            options = ("--tokenizer", setting.data / "tokenizer", *common)
+            engine = script("decoding.py", sys.executable, "engine", *options)
+            others.append(Side(f"{preset}, evaluate.engine ctranslate2, its export included", engine))
         paired([ours, *others], rounds, profile=True)
         profiles.append(_profile(ours))
         for side in (ours, *others):
             ratio = "" if side is ours else ours.ratio(side, "sentences_per_s")
             rates = (f"{side.median('sentences_per_s'):,.1f}", f"{side.median('tokens_per_s'):,.0f}")
-            lines.append(f"| {side.name} | {' | '.join(rates)} | {ratio} | {side.peak_bytes / 1e9:.2f} GB |")
+            share, peak = f"{side.median('flops_per_s') / ceiling:.0%}", f"{side.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((side.name, *rates, share, ratio, peak))} |")
     return [*lines, "", *profiles]
 
 
@@ -106,24 +118,32 @@ def data(setting: Setting) -> list[str]:
     project = setting.folder / "data"
     _clear(project)
     new_project(project, data="files", model="mini")
-    _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
+    if setting.text:
+        what, vocab_size = f"of {setting.text[0].name} again and again, numbered", WMT_VOCAB_SIZE
+        _write_copies(setting.text, project / "data/own", setting.pairs)
+    else:
+        what, vocab_size = "each two of Multi30k's by chance", VOCAB_SIZE
+        _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
     lines = [
-        f"**Data**, {setting.pairs:,} pairs, each two of Multi30k's by chance, {VOCAB_SIZE:,} pieces.",
+        f"**Data**, {setting.pairs:,} pairs, {what}, {vocab_size:,} pieces.",
         "",
         "| | seconds | pairs/s | peak memory |",
         "|---|---:|---:|---:|",
     ]
-    edit(project / "conf/data/files.yaml", "tokenize.vocab_size", VOCAB_SIZE)
+    edit(project / "conf/data/files.yaml", "tokenize.vocab_size", vocab_size)
     rows = []
     for stage in ("download", "validate", "train_tokenizer", "encode"):
         say(stage)
         rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
+    rows.append(("download to encoded", sum(took for _, took, _ in rows), max(peak for *_, peak in rows)))
+    names = {"encode": "pieces by encode", "sentencepiece": "pieces by SentencePiece alone", "decode": "text again"}
     sides = [
-        Side(f"pieces by {name}", script("preparation.py", sys.executable, side, "--data", project / "data"))
-        for side, name in (("encode", "encode"), ("sentencepiece", "SentencePiece alone"))
+        Side(name, script("preparation.py", sys.executable, side, "--data", project / "data"))
+        for side, name in names.items()
     ]
-    paired(sides, 3)
+    paired(sides, 3 if setting.pairs <= 500_000 else 1)
     rows += [(side.name, side.median("seconds"), side.peak_bytes) for side in sides]
+    shares = [side.median("cores_s") / sides[0].median("cores_s") for side in sides]
     lines += [
         f"| {name} | {took:.1f} | {setting.pairs / took:,.0f} | {peak / 1e9:.2f} GB |" for name, took, peak in rows
     ]
@@ -132,7 +152,9 @@ def data(setting: Setting) -> list[str]:
     (block,) = plan.blocks
     lines += [
         "",
-        f"Encode over SentencePiece alone, pairs a second: {sides[0].ratio(sides[1], 'pairs_per_s')}.",
+        f"Encode over SentencePiece alone, pairs a second: {sides[0].ratio(sides[1], 'pairs_per_s')}. Of its "
+        f"processor time, {shares[1]:.0%} is SentencePiece's for the pieces, {shares[2]:.0%} for the text again, by "
+        f"which each sentence is compared, and {1 - shares[1] - shares[2]:.0%} reads, compares, counts and writes.",
         f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
         f"{block['resume_s']:.1f} s to the first batch in the middle of one, {plan.peak_bytes / 1e9:.2f} GB.",
     ]
@@ -151,21 +173,40 @@ def _write_pairs(raw: Path, own: Path, num_pairs: int) -> None:
             (own / f"{split}.{code}").write_text(text, encoding="utf-8")
 
 
+def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
+    """The pairs of `text` again and again, each with its number in front, or the copies would be left out as
+    duplicates."""
+    sides = []
+    for path in text:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            sides.append(file.read().removesuffix("\n").split("\n"))
+    held_out = 2000
+    for lines, code in zip(sides, ("en", "de"), strict=True):
+        for split, first in (("valid", -held_out), ("test", -2 * held_out)):
+            chosen = lines[first : first + held_out or None]
+            (own / f"{split}.{code}").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        with open(own / f"train.{code}", "w", encoding="utf-8") as file:
+            file.writelines(f"{n + 1}. {lines[n % (len(lines) - 2 * held_out)]}\n" for n in range(num_pairs))
+
+
 def orchestration(setting: Setting) -> list[str]:
     """What Ray Train, MLflow and checkpoints add; how long until the first step; two workers; nothing to do."""
     project = setting.folder / "orchestration"
     _clear(project)
     new_project(project, data="multi30k", model="tiny")
     shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
-    starts = []
+    starts, parts = [], []
     _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
     for number in range(3):
         say(f"round {number + 1} of 3: two steps")
         _forget(project)
         began = time.time()
         run([sys.executable, "-m", "pipeline.train"], project)
-        (usage,) = (json.loads(path.read_text()) for path in project.glob("checkpoints/*/usage/*.json"))
-        starts.append(usage["first_step_at"] - began)
+        (usage,) = project.glob("checkpoints/*/usage/*.json")
+        first_step_at = json.loads(usage.read_text())["first_step_at"]
+        starts.append(first_step_at - began)
+        parts.append([b - a for a, b in pairwise((began, _ray_began(), int(usage.stem) / 1e9, first_step_at))])
     slower = []
     _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
@@ -189,7 +230,9 @@ def orchestration(setting: Setting) -> list[str]:
         "(one adds gradients and updates weights), {} by other processes; of the bare loop, {}, {}, {}.".format(
             *shares[0], *shares[1]
         ),
-        f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}).",
+        f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}): "
+        "{:.1f} s of imports and checks, {:.1f} s until Ray and a worker have started and the worker has imported, "
+        "{:.1f} s until its first step is done.".format(*map(statistics.median, zip(*parts, strict=True))),
     ]
     edit(project / "params.yaml", "model", "base")
     _lengths(project, "base", max_steps=6, checkpoint_every=6)
@@ -257,6 +300,13 @@ def edit(path: Path, key: str, value: Any) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
+def _ray_began() -> float:
+    """When the last Ray of this machine started, by the name of its folder: session_DATE_TIME_MICROSECONDS_PID."""
+    name = Path("/tmp/ray/session_latest").readlink().name
+    moment, _, _ = name.removeprefix("session_").rpartition("_")
+    return datetime.datetime.strptime(moment, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
+
+
 def _lengths(project: Path, preset: str, max_steps: int, checkpoint_every: int) -> None:
     for key, value in (("max_steps", max_steps), ("checkpoint_every", checkpoint_every), ("validate_every", 1000)):
         edit(project / f"conf/model/{preset}.yaml", f"train.{key}", value)
@@ -268,8 +318,11 @@ def _forget(project: Path) -> None:
 
 
 def _profile(side: Side) -> str:
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in side.shares.items())
-    return f"- {side.name}, by operator: {shares}."
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in side.shares.items() if name != OPERATORS)
+    return (
+        f"- {side.name}: {side.shares[OPERATORS]:.0%} of the threads' time in operators, the rest between them and "
+        f"waiting. Of the operators' time: {shares}."
+    )
 
 
 def _clear(*paths: Path) -> None:
@@ -286,14 +339,13 @@ def _config(preset: str) -> Any:
     return load_settings(ROOT, model=preset).model.config(VOCAB_SIZE)
 
 
-def _padding(setting: Setting) -> float:
-    """The share of padding in our training batches."""
-    from pipeline.corpus import EncodedSplit
-    from pipeline.params import load_settings
-    from pipeline.worker import batch_plan
-
-    settings = load_settings(ROOT, model="tiny")
-    return batch_plan(EncodedSplit.open(setting.encoded, "train"), settings).padding_share()
+def _ceiling() -> tuple[float, str]:
+    """FLOP/s of large products, and the sentence that says so."""
+    rates = multiply_rates(THREADS)
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in rates.items())
+    return max(rates.values()), (
+        f"The ceiling is the better of torch's libraries at a product of 2048 x 2048 x 2048: {found}."
+    )
 
 
 def _model(setting: Setting, preset: str) -> Path:

@@ -1,7 +1,8 @@
 """Decoding: sentences a second by beam search of ours and of others', from the same weights and pieces.
 
 Beam 4 over sentences of the test split. With --cap every output runs to its source + 10 pieces: for random weights,
-so that the work is the same for all. Others get batches of 64 sentences of similar length (capped: of equal length).
+so that the work is the same for all. Others get batches of 64 sentences of similar length. With --cap, since they
+have one limit for a batch, the sentences are of a few lengths, 64 of each.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from harness import serve
 from training import BOS, EOS, PAD, marian
 
 BEAM, ALPHA, FREE_EXTRA, CAP_EXTRA, BATCH = 4, 0.6, 50, 10, 64
-Block = Callable[[], dict[str, float]]
+Search = Callable[[], "Outputs"]
 Outputs = list[list[int]]
 
 
@@ -30,7 +31,7 @@ class Numbers:
         return " ".join(map(str, pieces))
 
 
-def ours(model: Path, sources: Outputs, cap: bool) -> Block:
+def ours(model: Path, sources: Outputs, cap: bool) -> Search:
     """pipeline/translation.py, with the batches of params.yaml."""
     from pipeline.checkpoint import load_model
     from pipeline.params import load_settings
@@ -43,10 +44,39 @@ def ours(model: Path, sources: Outputs, cap: bool) -> Block:
         found = translate(net, Numbers(), sources, settings, progress=False)  # type: ignore[arg-type]
         return [[int(piece) for piece in best.text.split()] for best in found]
 
-    return lambda: _timed(outputs)
+    return outputs
 
 
-def generate(model: Path, sources: Outputs, cap: bool) -> Block:
+def engine(model: Path, sources: Outputs, tokenizer: Path) -> Search:
+    """What evaluate.engine ctranslate2 does, pipeline/fast_translation.py: the export too, each time."""
+    from pipeline.checkpoint import load_model
+    from pipeline.corpus import load_tokenizer
+    from pipeline.fast_translation import translate_fast
+    from pipeline.params import load_settings
+
+    class Tokenizer:
+        """The real one to export by; in decoding, the pieces themselves."""
+
+        def __init__(self) -> None:
+            self.real = load_tokenizer(tokenizer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        decode = Numbers.decode
+
+    net, numbers = load_model(model), Tokenizer()
+    settings = load_settings(Path()).evaluate
+    settings = replace(settings, beam=BEAM, alpha=ALPHA, max_extra=FREE_EXTRA, engine="ctranslate2")
+
+    def outputs() -> Outputs:
+        found = translate_fast(net, numbers, sources, settings, progress=False)  # type: ignore[arg-type]
+        return [[int(piece) for piece in best.text.split()] for best in found]
+
+    return outputs
+
+
+def generate(model: Path, sources: Outputs, cap: bool) -> Search:
     """MarianMTModel.generate of transformers, with our weights."""
     sizes = json.loads((model / "config.json").read_text())
     net = marian(sizes).eval()
@@ -72,12 +102,12 @@ def generate(model: Path, sources: Outputs, cap: bool) -> Block:
                 found[i] = [piece for piece in row if piece not in (PAD, BOS, EOS)]
         return found
 
-    return lambda: _timed(outputs)
+    return outputs
 
 
 def ctranslate2(
     model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int, patience: float
-) -> Block:
+) -> Search:
     """CTranslate2 on what `python -m pipeline.export` makes, with `threads` threads in all; evaluate.engine has it
     search with a `patience` of 2."""
     import ctranslate2 as ct2
@@ -110,18 +140,39 @@ def ctranslate2(
                 found[i] = [number[piece] for piece in result.result().hypotheses[0]]
         return found
 
-    return lambda: _timed(outputs)
+    return outputs
 
 
-def _timed(outputs: Callable[[], Outputs]) -> dict[str, float]:
+def timed(search: Search, sizes: dict[str, Any], sources: Outputs) -> dict[str, float]:
+    """FLOPs are those of BEAM hypotheses as long as the output: a search may need more, and none needs less."""
+    from model.config import TransformerConfig
+    from model.flops import forward_flops
+
     started = time.perf_counter()
-    found = outputs()
+    found = search()
     took = time.perf_counter() - started
+    config, flops = TransformerConfig(**sizes), 0
+    for source, output in zip(sources, found, strict=True):
+        once = forward_flops(config, 1, len(source) + 1, 0)
+        flops += once + BEAM * (forward_flops(config, 1, len(source) + 1, len(output) + 1) - once)
     return {
         "sentences_per_s": len(found) / took,
         "tokens_per_s": sum(len(output) + 1 for output in found) / took,
-        "pieces": sum(map(len, found)) / len(found),
+        "flops_per_s": flops / took,
     }
+
+
+def chosen(sources: Outputs, number: int, cap: bool) -> Outputs:
+    """`number` of them, evenly from all lengths: a few are like all; with `cap`, BATCH each of a few lengths."""
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    if not cap:
+        return [sources[order[i * len(order) // number]] for i in range(number)]
+    of_length: dict[int, Outputs] = {}
+    for i in order:
+        of_length.setdefault(len(sources[i]), []).append(sources[i])
+    full = [same[:BATCH] for same in of_length.values() if len(same) >= BATCH]
+    several = number // BATCH
+    return [source for i in range(several) for source in full[i * (len(full) - 1) // max(1, several - 1)]]
 
 
 def _batches(sources: Outputs, same_length: bool) -> Iterator[list[int]]:
@@ -171,10 +222,9 @@ def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["ours", "generate", "float32", "int8"])
-    parser.add_argument(
-        "--model", type=Path, required=True, help="of save_model; of pipeline.export for float32, int8"
-    )
+    parser.add_argument("side", choices=["ours", "engine", "generate", "float32", "int8"])
+    parser.add_argument("--model", type=Path, required=True, help="of save_model; in it ctranslate2-float32, -int8")
+    parser.add_argument("--tokenizer", type=Path, help="data/tokenizer, for the engine")
     parser.add_argument("--encoded", type=Path, required=True, help="data/encoded")
     parser.add_argument("--sentences", type=int, required=True, help="of a block")
     parser.add_argument("--cap", action="store_true")
@@ -185,15 +235,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     ids, offsets = (np.load(arguments.encoded / f"test.src.{what}.npy") for what in ("ids", "offsets"))
     sources = [ids[start:end].tolist() for start, end in pairwise(offsets)]
-    # Evenly from the whole, sorted by length: a few are like all.
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    chosen = [sources[order[i * len(order) // arguments.sentences]] for i in range(arguments.sentences)]
-    given = (arguments.model, chosen, arguments.cap)
+    sources = chosen(sources, arguments.sentences, arguments.cap)
+    model, cap = arguments.model, arguments.cap
     if arguments.side in ("float32", "int8"):
         options = (arguments.side, arguments.workers, arguments.threads, arguments.patience)
-        serve(ctranslate2(*given, *options))
+        search = ctranslate2(model / f"ctranslate2-{arguments.side}", sources, cap, *options)
+    elif arguments.side == "engine":
+        search = engine(model, sources, arguments.tokenizer)
     else:
-        serve((ours if arguments.side == "ours" else generate)(*given))
+        search = (ours if arguments.side == "ours" else generate)(model, sources, cap)
+    sizes = json.loads((model / "config.json").read_text())
+    serve(lambda: timed(search, sizes, sources))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Side:
     command: list[str]
     blocks: list[dict[str, float]] = field(default_factory=list)  # what it measured, round by round
     peak_bytes: float = 0.0
-    shares: dict[str, float] = field(default_factory=dict)  # of a block's time, by operator, if it was asked for
+    shares: dict[str, float] = field(default_factory=dict)  # see `_profile`, if it was asked for
 
     def median(self, key: str) -> float:
         return statistics.median(block[key] for block in self.blocks)
@@ -116,19 +116,26 @@ def _peak() -> dict[str, float]:
     return {"peak_bytes": float(status.partition("VmHWM:")[2].split()[0]) * 1024}
 
 
+OPERATORS = "all operators"
+
+
 def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Each operator's own share of the time in operators (of the kernels' time, on a card), by torch's profiler."""
+    """By torch's profiler: OPERATORS, the share of the threads' time (a card's) that operators (its kernels) take;
+    and of that, the nine largest shares."""
     import torch
 
     device = "CUDA" if torch.cuda.is_initialized() else "CPU"
     threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # training and search have their own
     activity = getattr(torch.profiler.ProfilerActivity, device)
     with torch.profiler.profile(activities=[activity], experimental_config=threads) as profiler:
+        started = time.perf_counter()
         block()
+        took = time.perf_counter() - started
     which = "self_device_time_total" if device == "CUDA" else "self_cpu_time_total"
     times = {event.key.removeprefix("aten::"): getattr(event, which) for event in profiler.key_averages()}
     total = sum(times.values())
-    return {name: times[name] / total for name in sorted(times, key=lambda name: -times[name])[:9]}
+    shares = {name: times[name] / total for name in sorted(times, key=lambda name: -times[name])[:9]}
+    return {OPERATORS: total / 1e6 / took / (1 if device == "CUDA" else torch.get_num_threads())} | shares
 
 
 def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:
@@ -188,6 +195,13 @@ def flops_per_token(config: Any, encoded: Path) -> float:
     return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
 
 
+def vectors() -> str:
+    """What of a CPU's width torch uses: AVX2, AVX512."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
     """Of both sides, by chance, like those of WMT 2014: 24 pieces in the median, similar in a pair."""
     import numpy as np
@@ -218,7 +232,8 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0))
     return (
-        f"{cores} cores of {names[0] if names else platform.machine()}, Python {platform.python_version()}; "
+        f"{cores} cores of {names[0] if names else platform.machine()} ({vectors()}), "
+        f"Python {platform.python_version()}; "
         f"load of others when it began: {os.getloadavg()[0]:.1f}"
     )
 

@@ -1,4 +1,5 @@
-"""Pieces by the stage encode and by SentencePiece alone, over the same text; and the plan of 4.5 million pairs."""
+"""Pieces by the stage encode and by SentencePiece alone, over the same text, and text from the pieces; and the plan
+of 4.5 million pairs."""
 
 import argparse
 import time
@@ -6,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from harness import sentence_lengths, serve
 
 from pipeline.batching import BatchPlan, Position
-from pipeline.corpus import CLEAN, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.corpus import CLEAN, SPLITS, TOKENIZER, EncodedSplit, load_tokenizer
 from pipeline.encode import encode_corpus
 
 PAIRS = 4_500_000  # WMT 2014 English-German
@@ -21,9 +23,10 @@ def encode(data: Path) -> Callable[[], dict[str, float]]:
 
     def block() -> dict[str, float]:
         with TemporaryDirectory(dir=data) as folder:
-            started = time.perf_counter()
-            encode_corpus(data / CLEAN.name, data / TOKENIZER.name, Path(folder) / "encoded", "en", "de")
-            return _rates(num_pairs, started)
+            return _rates(
+                num_pairs,
+                lambda: encode_corpus(data / CLEAN.name, data / TOKENIZER.name, Path(folder) / "encoded", "en", "de"),
+            )
 
     return block
 
@@ -33,15 +36,28 @@ def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
     tokenizer = load_tokenizer(data / TOKENIZER.name)
     num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
 
-    def block() -> dict[str, float]:
-        started = time.perf_counter()
+    def work() -> None:
         for path in sorted((data / CLEAN.name).glob("*.??")):
             lines = path.read_text(encoding="utf-8").splitlines()
             for start in range(0, len(lines), CHUNK):
                 tokenizer.encode(lines[start : start + CHUNK])
-        return _rates(num_pairs, started)
 
-    return block
+    return lambda: _rates(num_pairs, work)
+
+
+def decode(data: Path) -> Callable[[], dict[str, float]]:
+    """Of all pieces, as encode does to compare."""
+    tokenizer = load_tokenizer(data / TOKENIZER.name)
+    splits = [EncodedSplit.open(data / "encoded", split) for split in SPLITS]
+
+    def work() -> None:
+        for split in splits:
+            for text in (split.src, split.tgt):
+                for start in range(0, len(text), CHUNK):
+                    pieces = [text[i].astype(np.int32) for i in range(start, min(start + CHUNK, len(text)))]
+                    tokenizer.decode(pieces)
+
+    return lambda: _rates(sum(map(len, splits)), work)
 
 
 def plan() -> dict[str, float]:
@@ -58,20 +74,23 @@ def plan() -> dict[str, float]:
     return {"plan_s": plan_s, "epoch_s": epoch_s, "resume_s": time.perf_counter() - started}
 
 
-def _rates(num_pairs: int, started: float) -> dict[str, float]:
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "pairs_per_s": num_pairs / seconds}
+def _rates(num_pairs: int, work: Callable[[], object]) -> dict[str, float]:
+    """`cores_s` are seconds of processor time."""
+    started, cores_started = time.perf_counter(), time.process_time()
+    work()
+    seconds, cores_s = time.perf_counter() - started, time.process_time() - cores_started
+    return {"seconds": seconds, "pairs_per_s": num_pairs / seconds, "cores_s": cores_s}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=["encode", "sentencepiece", "plan"])
+    parser.add_argument("side", choices=["encode", "sentencepiece", "decode", "plan"])
     parser.add_argument("--data", type=Path, help="data/, encoded")
     arguments = parser.parse_args()
     if arguments.side == "plan":
         serve(plan, warm_up=False)
     else:
-        serve({"encode": encode, "sentencepiece": sentencepiece}[arguments.side](arguments.data))
+        serve({"encode": encode, "sentencepiece": sentencepiece, "decode": decode}[arguments.side](arguments.data))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import decoding
+import numpy as np
 import pytest
-from harness import HERE, ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
+from harness import HERE, OPERATORS, ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
 from turns import Runner, slower_by
 
+from model.transformer import Transformer
+from pipeline.checkpoint import save_model
 from pipeline.params import load_settings
 
 CONFIG = load_settings(ROOT, model="nano").model.config(101)
@@ -31,12 +35,55 @@ def test_training_is_measured_beside_torchs_own_modules(corpus: Path):
     for side in sides:
         assert len(side.blocks) == 2
         assert all(block["tokens_per_s"] > 0 for block in side.blocks)
+        assert all(0 <= block["padding"] < 0.2 for block in side.blocks)
         assert side.peak_bytes > 1e6
     ours, torchs = sides
     ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours.blocks, torchs.blocks, strict=True))
     assert ours.ratio(torchs, "tokens_per_s") == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
+    assert 0.1 < ours.shares.pop(OPERATORS) <= 1
     assert 0.3 < sum(ours.shares.values()) <= 1
     assert not torchs.shares
+
+
+def test_decoding_is_measured_from_weights_on_disk(tmp_path: Path):
+    save_model(tmp_path, Transformer(CONFIG).state_dict(), CONFIG)
+    lengths = [3] * 70 + [5] * 66
+    np.save(tmp_path / "test.src.ids.npy", np.random.default_rng(1).integers(4, 101, sum(lengths)))
+    np.save(tmp_path / "test.src.offsets.npy", np.cumsum([0, *lengths]))
+    options = ("--model", tmp_path, "--encoded", tmp_path, "--sentences", 2 * decoding.BATCH, "--threads", 2, "--cap")
+    side = Side("ours", script("decoding.py", sys.executable, "ours", *options))
+    paired([side], rounds=1)
+    [block] = side.blocks
+    # Almost no search of random weights ends by itself: all outputs come to their limit.
+    assert block["tokens_per_s"] / block["sentences_per_s"] == pytest.approx(4 + decoding.CAP_EXTRA + 1, rel=0.2)
+    assert block["flops_per_s"] > 1e6
+
+
+def test_capped_sentences_are_of_few_lengths_with_a_batch_of_each():
+    sources = [[7] * length for length in range(1, 9) for _ in range(60 + length)]
+    lengths = [len(source) for source in decoding.chosen(sources, 3 * decoding.BATCH, cap=True)]
+    assert lengths == [4] * 64 + [6] * 64 + [8] * 64
+
+
+def test_the_flops_of_a_search_are_those_of_its_hypotheses():
+    """Of the encoder and the memory's keys and values once, of the decoder for each of four."""
+    c, source, output = CONFIG, [[5] * 6], [[8] * 9]
+    inner, keys_values = c.num_heads * c.d_k, 2 * 7 * c.d_model * c.num_heads * c.d_k
+    feed_forward = 2 * c.d_model * c.d_ff
+    encoder = 7 * (4 * c.d_model * inner + feed_forward) + 2 * 7 * 7 * inner
+    decoder = 10 * (6 * c.d_model * inner + feed_forward + c.d_model * c.vocab_size) + 2 * 10 * (10 + 7) * inner
+    found = decoding.timed(lambda: output, vars(c), source)
+    flops = found["flops_per_s"] / found["sentences_per_s"]
+    assert flops == pytest.approx(2 * (encoder + keys_values + 4 * decoder))
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_cpu():
+    command = [sys.executable, HERE / "gpu.py", "--device", "cpu", "--presets", "nano"]
+    command += ["--batch-tokens", "500", "--steps", "1", "--rounds", "1"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "| nano, ours |" in printed
+    assert "| nano, torch.nn.Transformer |" in printed
 
 
 def test_the_harness_needs_nothing_that_others_may_lack():

@@ -67,13 +67,14 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
     replicas = Replicas(model, recipe)
     planned = plan.from_position(Position(0, 0))
 
-    def step() -> int:
+    def step() -> tuple[int, int]:
         _, micro_batches = next(planned)
         num_tokens = plan.num_tgt_tokens(micro_batches)
         batches = ((i, collate(split, indices)) for i, indices in enumerate(micro_batches))
         train_step(replicas, optimizer, Step((0, 0), batches, num_tokens), RATE, recipe, state)
         state.step += 1
-        return num_tokens
+        padded = (len(indices) * (int(split.tgt.lengths[indices].max()) + 1) for indices in micro_batches)
+        return num_tokens, sum(padded)
 
     return lambda: _timed(step, work.steps)
 
@@ -84,7 +85,7 @@ def plain_loop(model: nn.Module, work: Work) -> Block:
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS, eps=EPS)
     batches = _batches(work.corpus, work.batch_tokens)
 
-    def step() -> int:
+    def step() -> tuple[int, int]:
         src, tgt = (x.to(work.device) for x in next(batches))
         optimizer.zero_grad()
         with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bf16):
@@ -98,15 +99,16 @@ def plain_loop(model: nn.Module, work: Work) -> Block:
         loss.backward()
         optimizer.step()
         loss.item()
-        return int((tgt != PAD).sum())
+        return int((tgt != PAD).sum()), tgt.numel()
 
     return lambda: _timed(step, work.steps)
 
 
-def _timed(step: Callable[[], int], steps: int) -> dict[str, float]:
+def _timed(step: Callable[[], tuple[int, int]], steps: int) -> dict[str, float]:
+    """A step gives its target tokens, without padding and with it."""
     started = time.perf_counter()
-    tokens = sum(step() for _ in range(steps))
-    return {"tokens_per_s": tokens / (time.perf_counter() - started)}
+    tokens, positions = map(sum, zip(*(step() for _ in range(steps)), strict=True))
+    return {"tokens_per_s": tokens / (time.perf_counter() - started), "padding": 1 - tokens / positions}
 
 
 def _batches(corpus: Path, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
