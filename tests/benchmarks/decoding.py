@@ -31,46 +31,35 @@ class Numbers:
         return " ".join(map(str, pieces))
 
 
-def ours(model: Path, sources: Outputs, cap: bool) -> Search:
-    """pipeline/translation.py, with the batches of params.yaml."""
+class Tokenizer(Numbers):
+    """The one of a folder for everything else, which an export needs."""
+
+    def __init__(self, folder: Path) -> None:
+        from pipeline.corpus import load_tokenizer
+
+        self.real = load_tokenizer(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+def ours(model: Path, sources: Outputs, cap: bool, tokenizer: Path | None = None) -> Search:
+    """pipeline/translation.py, with the batches of params.yaml; with a tokenizer evaluate.engine ctranslate2,
+    pipeline/fast_translation.py, its export included each time."""
     from pipeline.checkpoint import load_model
+    from pipeline.fast_translation import translate_fast
     from pipeline.params import load_settings
     from pipeline.translation import translate
 
     net, extra = load_model(model), CAP_EXTRA if cap else FREE_EXTRA
     settings = replace(load_settings(Path()).evaluate, beam=BEAM, alpha=ALPHA, max_extra=extra)
+    numbers: Any = Numbers()
+    search = translate
+    if tokenizer:
+        settings, numbers, search = replace(settings, engine="ctranslate2"), Tokenizer(tokenizer), translate_fast
 
     def outputs() -> Outputs:
-        found = translate(net, Numbers(), sources, settings, progress=False)  # type: ignore[arg-type]
-        return [[int(piece) for piece in best.text.split()] for best in found]
-
-    return outputs
-
-
-def engine(model: Path, sources: Outputs, tokenizer: Path) -> Search:
-    """What evaluate.engine ctranslate2 does, pipeline/fast_translation.py: the export too, each time."""
-    from pipeline.checkpoint import load_model
-    from pipeline.corpus import load_tokenizer
-    from pipeline.fast_translation import translate_fast
-    from pipeline.params import load_settings
-
-    class Tokenizer:
-        """The real one to export by; in decoding, the pieces themselves."""
-
-        def __init__(self) -> None:
-            self.real = load_tokenizer(tokenizer)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.real, name)
-
-        decode = Numbers.decode
-
-    net, numbers = load_model(model), Tokenizer()
-    settings = load_settings(Path()).evaluate
-    settings = replace(settings, beam=BEAM, alpha=ALPHA, max_extra=FREE_EXTRA, engine="ctranslate2")
-
-    def outputs() -> Outputs:
-        found = translate_fast(net, numbers, sources, settings, progress=False)  # type: ignore[arg-type]
+        found = search(net, numbers, sources, settings, progress=False)
         return [[int(piece) for piece in best.text.split()] for best in found]
 
     return outputs
@@ -85,7 +74,7 @@ def generate(model: Path, sources: Outputs, cap: bool) -> Search:
     @torch.inference_mode()
     def outputs() -> Outputs:
         found: Outputs = [[] for _ in sources]
-        for indices in _batches(sources, cap):
+        for indices in _batches(sources):
             rows = [torch.tensor([*sources[i], EOS]) for i in indices]
             src = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
             limit = src.size(1) - 1 + (CAP_EXTRA if cap else FREE_EXTRA)
@@ -122,7 +111,7 @@ def ctranslate2(
     def outputs() -> Outputs:
         found: Outputs = [[] for _ in sources]
         waiting = []
-        for indices in _batches(sources, cap):
+        for indices in _batches(sources):
             limit = max(len(sources[i]) for i in indices) + (CAP_EXTRA if cap else FREE_EXTRA)
             results = translator.translate_batch(
                 [texts[i] for i in indices],
@@ -175,15 +164,10 @@ def chosen(sources: Outputs, number: int, cap: bool) -> Outputs:
     return [source for i in range(several) for source in full[i * (len(full) - 1) // max(1, several - 1)]]
 
 
-def _batches(sources: Outputs, same_length: bool) -> Iterator[list[int]]:
+def _batches(sources: Outputs) -> Iterator[list[int]]:
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-    batch: list[int] = []
-    for i in order:
-        if len(batch) == BATCH or (batch and same_length and len(sources[i]) != len(sources[batch[0]])):
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
 
 
 def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
@@ -241,7 +225,7 @@ def main() -> None:
         options = (arguments.side, arguments.workers, arguments.threads, arguments.patience)
         search = ctranslate2(model / f"ctranslate2-{arguments.side}", sources, cap, *options)
     elif arguments.side == "engine":
-        search = engine(model, sources, arguments.tokenizer)
+        search = ours(model, sources, cap, arguments.tokenizer)
     else:
         search = (ours if arguments.side == "ours" else generate)(model, sources, cap)
     sizes = json.loads((model / "config.json").read_text())

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 THREADS = 2
+OPERATORS = "all operators"
 LAUNCHER = """import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
 print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
@@ -114,9 +115,6 @@ def _peak() -> dict[str, float]:
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
     status = Path("/proc/self/status").read_text()  # getrusage counts what the process was forked from, too
     return {"peak_bytes": float(status.partition("VmHWM:")[2].split()[0]) * 1024}
-
-
-OPERATORS = "all operators"
 
 
 def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
