@@ -220,16 +220,16 @@ def orchestration(setting: Setting) -> list[str]:
         bare = Runner(command, alone, "told.json")
         with whole.started(25), bare.started(3):  # after the first point of the curve, for which MLflow is imported
             slower.append(slower_by(whole, bare, turns=24, turn_s=5))
-            shares = [[f"{share:.1%}" for share in runner.shares()] for runner in (whole, bare)]
+            shares = [
+                ", ".join(f"{who} {share:.1%}" for who, share in runner.shares().items() if share >= 0.0005)
+                for runner in (whole, bare)
+            ]
     lines = [
         "**Orchestration**",
         "",
         "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
         f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
-        "- Of the cores' time, in the last round: {} by the two threads at micro-batches, {} by the worker's others "
-        "(one adds gradients and updates weights), {} by other processes; of the bare loop, {}, {}, {}.".format(
-            *shares[0], *shares[1]
-        ),
+        f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
         f"- Command to first step: {statistics.median(starts):.1f} s ({min(starts):.1f} to {max(starts):.1f}): "
         "{:.1f} s of imports and checks, {:.1f} s until Ray and a worker have started and the worker has imported, "
         "{:.1f} s until its first step is done.".format(*map(statistics.median, zip(*parts, strict=True))),

@@ -11,7 +11,7 @@ import decoding
 import numpy as np
 import pytest
 from harness import HERE, OPERATORS, ROOT, Side, flops_per_token, paired, script, sentence_lengths, write_corpus
-from turns import Runner, slower_by
+from turns import BESIDE, MICRO_BATCHES, Runner, slower_by
 
 from model.transformer import Transformer
 from pipeline.checkpoint import save_model
@@ -135,8 +135,31 @@ def test_the_time_of_a_runs_threads_is_counted_with_those_of_its_children(tmp_pa
 
 def test_the_cores_time_is_shared_out_to_threads_at_micro_batches_and_to_others(monkeypatch):
     runner = Runner([], Path(), "", awake_s=10.0, used_s={(1, 1): 2.0})
-    monkeypatch.setattr(runner, "threads", lambda: {(1, 1): 10.0, (1, 2): 6.0, (1, 3): 1.0, (2, 2): 3.0})
-    assert runner.shares() == pytest.approx((0.7, 0.05, 0.15))
+    used = {(1, 1): 10.0, (1, 2): 6.0, (1, 3): 1.0, (2, 2): 1.0, (3, 3): 2.0, (4, 4): 0.2}
+    monkeypatch.setattr(runner, "threads", lambda: used)
+    monkeypatch.setattr(runner, "_name", lambda process: "raylet" if process == 3 else "monitor")
+    shares = runner.shares()
+    assert shares == pytest.approx({MICRO_BATCHES: 0.7, BESIDE: 0.05, "raylet": 0.1, "monitor": 0.06})
+    assert list(shares) == [MICRO_BATCHES, BESIDE, "raylet", "monitor"]
+
+
+def test_processes_are_named_by_their_script_or_program(tmp_path: Path):
+    (tmp_path / "told.json").write_text('{"step": 1}')
+    code = (
+        "import subprocess, sys\nopen('watch.py', 'w').write('import time; time.sleep(60)')\n"
+        "subprocess.Popen([sys.executable, 'watch.py']), subprocess.Popen(['sleep', '60'])\n"
+        "import time; time.sleep(60)"
+    )
+    runner = Runner([sys.executable, "-c", code], tmp_path, "told.json")
+    with runner.started(steps=1):
+        names: set[str] = set()
+        for _ in range(200):  # a child has its parent's name until it has begun
+            if names == {"watch.py", "sleep"}:
+                break
+            runner.work(0.05)
+            names = {runner._name(child.pid) for child in runner.process.children()}
+        assert names == {"watch.py", "sleep"}
+        assert runner._name(runner.process.pid) == "the driver"
 
 
 def test_steps_are_compared_by_the_time_in_which_their_process_was_awake():

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 from harness import ROOT, THREADS, failed
+
+MICRO_BATCHES, BESIDE = "the threads at micro-batches", "other threads of their process"
 
 
 @dataclass
@@ -66,15 +69,20 @@ class Runner:
                 found |= {(process.pid, t.id): t.user_time + t.system_time for t in process.threads()}
         return found
 
-    def shares(self) -> tuple[float, float, float]:
-        """Of THREADS cores, since `used_s` and while awake: what the busiest threads of the process that trains take,
-        as many, those at micro-batches; its others, the one among them that updates weights; all other processes."""
+    def shares(self) -> dict[str, float]:
+        """Of THREADS cores, since `used_s` and while awake, who took what: the busiest threads of the process that
+        trains, as many, which are those at micro-batches; its others, the one among them that updates weights; and
+        each other process, the largest first."""
         used = {thread: seconds - self.used_s.get(thread, 0.0) for thread, seconds in self.threads().items()}
         trains = max(used, key=used.__getitem__)[0]
         own = sorted((seconds for (process, _), seconds in used.items() if process == trains), reverse=True)
-        parts = sum(own[:THREADS]), sum(own[THREADS:]), sum(used.values()) - sum(own)
-        training, beside, others = (seconds / self.awake_s / THREADS for seconds in parts)
-        return training, beside, others
+        others: Counter[str] = Counter()
+        for (process, _), seconds in used.items():
+            if process != trains:
+                with suppress(psutil.NoSuchProcess):
+                    others[self._name(process)] += seconds
+        taken = {MICRO_BATCHES: sum(own[:THREADS]), BESIDE: sum(own[THREADS:])} | dict(others.most_common())
+        return {who: seconds / self.awake_s / THREADS for who, seconds in taken.items()}
 
     def seconds(self, first: int, last: int) -> float:
         """From one step to another; between those that were seen, at an even pace."""
@@ -90,6 +98,14 @@ class Runner:
 
     def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
+
+    def _name(self, pid: int) -> str:
+        """Python's by their script."""
+        process = psutil.Process(pid)
+        if process == self.process:
+            return "the driver"
+        scripts = [Path(part).name for part in process.cmdline() if part.endswith(".py")]
+        return scripts[0] if scripts else process.name()
 
     def _send(self, number: int) -> None:
         for process in self._processes():
