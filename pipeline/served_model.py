@@ -7,6 +7,7 @@
 MLflow runs this file to get the object that it calls; so beside tracking.py it has to import mlflow.
 """
 
+import threading
 from pathlib import Path
 
 from mlflow.models import set_model
@@ -27,11 +28,13 @@ class Translator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_model(Path(context.artifacts["weights"]).parent)
         self.tokenizer = load_tokenizer(Path(context.artifacts["tokenizer"]).parent)
+        self.search = threading.Lock()
         self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
 
     def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
         pieces = self.tokenizer.encode(model_input)
-        outputs = translate(self.model, self.tokenizer, pieces, self.settings, progress=False)
+        with self.search:  # it has all cores, and changes the number of torch's threads, which others would take over
+            outputs = translate(self.model, self.tokenizer, pieces, self.settings, progress=False)
         return [output.text for output in outputs]
 
 

@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -16,7 +19,7 @@ from mlflow.types import DataType
 
 from model.config import BOS, EOS, PAD, UNK, TransformerConfig
 from model.transformer import Transformer
-from pipeline import tracking
+from pipeline import served_model, tracking
 from pipeline.checkpoint import load_model, save_model
 from pipeline.corpus import load_tokenizer
 from pipeline.params import Evaluate, Settings, load_settings
@@ -135,3 +138,33 @@ def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path,
     assert model.source_run_id == run_id
     assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("test_bleu", 12.5, 7)]
     assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
+
+
+def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    context = SimpleNamespace(
+        artifacts={
+            "weights": str(root / "final/weights.safetensors"),
+            "tokenizer": str(root / "tokenizer/spm.model"),
+        },
+        model_config=SEARCH,
+    )
+    served = served_model.Translator()
+    served.load_context(context)
+    expected = served.predict(SENTENCES)
+    threads: list[int] = []
+
+    def slow(*arguments, **options):
+        threads.append(torch.get_num_threads())
+        found = translate(*arguments, **options)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(served_model, "translate", slow)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(served.predict, [SENTENCES] * 8)) == [expected] * 8
+        assert threads == [3] * 8
+    finally:
+        torch.set_num_threads(before)
