@@ -38,15 +38,20 @@ def translate_fast(
 ) -> list[Translation]:
     """As pipeline.translation.translate, by a temporary export of the model; `Search` says what can differ.
 
-    As many batches at once as torch has threads, one thread to each: two at work on one batch take 1.4 to 1.7 times
-    as long. A batch has sentences of one length, for CTranslate2 has one limit for all outputs of a batch.
+    As many batches at once as torch has threads, which share batch_tokens, one thread to each: two at work on one
+    batch take longer. A batch has sentences of one length, for CTranslate2 has one limit for all outputs of a batch.
     """
     longest = model.config.max_length - 1
     lengths = np.array([min(len(sources[i]), longest) for i in range(len(sources))], dtype=np.int64)
     translations: list[Translation | None] = [None] * len(sources)
     threads = torch.get_num_threads()
     search = Search(model, tokenizer, settings, threads)
-    batches = [indices for indices in batches_of_one_length(lengths, settings.batch_tokens) if lengths[indices[0]]]
+    batch_tokens = max(1, settings.batch_tokens // threads)
+    batches = [
+        indices
+        for indices in batches_of_one_length(lengths, batch_tokens, settings.max_extra)
+        if lengths[indices[0]] > 0
+    ]
 
     def found(indices: np.ndarray) -> list[Hypothesis]:
         length = int(lengths[indices[0]])
@@ -134,7 +139,7 @@ class Search:
         return Hypothesis(tokens[:-1] if finished else tokens, log_prob, score, finished)
 
 
-def batches_of_one_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def batches_of_one_length(lengths: np.ndarray, batch_tokens: int, max_extra: int) -> Iterator[np.ndarray]:
     """Those of `batches_by_length`, cut where the length changes."""
-    for indices in batches_by_length(lengths, batch_tokens):
+    for indices in batches_by_length(lengths, batch_tokens, max_extra):
         yield from np.split(indices, np.flatnonzero(np.diff(lengths[indices])) + 1)

@@ -57,7 +57,7 @@ def translate(
     translations: list[Translation | None] = [None] * len(sources)
     num_workers = torch.get_num_threads() if device.type == "cpu" else 1
     batch_tokens, least = max(1, settings.batch_tokens // num_workers), LEAST_WORK // model.config.d_model
-    batches = list(batches_by_length(lengths, batch_tokens, num_workers, least))
+    batches = list(batches_by_length(lengths, batch_tokens, settings.max_extra, num_workers, least))
 
     def search(indices: np.ndarray) -> list[list[Hypothesis]]:
         src = _pad([sources[i][: lengths[i]] for i in indices])
@@ -94,16 +94,19 @@ def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translatio
 
 
 def batches_by_length(
-    lengths: np.ndarray, batch_tokens: int, num_workers: int = 1, least_tokens: int = 1
+    lengths: np.ndarray, batch_tokens: int, max_extra: int, num_workers: int = 1, least_tokens: int = 1
 ) -> Iterator[np.ndarray]:
     """Indices of sentences of similar length, longest first, at most `batch_tokens` positions when padded, EOS
     counted. A single sentence may be longer. `lengths` are without EOS.
+
+    A sentence counts as a quarter of `max_extra` positions at least, by which outputs may be longer than sources. So
+    outputs of up to that length have at most 5 * batch_tokens positions together, however short the sentences are.
 
     There are as many batches as fill whole rounds of the workers, and they are as small as that allows: none waits
     long for the last. For that alone they are not made smaller than `least_tokens` on average.
     """
     order = np.argsort(-lengths, kind="stable")
-    widths = lengths[order] + 1
+    widths = np.maximum(lengths[order] + 1, -(-max_extra // 4))
     fewest = len(_starts(widths, batch_tokens))
     rounds = -(-fewest // num_workers)
     most = max(fewest, min(rounds * num_workers, int(widths.sum()) // max(1, least_tokens)))

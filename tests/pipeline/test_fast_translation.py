@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -13,13 +14,21 @@ from random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 from model.config import BOS, EOS, PAD, UNK, Positions
 from model.decoding import Hypothesis
 from model.transformer import Transformer
-from pipeline.fast_translation import PATIENCE, batches_of_one_length, translate_fast
+from pipeline.fast_translation import PATIENCE, Search, batches_of_one_length, translate_fast
 from pipeline.params import Evaluate
 from pipeline.translation import translate
 
 TOKENIZER = random_tokenizer()
 LONGEST = MAX_LENGTH - 1
 SETTINGS = Evaluate(beam=4, alpha=0.6, max_extra=9, engine="ctranslate2", batch_tokens=67, num_samples=0)
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """What a test sets of torch's threads ends with it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_sources(count: int, seed: int) -> list[np.ndarray]:
@@ -105,12 +114,12 @@ def test_the_search_is_ours_but_for_three_rules():
     assert same > 90
 
 
-def test_every_sentence_gets_its_own_translation_whatever_the_batches_and_threads(monkeypatch):
+def test_every_sentence_gets_its_own_translation_whatever_the_batches_and_threads(own_threads):
     model, sources = random_model(1, "learned"), random_sources(40, seed=1)
     expected = [translate_fast(model, TOKENIZER, [source], SETTINGS, progress=False)[0] for source in sources]
     assert len({translation.text for translation in expected}) > 10
     for batch_tokens, threads in ((1, 3), (97, 2), (10_000, 1)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.set_num_threads(threads)
         settings = replace(SETTINGS, batch_tokens=batch_tokens)
         found = translate_fast(model, TOKENIZER, sources, settings, progress=False)
         assert [best.text for best in found] == [best.text for best in expected]
@@ -139,14 +148,23 @@ def test_int8_rounds():
     assert 1e-4 < np.median(difference) < 0.3
 
 
-def test_torch_keeps_its_threads():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        translate_fast(random_model(1, "none"), TOKENIZER, random_sources(2, seed=1), SETTINGS, progress=False)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+def test_torch_keeps_its_threads(own_threads):
+    torch.set_num_threads(3)
+    translate_fast(random_model(1, "none"), TOKENIZER, random_sources(2, seed=1), SETTINGS, progress=False)
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_share_the_budget(own_threads, monkeypatch):
+    torch.set_num_threads(3)
+    seen = []
+    search = Search.__call__
+    monkeypatch.setattr(
+        Search, "__call__", lambda *call: seen.append(sum(len(s) + 1 for s in call[1])) or search(*call)
+    )
+    sources = [np.full(5, 7)] * 100
+    translate_fast(random_model(1, "none"), TOKENIZER, sources, replace(SETTINGS, batch_tokens=181), progress=False)
+    assert max(seen) == 60
+    assert sum(seen) == 600
 
 
 def test_no_sentences_give_no_translations():
@@ -165,8 +183,8 @@ def test_progress_is_counted_in_sentences(capsys):
 
 def test_batches_hold_every_sentence_once_and_one_length_each_within_the_budget():
     lengths = np.random.default_rng(5).integers(0, 37, 203)
-    batches = list(batches_of_one_length(lengths, 101))
+    batches = list(batches_of_one_length(lengths, 101, max_extra=0))
     assert sorted(np.concatenate(batches).tolist()) == list(range(203))
     assert all(len(set(lengths[indices])) == 1 for indices in batches)
     assert all(len(indices) * (lengths[indices[0]] + 1) <= 101 for indices in batches)
-    assert list(batches_of_one_length(np.array([], dtype=np.int64), 101)) == []
+    assert list(batches_of_one_length(np.array([], dtype=np.int64), 101, max_extra=0)) == []
