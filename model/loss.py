@@ -8,8 +8,8 @@ from model.config import PAD
 from model.products import ROWS, add_product, filled_up, product, scratch_for, sum_for
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
-"""Logits in memory at once: 16 MB in single precision (for each thread that trains), near a CPU's cache; 256 MB on a
-GPU, where every chunk costs the start of its operators."""
+"""Logits in memory at once, to the next ROWS rows: 16 MB in single precision (for each thread that trains), near a
+CPU's cache; 256 MB on a GPU, where every chunk costs the start of its operators."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -47,7 +47,8 @@ class _ProjectionLoss(torch.autograd.Function):
         chunks = max(1, -(-len(x_all) * len(weight) // most))
         rows = max(1, -(-len(x_all) // (chunks * ROWS))) * ROWS  # all of a size, but for the last
         losses, grads_x = [], []
-        grad_weight = sum_for((-uniform * x_sum).to(weight.dtype).expand_as(weight))
+        if needs_grad:
+            grad_weight = sum_for((-uniform * x_sum).to(weight.dtype).expand_as(weight))
         scratch = scratch_for(x_all, rows, len(weight))
         for x_chunk, target_chunk in zip(x_all.split(rows), target_all.split(rows), strict=True):
             logits = product(x_chunk, weight, scratch).to(at_least_single)  # [rows, vocab]

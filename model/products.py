@@ -33,7 +33,7 @@ def scratch_for(a: Tensor, rows: int, columns: int) -> Tensor | None:
 def sum_for(start: Tensor) -> Tensor:
     """A copy of `start` for add_product to add to, in the layout in which that is faster."""
     layout = torch.contiguous_format
-    return start.T.clone(memory_format=layout).T if ONEDNN else start.clone(memory_format=layout)
+    return start.T.clone(memory_format=layout).T if _onednn_takes(start) else start.clone(memory_format=layout)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -56,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def filled_up(x: Tensor) -> Tensor:
     """With rows of zeros, to a power of two or a multiple of ROWS; as it is where oneDNN does not work."""
-    missing = -len(x) % min(ROWS, 1 << (len(x) - 1).bit_length()) if ONEDNN else 0
+    missing = -len(x) % min(ROWS, 1 << (len(x) - 1).bit_length()) if _onednn_takes(x) else 0
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
@@ -90,9 +90,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
-    if not ONEDNN or torch.compiler.is_compiling() or rows * b.numel() < SMALL:
+    if torch.compiler.is_compiling() or rows * b.numel() < SMALL:
         return False
-    return a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and not _autocast(a)
+    return _onednn_takes(a) and a.dtype == b.dtype
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not _autocast(x)
 
 
 def _autocast(a: Tensor) -> bool:

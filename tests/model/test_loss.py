@@ -80,6 +80,14 @@ def test_without_gradients_the_value_is_the_same():
     assert torch.equal(value, label_smoothed_loss(x, weight, target, 0.1).detach())
 
 
+def test_without_gradients_there_is_no_memory_for_them(monkeypatch):
+    monkeypatch.setattr(loss_module, "sum_for", None)
+    with torch.no_grad():
+        label_smoothed_loss(*problem(rows=53), 0.1)
+    with pytest.raises(TypeError):
+        label_smoothed_loss(*problem(rows=53), 0.1)
+
+
 def test_large_logits_do_not_overflow():
     x, weight, target = problem(rows=29)
     value = label_smoothed_loss(x * 1000, weight, target, 0.1)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from model import products
-from model.products import ROWS, Linear, add_product, linear, product, scratch_for, sum_for
+from model.products import ROWS, Linear, add_product, filled_up, linear, product, scratch_for, sum_for
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -100,6 +100,18 @@ def test_products_are_added_up_in_either_layout(onednn, autocast, calls, monkeyp
     assert len(calls) == (2 if onednn and not autocast else 0)
     one = torch.randn(1009)
     assert sum_for(one.expand(2003, -1))[0].data_ptr() != one.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_onednn_does_not_take_is_laid_out_for_torch(dtype):
+    start, x = torch.randn(67, 101), torch.randn(67, 101)
+    assert not sum_for(start).is_contiguous()
+    assert len(filled_up(x)) == 2 * ROWS
+    assert sum_for(start.to(dtype)).is_contiguous()
+    assert len(filled_up(x.to(dtype))) == 67
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sum_for(start).is_contiguous()
+        assert len(filled_up(x)) == 67
 
 
 def test_where_onednn_does_not_work_a_product_lies_where_it_is_told_to(monkeypatch):
