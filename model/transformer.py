@@ -219,12 +219,12 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Each number is 0 with probability p, else divided by 1 - p (section 5.4).
 
     torch draws one random number for each on a CPU, which is a large part of a small model's step. Here are four
-    draws of 16 bits from each 64-bit one; p is rounded to a multiple of 2^-16, and what is kept is divided by exactly
+    draws of 16 bits from each 64-bit one; p is rounded to a multiple of 2^-16 below 1, and what is kept is divided by
     the share that is kept.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     if not dropped:
         return x
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64)

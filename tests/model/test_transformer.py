@@ -424,6 +424,11 @@ def test_dropout_drops_its_share_and_scales_the_rest_to_the_same_mean(p):
     assert torch.equal(x.grad, dropped)
 
 
+def test_dropout_of_nearly_all_is_no_division_by_nothing():
+    torch.manual_seed(3)
+    assert module.dropout(torch.ones(400_003), 1 - 1e-9).unique().tolist() == [0, 2**16]
+
+
 def test_dropout_is_another_each_time_and_the_same_from_the_same_seed():
     x = torch.randn(31, 7, dtype=torch.float64)
     torch.manual_seed(11)
