@@ -148,8 +148,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """On what training runs. Of these only precision and micro_batch_tokens change what a step computes: with other
-    values it is another run."""
+    """On what training runs. Of these only precision and micro_batch_tokens make it another run: device and compile
+    change rounding, and which of the numbers dropout draws, the rest nothing that a step computes but the order of
+    sums."""
 
     num_workers: int | list[int]
     device: Literal["auto", "cpu", "gpu"]
