@@ -1,4 +1,4 @@
-"""How fast, beside others: training, decoding, data, orchestration. Takes an hour and a half.
+"""How fast, beside others: training, decoding, data, start, orchestration. Takes an hour and a quarter.
 
     python tests/benchmarks                          # all; the table goes to docs/performance.md
     python tests/benchmarks training decoding        # some; the table goes to the terminal alone

@@ -190,12 +190,9 @@ def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
             file.writelines(f"{n + 1}. {lines[n % (len(lines) - 2 * held_out)]}\n" for n in range(num_pairs))
 
 
-def orchestration(setting: Setting) -> list[str]:
-    """What Ray Train, MLflow and checkpoints add; how long until the first step; two workers; nothing to do."""
-    project = setting.folder / "orchestration"
-    _clear(project)
-    new_project(project, data="multi30k", model="tiny")
-    shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
+def start(setting: Setting) -> list[str]:
+    """How long it takes until the first step is done."""
+    project = _trained_by_ray(setting)
     starts: dict[str, list[float]] = {"a new project": [], "one that has MLflow's store": []}
     parts = []
     _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
@@ -210,6 +207,22 @@ def orchestration(setting: Setting) -> list[str]:
             first_step_at = json.loads(usage.read_text())["first_step_at"]
             seconds.append(first_step_at - began)
         parts.append([b - a for a, b in pairwise((began, _ray_began(), int(usage.stem) / 1e9, first_step_at))])
+    imports, starting, first = map(statistics.median, zip(*parts, strict=True))
+    first_steps = "; ".join(
+        f"in {where}, {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+        for where, seconds in starts.items()
+    )
+    return [
+        "**Start**",
+        "",
+        f"- Command to first step: {first_steps}: {imports:.1f} s of imports and checks, {starting:.1f} s until Ray "
+        f"and a worker have started and the worker has imported, {first:.1f} s until its first step is done.",
+    ]
+
+
+def orchestration(setting: Setting) -> list[str]:
+    """What Ray Train, MLflow and checkpoints add; two workers; nothing to do."""
+    project = _trained_by_ray(setting)
     slower = []
     _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
@@ -227,19 +240,12 @@ def orchestration(setting: Setting) -> list[str]:
                 ", ".join(f"{who} {share:.1%}" for who, share in runner.shares().items() if share >= 0.0005)
                 for runner in (whole, bare)
             ]
-    imports, starting, first = map(statistics.median, zip(*parts, strict=True))
-    first_steps = "; ".join(
-        f"in {where}, {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
-        for where, seconds in starts.items()
-    )
     lines = [
         "**Orchestration**",
         "",
         "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
         f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
         f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
-        f"- Command to first step: {first_steps}: {imports:.1f} s of imports and checks, {starting:.1f} s until Ray "
-        f"and a worker have started and the worker has imported, {first:.1f} s until its first step is done.",
     ]
     edit(project / "params.yaml", "model", "base")
     _lengths(project, "base", max_steps=6, checkpoint_every=6)
@@ -278,6 +284,7 @@ CASES: dict[str, Callable[[Setting], list[str]]] = {
     "training": training,
     "decoding": decoding,
     "data": data,
+    "start": start,
     "orchestration": orchestration,
 }
 WHO = ("-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost")
@@ -305,6 +312,15 @@ def edit(path: Path, key: str, value: Any) -> None:
         section = section[part]
     section[name] = value
     path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _trained_by_ray(setting: Setting) -> Path:
+    """A project to train tiny on Multi30k in."""
+    project = setting.folder / "orchestration"
+    _clear(project)
+    new_project(project, data="multi30k", model="tiny")
+    shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
+    return project
 
 
 def _ray_began() -> float:
