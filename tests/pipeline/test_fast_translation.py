@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -21,14 +20,6 @@ from pipeline.translation import translate
 TOKENIZER = random_tokenizer()
 LONGEST = MAX_LENGTH - 1
 SETTINGS = Evaluate(beam=4, alpha=0.6, max_extra=9, engine="ctranslate2", batch_tokens=67, num_samples=0)
-
-
-@pytest.fixture
-def own_threads() -> Iterator[None]:
-    """What a test sets of torch's threads ends with it."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_sources(count: int, seed: int) -> list[np.ndarray]:

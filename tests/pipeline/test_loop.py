@@ -57,12 +57,9 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(own_threads: None) -> None:
     """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Sentences(NamedTuple):

@@ -140,8 +140,7 @@ def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path,
     assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
 
 
-def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, monkeypatch) -> None:
-    before = torch.get_num_threads()
+def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
     torch.set_num_threads(3)
     context = SimpleNamespace(
         artifacts={
@@ -162,9 +161,6 @@ def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, monkey
         return found
 
     monkeypatch.setattr(served_model, "translate", slow)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(served.predict, [SENTENCES] * 8)) == [expected] * 8
-        assert threads == [3] * 8
-    finally:
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(served.predict, [SENTENCES] * 8)) == [expected] * 8
+    assert threads == [3] * 8

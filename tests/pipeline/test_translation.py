@@ -1,7 +1,6 @@
 import io
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -72,11 +71,8 @@ def test_the_size_of_the_batches_changes_no_translation(model, tokenizer, source
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def three_threads(own_threads: None) -> None:
     torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)
 
 
 def threads_of_a_new_thread() -> int:
@@ -190,7 +186,7 @@ def test_short_sentences_have_room_for_longer_outputs(max_extra: int):
         assert max(len(indices) * (lengths[indices].max() + 1) for indices in batches) <= 1000
         positions = [int((lengths[indices] + max_extra + 1).sum()) for indices in batches]
         assert max(positions) <= 5 * 1000
-        assert longest > 1 or max(positions) > 2 * 1000  # though one more would not have been too many
+        assert longest > 1 or max(positions) > 2 * 1000  # no smaller than they have to be
 
 
 def test_few_sentences_are_shared_out_though_one_batch_has_room_for_them():
