@@ -1,4 +1,4 @@
-"""How fast, beside others: training, decoding, data, start, orchestration. Takes an hour and a quarter.
+"""How fast, beside others: training, decoding, data, start, orchestration. Takes more than an hour.
 
     python tests/benchmarks                          # all; the table goes to docs/performance.md
     python tests/benchmarks training decoding        # some; the table goes to the terminal alone

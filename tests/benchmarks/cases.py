@@ -192,9 +192,9 @@ def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
 
 def start(setting: Setting) -> list[str]:
     """How long it takes until the first step is done."""
-    project = _trained_by_ray(setting)
+    project = _tiny_on_multi30k(setting)
     starts: dict[str, list[float]] = {"a new project": [], "one that has MLflow's store": []}
-    parts = []
+    parts = []  # of the second
     _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
     for number in range(3):
         _forget(project)
@@ -222,7 +222,7 @@ def start(setting: Setting) -> list[str]:
 
 def orchestration(setting: Setting) -> list[str]:
     """What Ray Train, MLflow and checkpoints add; two workers; nothing to do."""
-    project = _trained_by_ray(setting)
+    project = _tiny_on_multi30k(setting)
     slower = []
     _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
@@ -314,7 +314,7 @@ def edit(path: Path, key: str, value: Any) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def _trained_by_ray(setting: Setting) -> Path:
+def _tiny_on_multi30k(setting: Setting) -> Path:
     """A project to train tiny on Multi30k in."""
     project = setting.folder / "orchestration"
     _clear(project)
