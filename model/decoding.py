@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model.config import BOS, EOS, PAD
 
-ROWS, ROWS_GPU = 128, 4096
+HYPOTHESES_PER_CHUNK, HYPOTHESES_PER_CHUNK_GPU = 128, 4096
 """Rows whose logits are in memory at once: in a CPU's cache if they can; on a GPU every part costs the start of its
 operators."""
 BLOCK = 64
@@ -172,7 +172,7 @@ def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple
     """The `most` most probable continuations of each sentence, best first: their log_prob, the hypothesis that each
     continues and the piece that it adds [sentences, most]. `x` is from decoder.step, `log_prob` [sentences, live]."""
     num_live = log_prob.shape[1]
-    size = max(1, (ROWS if x.device.type == "cpu" else ROWS_GPU) // num_live)
+    size = max(1, (HYPOTHESES_PER_CHUNK if x.device.type == "cpu" else HYPOTHESES_PER_CHUNK_GPU) // num_live)
     parts = zip(x.split(size * num_live), log_prob.split(size), strict=True)
     found = [_most_probable(decoder.logits(rows), part, most) for rows, part in parts]
     new_log_prob, parent, token = (torch.cat(values) for values in zip(*found, strict=True))

@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import PAD
-from model.products import ROWS, add_product, filled_up, product, scratch_for, sum_for
+from model.cpu.matmul import ROW_MULTIPLE, accumulate_tn, alloc_accumulator, alloc_scratch, matmul_nt, pad_rows
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
-"""Logits in memory at once, to the next ROWS rows: 16 MB in single precision (for each thread that trains), near a
-CPU's cache; 256 MB on a GPU, where every chunk costs the start of its operators."""
+"""Logits in memory at once, to the next ROW_MULTIPLE rows: 16 MB in single precision (for each thread that trains),
+near a CPU's cache; 256 MB on a GPU, where every chunk costs the start of its operators."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -41,17 +41,17 @@ class _ProjectionLoss(torch.autograd.Function):
     ) -> Tensor:
         at_least_single = torch.promote_types(x.dtype, torch.float32)
         uniform, weight_sum, x_sum = smoothing / len(weight), weight.sum(0), x.sum(0)
-        num_tokens, x_all = len(x), filled_up(x)
+        num_tokens, x_all = len(x), pad_rows(x)
         target_all = F.pad(target, (0, len(x_all) - num_tokens))
         most = CHUNK_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS_GPU
         chunks = max(1, -(-len(x_all) * len(weight) // most))
-        rows = max(1, -(-len(x_all) // (chunks * ROWS))) * ROWS  # all of a size, but for the last
+        rows = max(1, -(-len(x_all) // (chunks * ROW_MULTIPLE))) * ROW_MULTIPLE  # all of a size, but for the last
         losses, grads_x = [], []
         if needs_grad:
-            grad_weight = sum_for((-uniform * x_sum).to(weight.dtype).expand_as(weight))
-        scratch = scratch_for(x_all, rows, len(weight))
+            grad_weight = alloc_accumulator((-uniform * x_sum).to(weight.dtype).expand_as(weight))
+        scratch = alloc_scratch(x_all, rows, len(weight))
         for x_chunk, target_chunk in zip(x_all.split(rows), target_all.split(rows), strict=True):
-            logits = product(x_chunk, weight, scratch).to(at_least_single)  # [rows, vocab]
+            logits = matmul_nt(x_chunk, weight, scratch).to(at_least_single)  # [rows, vocab]
             at_target = logits.gather(1, target_chunk[:, None])
             largest = logits.amax(1, keepdim=True)
             exp = logits.sub_(largest).exp_()
@@ -59,8 +59,8 @@ class _ProjectionLoss(torch.autograd.Function):
             losses.append(largest + exp_sum.log() - (1 - smoothing) * at_target)
             if needs_grad:
                 exp = exp.to(x.dtype)
-                grads_x.append((product(exp, weight.T) / exp_sum).to(x.dtype))
-                add_product(grad_weight, exp, (x_chunk / exp_sum).to(x.dtype))  # rows filled up are zeros in x
+                grads_x.append((matmul_nt(exp, weight.T) / exp_sum).to(x.dtype))
+                accumulate_tn(grad_weight, exp, (x_chunk / exp_sum).to(x.dtype))  # rows filled up are zeros in x
         loss = torch.cat(losses)[:num_tokens].sum()
         loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
         if needs_grad:

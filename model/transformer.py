@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import PAD, Positions, TransformerConfig
-from model.products import Linear, linear
+from model.cpu.matmul import Linear, linear
 
 MAX_RELATIVE_DISTANCE = 16
 """Offsets beyond this share one vector (Shaw et al. 2018, section 3.2; their k for the base model)."""
@@ -239,16 +239,16 @@ class Residual(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm, self.pre, self.dropout = nn.LayerNorm(config.d_model), config.norm == "pre", config.dropout
+        self.norm, self.is_pre, self.dropout = nn.LayerNorm(config.d_model), config.norm == "pre", config.dropout
 
-    def before(self, x: Tensor) -> Tensor:
+    def pre(self, x: Tensor) -> Tensor:
         """The sub-layer's input."""
-        return self.norm(x) if self.pre else x
+        return self.norm(x) if self.is_pre else x
 
-    def after(self, x: Tensor, output: Tensor) -> Tensor:
+    def post(self, x: Tensor, output: Tensor) -> Tensor:
         """The layer's stream, with the sub-layer's output added."""
         x = x + (dropout(output, self.dropout) if self.training else output)
-        return x if self.pre else self.norm(x)
+        return x if self.is_pre else self.norm(x)
 
 
 class EncoderLayer(nn.Module):
@@ -258,12 +258,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v, c.positions)
         self.feed_forward = FeedForward(c.d_model, c.d_ff)
-        self.around_attention, self.around_feed_forward = Residual(c), Residual(c)
+        self.attention_residual, self.feed_forward_residual = Residual(c), Residual(c)
 
     def forward(self, x: Tensor, attend_mask: Tensor) -> Tensor:
-        q, k, v = self.self_attention.queries_keys_values(self.around_attention.before(x))
-        x = self.around_attention.after(x, self.self_attention(q, k, v, attend_mask))
-        return self.around_feed_forward.after(x, self.feed_forward(self.around_feed_forward.before(x)))
+        q, k, v = self.self_attention.queries_keys_values(self.attention_residual.pre(x))
+        x = self.attention_residual.post(x, self.self_attention(q, k, v, attend_mask))
+        return self.feed_forward_residual.post(x, self.feed_forward(self.feed_forward_residual.pre(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -272,18 +272,18 @@ class DecoderLayer(nn.Module):
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         self.self_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v, c.positions)
-        self.memory_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v)
+        self.cross_attention = Attention(c.d_model, c.num_heads, c.d_k, c.d_v)
         self.feed_forward = FeedForward(c.d_model, c.d_ff)
-        self.around_self_attention, self.around_memory_attention = Residual(c), Residual(c)
-        self.around_feed_forward = Residual(c)
+        self.self_attention_residual, self.cross_attention_residual = Residual(c), Residual(c)
+        self.feed_forward_residual = Residual(c)
 
     def forward(self, x: Tensor, memory: Tensor, attend_mask: Tensor) -> Tensor:
-        q, k, v = self.self_attention.queries_keys_values(self.around_self_attention.before(x))
-        x = self.around_self_attention.after(x, self.self_attention(q, k, v, causal=True))
-        q = self.memory_attention.queries(self.around_memory_attention.before(x))
-        k, v = self.memory_attention.keys_values(memory)
-        x = self.around_memory_attention.after(x, self.memory_attention(q, k, v, attend_mask))
-        return self.around_feed_forward.after(x, self.feed_forward(self.around_feed_forward.before(x)))
+        q, k, v = self.self_attention.queries_keys_values(self.self_attention_residual.pre(x))
+        x = self.self_attention_residual.post(x, self.self_attention(q, k, v, causal=True))
+        q = self.cross_attention.queries(self.cross_attention_residual.pre(x))
+        k, v = self.cross_attention.keys_values(memory)
+        x = self.cross_attention_residual.post(x, self.cross_attention(q, k, v, attend_mask))
+        return self.feed_forward_residual.post(x, self.feed_forward(self.feed_forward_residual.pre(x)))
 
 
 class Transformer(nn.Module):
@@ -323,12 +323,12 @@ class Transformer(nn.Module):
         """The pre-softmax projection, by the embeddings' own matrix (section 3.4): [..., vocab]."""
         return linear(x, self.embedding.weight)
 
-    def start(self, src: Tensor) -> "DecoderState":
+    def start(self, src: Tensor) -> "BeamKVCache":
         """Encode the sentences, ready to decode them position by position."""
-        return DecoderState(self, src)
+        return BeamKVCache(self, src)
 
 
-class DecoderState:
+class BeamKVCache:
     """The decoder in the middle of its output: keys and values of all positions so far, per layer.
 
     Rows are grouped by sentence, as many to each, and all rows of a sentence look at the same keys: those of its
@@ -343,7 +343,7 @@ class DecoderState:
         self.model, self.length = model, 0
         self.layers = cast(list[DecoderLayer], list(model.decoder))
         self.memory = [
-            [x.contiguous() for x in layer.memory_attention.keys_values(memory)] for layer in self.layers
+            [x.contiguous() for x in layer.cross_attention.keys_values(memory)] for layer in self.layers
         ]  # [sentences, heads, src, d_k or d_v]
         self.pool = [[x[:, :, :0] for x in keys_values] for keys_values in self.memory]  # and spare room behind it
         self.ancestors = torch.ones(len(src), 1, 0, dtype=torch.bool, device=src.device)  # [sentences, rows, pool]
@@ -363,18 +363,16 @@ class DecoderState:
         attend_mask, offset = self.ancestors[:, None], (self.positions - self.length)[:, None, None]
         x = self.model.embedding(tokens[:, None], first=self.length)  # [all rows, 1, d_model]
         for layer, memory, pool in zip(self.layers, self.memory, self.pool, strict=True):
-            new = layer.self_attention.queries_keys_values(layer.around_self_attention.before(x), first=self.length)
+            new = layer.self_attention.queries_keys_values(layer.self_attention_residual.pre(x), first=self.length)
             q, k, v = (part.view(num_sentences, num_rows, part.size(1), -1).transpose(1, 2) for part in new)
             keys, values = (x[:, :, :last] for x in pool)
             keys[:, :, first:], values[:, :, first:] = k, v
             attended = layer.self_attention(q, keys, values, attend_mask, offset=offset)
-            x = layer.around_self_attention.after(x, attended.view_as(x))
-            q = layer.memory_attention.queries(
-                layer.around_memory_attention.before(x).view(num_sentences, num_rows, -1)
-            )
-            attended = layer.memory_attention(q, *memory, self.attend_mask)
-            x = layer.around_memory_attention.after(x, attended.view_as(x))
-            x = layer.around_feed_forward.after(x, layer.feed_forward(layer.around_feed_forward.before(x)))
+            x = layer.self_attention_residual.post(x, attended.view_as(x))
+            q = layer.cross_attention.queries(layer.cross_attention_residual.pre(x).view(num_sentences, num_rows, -1))
+            attended = layer.cross_attention(q, *memory, self.attend_mask)
+            x = layer.cross_attention_residual.post(x, attended.view_as(x))
+            x = layer.feed_forward_residual.post(x, layer.feed_forward(layer.feed_forward_residual.pre(x)))
         self.length += 1
         return self.model.decoder_norm(x)[:, 0]
 

@@ -1,6 +1,6 @@
 """The download stage: the corpus that params.yaml names, as plain text in data/raw/.
 
-A public corpus (pipeline/corpora.py) comes from its URL or, with CORPUS_MIRROR set, from a folder or web
+A public corpus (pipeline/data/catalog.py) comes from its URL or, with CORPUS_MIRROR set, from a folder or web
 address that holds the same files under the same names; every file is checked against its sha256. "files" are
 the user's own texts of data/own/, "grammar" is generated.
 
@@ -23,10 +23,10 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from pipeline import grammar
-from pipeline.corpora import CORPORA, RemoteFile
-from pipeline.files import naming, replace_folder, sha256_of, write_json
-from pipeline.params import Download, load_settings
+from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, write_json
+from pipeline.common.settings import Download, load_settings
+from pipeline.data import grammar
+from pipeline.data.catalog import CORPORA, RemoteFile
 
 RAW = Path("data/raw")
 OWN = Path("data/own")
@@ -196,7 +196,7 @@ def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
         if have and answer.status_code != requests.codes.partial_content:  # this server knows no Range
             bar.update(-have)
             have = 0
-        with naming(part), part.open("ab" if have else "wb") as out:
+        with name_enospc(part), part.open("ab" if have else "wb") as out:
             # Not iter_content: that would unpack a .gz which the server labels Content-Encoding: gzip.
             for chunk in answer.raw.stream(CHUNK_BYTES, decode_content=False):
                 out.write(chunk)

@@ -22,7 +22,9 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from model.config import UNK
-from pipeline.corpus import (
+from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.settings import load_settings
+from pipeline.data.dataset import (
     CLEAN,
     ENCODED,
     SIDES,
@@ -33,8 +35,6 @@ from pipeline.corpus import (
     encoded_paths,
     load_tokenizer,
 )
-from pipeline.files import replace_folder, write_json
-from pipeline.params import load_settings
 
 REPORT = Path("reports/tokenization.json")
 CHUNK = 20_000  # lines

@@ -21,10 +21,10 @@ from typing import Any
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from pipeline.cluster import TELEMETRY, TOKENS, is_file
-from pipeline.params import load_settings
-from pipeline.storage import VARIABLE, is_absolute
-from pipeline.tracking import git_tags, without_password
+from pipeline.cluster.ray_cluster import TELEMETRY, TOKENS, is_local_store
+from pipeline.common.settings import load_settings
+from pipeline.common.storage import RUN_STORAGE_ENV, is_absolute
+from pipeline.tracking.runs import git_tags, without_password
 
 ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -35,15 +35,15 @@ def environment(root: Path, storage: str | None, tracking_uri: str | None, more:
     """What the job has to know, by name. Raises ValueError for what no cluster of several nodes could use."""
     if not storage or not is_absolute(storage):
         raise ValueError(
-            f"{VARIABLE} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
+            f"{RUN_STORAGE_ENV} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
             "s3://bucket/runs, is needed (or --storage)"
         )
-    if not tracking_uri or is_file(tracking_uri):
+    if not tracking_uri or is_local_store(tracking_uri):
         raise ValueError(
             f"MLFLOW_TRACKING_URI is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
             "needed (or --tracking-uri)"
         )
-    found = {VARIABLE: storage, "MLFLOW_TRACKING_URI": tracking_uri}
+    found = {RUN_STORAGE_ENV: storage, "MLFLOW_TRACKING_URI": tracking_uri}
     tags = git_tags(root)
     if "git_commit" in tags:
         found |= {"GIT_COMMIT": tags["git_commit"], "GIT_DIRTY": tags.get("git_dirty", "true")}
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=ENTRYPOINTS, help="what to run")
     parser.add_argument("--address", help=f"of the dashboard (RAY_API_SERVER_ADDRESS, else {DEFAULT_ADDRESS})")
-    parser.add_argument("--storage", metavar="URI", help=f"where data and checkpoints lie ({VARIABLE})")
+    parser.add_argument("--storage", metavar="URI", help=f"where data and checkpoints lie ({RUN_STORAGE_ENV})")
     parser.add_argument("--tracking-uri", metavar="URL", help="of the MLflow server (MLFLOW_TRACKING_URI)")
     parser.add_argument(
         "--env",
@@ -135,7 +135,7 @@ def main() -> None:
         load_settings(root)
         variables = environment(
             root,
-            arguments.storage or os.environ.get(VARIABLE),
+            arguments.storage or os.environ.get(RUN_STORAGE_ENV),
             arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"),
             dict(arguments.env),
         )

@@ -15,9 +15,9 @@ from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor, Sente
 from tqdm import tqdm
 
 from model.config import BOS, EOS, PAD, UNK
-from pipeline.corpus import CLEAN, TOKENIZER
-from pipeline.files import replace_folder
-from pipeline.params import load_settings
+from pipeline.common.atomic_io import replace_folder
+from pipeline.common.settings import load_settings
+from pipeline.data.dataset import CLEAN, TOKENIZER
 
 MAX_PAIRS = 1_000_000
 """More pairs teach the encoding nothing; memory stops growing here."""

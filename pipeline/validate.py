@@ -28,8 +28,8 @@ from pandera.config import ValidationDepth, config_context
 from pandera.errors import SchemaErrors
 from tqdm import tqdm
 
-from pipeline.files import replace_folder, write_json
-from pipeline.params import Download, Validate, load_settings
+from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.settings import Download, Validate, load_settings
 
 RAW = Path("data/raw")
 CLEAN = Path("data/clean")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from sweeps.comparison import Line, covered
+from sweeps.analysis import Line, covered
 
 AXES = {
     "heads": ("heads h", "model.num_heads"),

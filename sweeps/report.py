@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import tracking
-from pipeline.files import write_bytes, write_json, write_text
-from pipeline.storage import tracking_uri
-from sweeps.comparison import Line, assess, read_sweep, totals, values
-from sweeps.document import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
+from pipeline.common.atomic_io import write_bytes, write_json, write_text
+from pipeline.common.storage import tracking_uri
+from pipeline.tracking import runs as tracking
+from sweeps.analysis import Line, assess, read_sweep, totals, values
 from sweeps.figure import figure
+from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
 
 SWEEP, REPORTS = Path("data/sweep"), Path("reports")
 METRICS = ("test_bleu", "valid_averaged_ppl")

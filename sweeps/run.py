@@ -34,16 +34,28 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tqdm import tqdm
 
-from pipeline import checkpoint, evaluate, progress, tracking
-from pipeline.cluster import capacity, check, here, ray_cluster, room, share_of_each_worker
-from pipeline.corpus import CLEAN
-from pipeline.files import interval_of, replace_folder, write_json, write_text
-from pipeline.params import Settings, flatten, load_settings
-from pipeline.publish import bring, fetch
-from pipeline.storage import Folder, copy_files, errors_of, local_copy, remove, run_storage, tracking_uri
-from pipeline.train import TrainingError, end_with_dvc, training, write_model
-from pipeline.usage import usage
-from sweeps.plan import flops_per_step, is_done, measured_rate, text
+from pipeline.cluster import progress
+from pipeline.cluster.accounting import total_usage
+from pipeline.cluster.ray_cluster import (
+    capacity,
+    node_resources,
+    preflight,
+    ray_cluster,
+    share_of_each_worker,
+    this_node_resource,
+)
+from pipeline.cluster.training_run import TrainingError, training
+from pipeline.common.atomic_io import interval_of, replace_folder, write_json, write_text
+from pipeline.common.cli import end_with_dvc
+from pipeline.common.settings import Settings, flatten, load_settings
+from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
+from pipeline.data.dataset import CLEAN
+from pipeline.data.published import ensure_local_data, fetch
+from pipeline.inference import evaluation as evaluator
+from pipeline.tracking import runs as tracking
+from pipeline.training import checkpoint
+from pipeline.training.run import write_model
+from sweeps.cost import flops_per_step, is_done, measured_rate, text
 from sweeps.trials import Sweep, Trial, load_sweep
 
 RESULTS = Path("data/sweep")
@@ -55,7 +67,7 @@ def run(root: Path) -> None:
     """Raises ValueError or OSError with one line for what a user can mend."""
     storage = run_storage(root)
     settings = load_settings(root)
-    published = bring(settings, root, storage)
+    published = ensure_local_data(settings, root, storage)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
     uri = tracking_uri(root)
@@ -67,9 +79,9 @@ def run(root: Path) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
     with ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext():
         if to_run:
-            check(sweep.base.hardware, root, storage, published, uri)
+            preflight(sweep.base.hardware, root, storage, published, uri)
         tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
-        signs = [sign for trial in to_run if (sign := usage(trial.folder).last_sign_at)]
+        signs = [sign for trial in to_run if (sign := total_usage(trial.folder).last_sign_at)]
         tags = {"mlflow.runName": title, "row": "all"}
         parent = tracking.open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
         with tracking.run_guard(uri, parent):
@@ -84,7 +96,7 @@ def run(root: Path) -> None:
         tracking.finish(uri, parent)
 
 
-def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder | None, parent: str) -> None:
+def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPath | None, parent: str) -> None:
     """Plan them, say so, run them: as many at once as the cluster has room for. Raises ValueError if it has none."""
     slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
     if len({gpu for gpu, _, _ in slots}) > 1:
@@ -106,7 +118,7 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: Folder
         tracking.end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
 
-def _measure(published: Folder | None, settings: Settings, root: Path, device: torch.device) -> float:
+def _measure(published: AnyPath | None, settings: Settings, root: Path, device: torch.device) -> float:
     """`measured_rate`, on a GPU in a process of its own: this one may have none, and would keep its memory."""
 
     def there() -> float:
@@ -125,14 +137,14 @@ def _need(trial: Trial) -> Need:
     except ValueError as error:
         raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
     hardware = trial.settings.hardware
-    return gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, capacity(room(), cpus, gpu)))
+    return gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, capacity(node_resources(), cpus, gpu)))
 
 
 def _slots(need: Need) -> int:
     """How many trials of this need run at once. Ray does not count a trial's workers as the trial's, so that Tune
     would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
     gpu, cpus, num_workers = need
-    workers = capacity(room(), cpus, gpu)
+    workers = capacity(node_resources(), cpus, gpu)
     if workers < num_workers:
         raise ValueError(
             f"a trial wants {num_workers} workers of {cpus} CPUs{' and a GPU' if gpu else ''}, and the nodes of the "
@@ -146,7 +158,7 @@ def _devices(need: Need) -> int:
     return num_workers * (1 if gpu else cpus)
 
 
-def _tune(trials: list[Trial], slots: int, root: Path, published: Folder | None, parent: str) -> None:
+def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None, parent: str) -> None:
     """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
     by_id = {trial.id: trial for trial in trials}
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # CSV, JSON and TensorBoard files that nobody reads
@@ -159,7 +171,7 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: Folder | None,
         # step: they still have to be evaluated.
         train = trials[0].settings.train
         max_steps = max(trial.settings.train.max_steps for trial in trials)
-        scheduler = Halving(
+        scheduler = RecordingASHA(
             time_attr="step",
             metric="valid_loss",
             mode="min",
@@ -171,7 +183,7 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: Folder | None,
     # The driver of a trial takes no CPU: its workers could not start beside it. It runs on this node, where `root` is
     # and whose end is the sweep's too; the others may die.
     trainable = ray.tune.with_parameters(run_trial, trials=by_id, root=root, published=published, parent=parent)
-    trainable = ray.tune.with_resources(trainable, {here(): 1e-4})
+    trainable = ray.tune.with_resources(trainable, {this_node_resource(): 1e-4})
     folder = root / "checkpoints" / ".tune"
     results = ray.tune.Tuner(
         trainable,
@@ -193,7 +205,7 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: Folder | None,
     shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: what counts stands in the trials' folders
 
 
-class Halving(ASHAScheduler):
+class RecordingASHA(ASHAScheduler):
     """ASHA that knows which trials it has ended, {trial: why}. They themselves cannot say so: they see their workers
     die, or are gone at once."""
 
@@ -221,7 +233,7 @@ def run_trial(
     config: dict[str, Any],
     trials: dict[str, Trial],
     root: Path,
-    published: Folder | None,
+    published: AnyPath | None,
     parent: str,
 ) -> None:
     """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
@@ -241,7 +253,7 @@ def run_trial(
             remove(folder)  # the weights of the result stay
 
 
-def _train_and_evaluate(trial: Trial, root: Path, published: Folder | None, parent: str) -> dict[str, Any]:
+def _train_and_evaluate(trial: Trial, root: Path, published: AnyPath | None, parent: str) -> dict[str, Any]:
     """The record of a trial that comes to its end."""
     started = time.time()
     tags = {
@@ -252,12 +264,12 @@ def _train_and_evaluate(trial: Trial, root: Path, published: Folder | None, pare
         "change": trial.row.label,
         "seed": str(trial.seed),
     }
-    with errors_of(trial.folder):
+    with as_os_error(trial.folder):
         (trial.folder / "trial.json").unlink(missing_ok=True)
     asha = trial.settings.sweep.scheduler == "asha"
     # base has to come to its end: all others are compared with it
     callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
-    attempts = usage(trial.folder).attempts
+    attempts = total_usage(trial.folder).attempts
     with training(trial.settings, root, published, tags, trial.run_key, show=False, callbacks=callbacks) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
         gpu, cpus, _ = need = _need(trial)
@@ -265,7 +277,7 @@ def _train_and_evaluate(trial: Trial, root: Path, published: Folder | None, pare
         outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
         metrics, evaluation = ray.get(task.remote(trial, root, published, cpus))
-    used = usage(trial.folder)
+    used = total_usage(trial.folder)
     record = {
         "status": "finished",
         "error": None,
@@ -289,7 +301,7 @@ def _train_and_evaluate(trial: Trial, root: Path, published: Folder | None, pare
 
 
 @ray.remote
-def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int) -> tuple[dict[str, Any], float]:
+def evaluate_trial(trial: Trial, root: Path, published: AnyPath | None, cpus: int) -> tuple[dict[str, Any], float]:
     """The evaluate stage's function in a place of its own, on the devices that training has left: the metrics, and
     the seconds that it took."""
     torch.set_num_threads(cpus)
@@ -297,7 +309,7 @@ def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(root)  # of the driver, not of where its data are here
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
-        found = evaluate.run(trial.settings, root, model, Path(reports), progress=False).metrics
+        found = evaluator.run(trial.settings, root, model, Path(reports), progress=False).metrics
         copy_files(Path(reports), trial.folder)
     flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
     return flat, time.time() - started
@@ -305,7 +317,7 @@ def evaluate_trial(trial: Trial, root: Path, published: Folder | None, cpus: int
 
 def _cost(trial: Trial, root: Path) -> dict[str, Any]:
     """What training has taken, killed attempts too."""
-    used = usage(trial.folder)
+    used = total_usage(trial.folder)
     return {
         "attempts": used.attempts,
         "device_hours": used.device_seconds / 3600,
@@ -365,7 +377,7 @@ def _show(trials: Sequence[Trial], over: threading.Event) -> None:
             return
 
 
-def _begun_since(folder: Folder, moment: float) -> bool:
+def _begun_since(folder: AnyPath, moment: float) -> bool:
     """Whether an attempt has begun since: its file is named after its nanosecond."""
     return any(int(path.stem) >= moment * 1e9 for path in folder.glob("[0-9]*.json"))
 
@@ -384,7 +396,7 @@ def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
             translations = None
             if record["status"] == "finished":
                 translations = f"{trial.id}.txt"
-                with errors_of(trial.folder):
+                with as_os_error(trial.folder):
                     lines = (trial.folder / "translations.tsv").read_text(encoding="utf-8").splitlines()[1:]
                 write_text(folder / translations, "".join(line.split("\t")[2] + "\n" for line in lines))
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Model, Settings, Train, check_type, flatten
+from pipeline.common.settings import Model, Settings, Train, check_type, flatten
 
 Value = int | float | str
 

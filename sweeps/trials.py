@@ -7,22 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus import CLEAN
-from pipeline.files import write_json
-from pipeline.params import Settings, load_settings
-from pipeline.storage import Folder, errors_of
-from pipeline.tracking import search_name
-from pipeline.train import run_folder, run_key
+from pipeline.common.atomic_io import write_json
+from pipeline.common.settings import Settings, load_settings
+from pipeline.common.storage import AnyPath, as_os_error
+from pipeline.data.dataset import CLEAN
+from pipeline.tracking.runs import search_name
+from pipeline.training.run import run_folder, run_key
 from sweeps import table3
 from sweeps.table3 import Row
 
 EVALUATION_CODE = (
-    "pipeline/checkpoint.py",
-    "pipeline/evaluate.py",
-    "pipeline/export.py",
-    "pipeline/fast_translation.py",
-    "pipeline/scoring.py",
-    "pipeline/translation.py",
+    "pipeline/training/checkpoint.py",
+    "pipeline/inference/evaluation.py",
+    "pipeline/inference/ctranslate2_export.py",
+    "pipeline/inference/ctranslate2_engine.py",
+    "pipeline/inference/metrics.py",
+    "pipeline/inference/translate.py",
 )
 """What decides the scores beside data, settings and checkpoints."""
 
@@ -38,7 +38,7 @@ class Trial:
     row: Row
     seed: int
     settings: Settings
-    folder: Folder
+    folder: AnyPath
     key: str
     run_key: str
 
@@ -57,7 +57,7 @@ class Trial:
         """What the trial came to, {"status", "error", "metrics", ...}; None if it has come to nothing yet."""
         path = self.folder / "trial.json"
         try:
-            with errors_of(path):
+            with as_os_error(path):
                 record = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None

@@ -17,7 +17,7 @@ STAGES = {"download", "validate", "train_tokenizer", "encode", "train", "evaluat
 SWEEP_STAGES = {"run", "report"}
 """Those of sweeps/."""
 
-BY_PATH = {"pipeline/evaluate.py": ["pipeline/served_model.py"]}
+BY_PATH = {"pipeline/inference/evaluation.py": ["pipeline/inference/serving.py"]}
 """Files that a file has MLflow run, which no import shows."""
 
 
@@ -64,49 +64,91 @@ def reached(files: list[str]) -> set[str]:
 
 
 def modules(folder: str) -> list[Path]:
-    return sorted((REPOSITORY / folder).glob("*.py"))
+    return sorted((REPOSITORY / folder).rglob("*.py"))
 
 
-MODEL, PIPELINE, SWEEPS = modules("model"), modules("pipeline"), modules("sweeps")
+MODEL, PIPELINE, SWEEPS, TOOLS = modules("model"), modules("pipeline"), modules("sweeps"), modules("tools")
+EVERY_MODULE = [*MODEL, *PIPELINE, *SWEEPS, *TOOLS]
+LAYERS = [
+    ("model",),
+    ("pipeline.common",),
+    ("pipeline.data",),
+    ("pipeline.training",),
+    ("pipeline.tracking",),
+    ("pipeline.inference",),
+    ("pipeline.cluster",),
+    ("pipeline", "sweeps"),
+    ("tools",),
+]
+"""From the bottom up: a module imports its own layer and those below it. The commands directly in pipeline/ and
+sweeps/ are above every folder of pipeline/."""
 
 
-@pytest.mark.parametrize("path", MODEL, ids=lambda path: path.stem)
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(module: str) -> int | None:
+    """Of a module of this project, the highest layer whose name it begins with; None for another's."""
+    found = [
+        (len(package), number)
+        for number, packages in enumerate(LAYERS)
+        for package in packages
+        if f"{module}.".startswith(f"{package}.")
+    ]
+    return max(found)[1] if found else None
+
+
+def id_of(path: Path) -> str:
+    return name_of(path)
+
+
+@pytest.mark.parametrize("path", EVERY_MODULE, ids=id_of)
+def test_imports_point_down(path):
+    """model <- common <- data <- training <- tracking <- inference <- cluster <- commands and sweeps <- tools."""
+    own = layer(name_of(path))
+    above = {
+        name
+        for file in project_files(path)
+        if not file.endswith("__init__.py")
+        for name in [name_of(REPOSITORY / file)]
+        if (layer(name) or 0) > own
+    }
+    assert not above
+
+
+@pytest.mark.parametrize("path", MODEL, ids=id_of)
 def test_the_model_imports_torch_and_itself_alone(path):
     assert packages(path) <= {"model", "torch", *sys.stdlib_module_names}
 
 
-def test_the_loop_imports_torch_and_the_model_alone():
-    assert packages(REPOSITORY / "pipeline/loop.py") <= {"model", "torch", *sys.stdlib_module_names}
+@pytest.mark.parametrize("path", modules("pipeline/training"), ids=id_of)
+def test_training_imports_neither_ray_nor_mlflow(path):
+    assert not packages(path) & {"ray", "mlflow", "dvc"}
 
 
-@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
-def test_the_pipeline_imports_neither_sweeps_nor_tests(path):
-    assert not packages(path) & {"sweeps", "tests"}
-
-
-@pytest.mark.parametrize("path", PIPELINE, ids=lambda path: path.stem)
-def test_no_module_imports_a_stage(path):
-    assert not {name for name in STAGES if f"pipeline.{name}" in imports(path)}
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_no_module_of_the_sweeps_imports_a_stage_of_theirs_or_the_tests(path):
-    assert not {name for name in SWEEP_STAGES if f"sweeps.{name}" in imports(path)}
+@pytest.mark.parametrize("path", EVERY_MODULE, ids=id_of)
+def test_no_module_imports_a_command_or_the_tests(path):
+    commands = {f"pipeline.{name}" for name in STAGES} | {f"sweeps.{name}" for name in SWEEP_STAGES}
+    if path.is_relative_to(REPOSITORY / "tools"):
+        commands = set()
+    assert not imports(path) & commands
     assert "tests" not in packages(path)
 
 
 def test_only_tracking_and_the_served_model_import_mlflow():
-    assert {path.stem for path in (*PIPELINE, *SWEEPS) if "mlflow" in packages(path)} == {"tracking", "served_model"}
+    importing = {name_of(path) for path in EVERY_MODULE if "mlflow" in packages(path)}
+    assert {name for name in importing if not name.startswith(("pipeline.tracking.", "tools."))} == {
+        "pipeline.inference.serving"
+    }
 
 
-def test_only_the_cluster_and_what_runs_on_it_import_ray():
-    importing = {path.stem for path in (*PIPELINE, *SWEEPS) if "ray" in packages(path)}
-    assert importing == {"cluster", "submit", "train", "ray_worker", "run"}
-
-
-def test_only_the_train_stage_and_its_workers_import_ray_train():
-    importing = {path.stem for path in (*PIPELINE, *SWEEPS) if any(n.startswith("ray.train") for n in imports(path))}
-    assert importing == {"train", "ray_worker"}
+def test_only_the_cluster_and_the_commands_that_start_it_import_ray():
+    importing = {name_of(path) for path in EVERY_MODULE if "ray" in packages(path)}
+    assert {name for name in importing if not name.startswith(("pipeline.cluster.", "tools."))} == {
+        "pipeline.submit",
+        "sweeps.run",
+    }
 
 
 def stages() -> dict[str, dict]:
@@ -136,10 +178,12 @@ def test_every_project_file_that_a_stage_runs_is_in_its_deps(name):
 
 
 @pytest.mark.parametrize("name", stages())
-def test_no_stage_depends_on_code_that_it_does_not_run(name):
+def test_no_stage_depends_on_code_of_which_it_runs_nothing(name):
     stage = stages()[name]
-    code = {dep for dep in stage["deps"] if dep.endswith(".py")}
-    assert code <= reached(commands(stage)), "a change there would rerun it for nothing"
+    run = reached(commands(stage))
+    code = [dep for dep in stage["deps"] if dep.partition("/")[0] in {"model", "pipeline", "sweeps"}]
+    unused = [dep for dep in code if dep not in run and not any(file.startswith(f"{dep}/") for file in run)]
+    assert not unused, "a change there would rerun it for nothing"
 
 
 def test_versions_are_pinned_exactly():

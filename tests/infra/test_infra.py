@@ -229,7 +229,8 @@ def test_the_image_takes_the_project_and_nothing_else():
     lines = [line for line in read("Dockerfile.dockerignore").splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied
-    assert copied >= {*project()["tool"]["setuptools"]["packages"], "conf", "params.yaml", "constraints.txt"}
+    packages = {name.rstrip("*") for name in project()["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert copied >= packages | {"conf", "params.yaml", "constraints.txt"}
     assert all((REPOSITORY / name).exists() for name in copied)
     assert not arguments("ADD")
 

@@ -384,7 +384,7 @@ def test_logits_that_are_not_finite_are_an_error(value: float):
 @pytest.mark.parametrize("vocab", [5, 63, 64, 67, 128, 331, 1009])
 @pytest.mark.parametrize("levels", [0, 3])
 def test_the_most_probable_continuations_are_those_of_a_full_sort(vocab: int, levels: int, monkeypatch):
-    monkeypatch.setattr(decoding, "ROWS", 11)
+    monkeypatch.setattr(decoding, "HYPOTHESES_PER_CHUNK", 11)
     decoder = RandomDecoder(vocab, 1, 11)
     most_rows = 0
 

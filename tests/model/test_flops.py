@@ -13,8 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import products
 from model.config import EOS, PAD, Positions, TransformerConfig
+from model.cpu import matmul as products
 from model.flops import training_flops
 from model.loss import label_smoothed_loss
 from model.transformer import Transformer

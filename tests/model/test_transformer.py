@@ -86,14 +86,14 @@ def torch_twin(model: Transformer) -> nn.Transformer:
         for their, our in ((theirs.linear1, ours.feed_forward.w_1), (theirs.linear2, ours.feed_forward.w_2)):
             their.load_state_dict(our.state_dict())
         for i, name in enumerate(names, start=1):
-            getattr(theirs, f"norm{i}").load_state_dict(getattr(ours, f"around_{name}").norm.state_dict())
+            getattr(theirs, f"norm{i}").load_state_dict(getattr(ours, f"{name}_residual").norm.state_dict())
 
     with torch.no_grad():
         for theirs, ours in zip(twin.encoder.layers, model.encoder, strict=True):
             copy_rest(theirs, ours, ["attention", "feed_forward"])
         for theirs, ours in zip(twin.decoder.layers, model.decoder, strict=True):
-            copy_rest(theirs, ours, ["self_attention", "memory_attention", "feed_forward"])
-            copy_attention(theirs.multihead_attn, ours.memory_attention)
+            copy_rest(theirs, ours, ["self_attention", "cross_attention", "feed_forward"])
+            copy_attention(theirs.multihead_attn, ours.cross_attention)
         if pre:
             twin.encoder.norm.load_state_dict(model.encoder_norm.state_dict())
             twin.decoder.norm.load_state_dict(model.decoder_norm.state_dict())

@@ -33,7 +33,7 @@ def random_model(seed: int, positions: Positions) -> Transformer:
         positions=positions, norm=draw.choice(["pre", "post"]), max_length=MAX_LENGTH,
     )  # fmt: skip
     model = Transformer(config).eval()
-    last = model.decoder_norm if config.norm == "pre" else model.decoder[-1].around_feed_forward.norm
+    last = model.decoder_norm if config.norm == "pre" else model.decoder[-1].feed_forward_residual.norm
     assert isinstance(last, nn.LayerNorm)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

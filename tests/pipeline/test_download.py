@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import download as stage
-from pipeline.corpora import Corpus, RemoteFile
-from pipeline.params import Download
+from pipeline.common.settings import Download
+from pipeline.data.catalog import Corpus, RemoteFile
 
 ROOT = Path(stage.__file__).parents[1]
 SETTINGS = Download(corpus="toy", src="en", tgt="de")

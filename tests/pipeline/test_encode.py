@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import encode as stage
-from pipeline.corpus import CorpusInfo, EncodedSplit, EncodedText, load_tokenizer
+from pipeline.data.dataset import CorpusInfo, EncodedSplit, EncodedText, load_tokenizer
 from pipeline.encode import encode_corpus
 from pipeline.train_tokenizer import train_tokenizer
 

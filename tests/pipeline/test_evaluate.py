@@ -12,15 +12,16 @@ from torch.nn import functional as F
 
 from model.config import BOS, EOS, TransformerConfig
 from model.transformer import Transformer
-from pipeline import scoring
-from pipeline.checkpoint import load_model, save_model
-from pipeline.corpus import load_tokenizer
+from pipeline.common.settings import Settings, load_settings
+from pipeline.data.dataset import load_tokenizer
 from pipeline.encode import encode_corpus
-from pipeline.evaluate import evaluate, main, perplexities, read_split, run, table
-from pipeline.fast_translation import translate_fast
-from pipeline.params import Settings, load_settings
+from pipeline.evaluate import main, table
+from pipeline.inference import metrics as scoring
+from pipeline.inference.ctranslate2_engine import translate_ctranslate2
+from pipeline.inference.evaluation import evaluate, perplexities, read_split, run
+from pipeline.inference.translate import translate
 from pipeline.train_tokenizer import train_tokenizer
-from pipeline.translation import translate
+from pipeline.training.checkpoint import load_model, save_model
 
 PROJECT = Path(__file__).parents[2]
 VOCAB = 331
@@ -71,11 +72,11 @@ def settings(project: Path) -> Settings:
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What MLflow would have been told."""
     told: dict = {}
-    monkeypatch.setattr("pipeline.evaluate.tracking_uri", lambda root: "sqlite:///x.db")
-    monkeypatch.setattr("pipeline.tracking.training_run", lambda uri, settings, key, root: f"run of {key}")
-    monkeypatch.setattr("pipeline.tracking.log_model", lambda *arguments: told.update(model=arguments))
+    monkeypatch.setattr("pipeline.inference.evaluation.tracking_uri", lambda root: "sqlite:///x.db")
+    monkeypatch.setattr("pipeline.tracking.runs.training_run", lambda uri, settings, key, root: f"run of {key}")
+    monkeypatch.setattr("pipeline.tracking.runs.log_model", lambda *arguments: told.update(model=arguments))
     monkeypatch.setattr(
-        "pipeline.tracking.log_evaluation", lambda *arguments, **named: told.update(named, run_id=arguments[2])
+        "pipeline.tracking.runs.log_evaluation", lambda *arguments, **named: told.update(named, run_id=arguments[2])
     )
     return told
 
@@ -161,7 +162,9 @@ def test_the_engine_is_the_one_of_the_settings(project: Path, settings: Settings
         found = evaluate(model, tokenizer, test, valid, "de", chosen, progress=False)
         scores[engine] = [translation.score for translation in found.translations]
         if engine != "torch":
-            assert found.translations == translate_fast(model, tokenizer, test.pieces.src, chosen, progress=False)
+            assert found.translations == translate_ctranslate2(
+                model, tokenizer, test.pieces.src, chosen, progress=False
+            )
     assert len({tuple(of_engine) for of_engine in scores.values()}) == 3
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from ctranslate2.specs import transformer_spec
-from random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 from model.config import BOS, EOS, UNK, Positions, TransformerConfig
 from model.transformer import Transformer
 from pipeline import export
-from pipeline.checkpoint import save_model
-from pipeline.export import write_export
+from pipeline.inference.ctranslate2_export import write_export
+from pipeline.training.checkpoint import save_model
+from tests.pipeline.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 TOKENIZER = random_tokenizer()
 PIECES = [TOKENIZER.id_to_piece(i) for i in range(VOCAB)]

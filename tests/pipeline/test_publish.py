@@ -12,11 +12,12 @@ import pytest
 from upath import UPath
 
 from pipeline import publish as module
-from pipeline.corpus import CLEAN, ENCODED, TOKENIZER, CorpusInfo, EncodedSplit
-from pipeline.params import load_settings
-from pipeline.publish import bring, fetch, publish, published
-from pipeline.storage import run_storage
-from tests.pipeline.test_worker import write_corpus
+from pipeline.common.settings import load_settings
+from pipeline.common.storage import run_storage
+from pipeline.data.dataset import CLEAN, ENCODED, TOKENIZER, CorpusInfo, EncodedSplit
+from pipeline.data.published import ensure_local_data, fetch, published
+from pipeline.publish import publish
+from tests.pipeline.training.test_trainer import write_corpus
 
 SETTINGS = replace(load_settings(Path(__file__).parents[2]), data_name="few")
 
@@ -73,7 +74,7 @@ def test_it_is_copied_once_to_a_machine_and_nothing_is_published_twice(storage, 
 def test_processes_that_come_at_once_wait_for_the_one_that_copies(tmp_path):
     there = publish(SETTINGS, make_root(tmp_path / "root"), tmp_path / "shared")
     script = (
-        "import sys; from pathlib import Path; from pipeline import publish\n"
+        "import sys; from pathlib import Path; from pipeline.data import published as publish\n"
         "copy = publish.copy_file\n"
         "publish.copy_file = lambda *a: (print('copied'), copy(*a))[1]\n"
         "print(publish.fetch(Path(sys.argv[1])))"
@@ -132,10 +133,10 @@ def test_names_that_lead_elsewhere_are_refused(storage, tmp_path):
 def test_a_job_without_data_gets_them_and_one_with_the_same_keeps_its_own(storage, tmp_path):
     root = make_root(tmp_path / "root")
     there = publish(SETTINGS, root, storage)
-    assert bring(SETTINGS, root, storage) == there
+    assert ensure_local_data(SETTINGS, root, storage) == there
     assert not (root / ENCODED).is_symlink()
     for _ in range(2):  # a job's folder may be that of one before
-        assert bring(SETTINGS, tmp_path / "job", storage) == there
+        assert ensure_local_data(SETTINGS, tmp_path / "job", storage) == there
     assert CorpusInfo.open(tmp_path / "job" / ENCODED) == CorpusInfo.open(root / ENCODED)
     assert (tmp_path / "job" / CLEAN / "test.de").read_text() == "test de\n"
 
@@ -143,17 +144,17 @@ def test_a_job_without_data_gets_them_and_one_with_the_same_keeps_its_own(storag
 def test_other_data_than_the_published_are_refused(storage, tmp_path):
     publish(SETTINGS, make_root(tmp_path / "one", "1" * 64), storage)
     with pytest.raises(ValueError, match=r"few-111111111111 is another corpus than .*2222.*: run python -m pipe"):
-        bring(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
+        ensure_local_data(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
 
 
 def test_where_nothing_is_published_the_command_that_does_it_is_named(storage, tmp_path):
     with pytest.raises(ValueError, match=rf"few\.json does not exist: .*RUN_STORAGE={storage} python -m pipeline"):
-        bring(SETTINGS, make_root(tmp_path / "root"), storage)
+        ensure_local_data(SETTINGS, make_root(tmp_path / "root"), storage)
 
 
 def test_without_storage_of_its_own_a_project_needs_nothing_published(tmp_path, monkeypatch):
     monkeypatch.delenv("RUN_STORAGE", raising=False)
-    assert bring(SETTINGS, tmp_path, run_storage(tmp_path)) is None
+    assert ensure_local_data(SETTINGS, tmp_path, run_storage(tmp_path)) is None
 
 
 def test_what_is_not_encoded_yet_cannot_be_published(storage, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import BOS, EOS, PAD, UNK
 from pipeline import train_tokenizer as stage
-from pipeline.corpus import load_tokenizer
+from pipeline.data.dataset import load_tokenizer
 from pipeline.train_tokenizer import train_tokenizer
 
 

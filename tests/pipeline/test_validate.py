@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import download
 from pipeline import validate as stage
-from pipeline.params import Download, Validate
+from pipeline.common.settings import Download, Validate
 
 ROOT = Path(stage.__file__).parents[1]
 MIRROR = Path.cwd() / os.environ.get("CORPUS_MIRROR", "none")

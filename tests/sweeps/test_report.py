@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
 from sweeps import report
-from sweeps.comparison import assess, read_sweep
+from sweeps.analysis import assess, read_sweep
 from sweeps.figure import draw_panel
 from sweeps.report import main, run, write_report
 from sweeps.significance import holm, paired_p, seed_interval, sentence_interval

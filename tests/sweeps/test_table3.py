@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.transformer import Transformer
-from pipeline.params import Model, Settings, Train, flatten, load_settings
+from pipeline.common.settings import Model, Settings, Train, flatten, load_settings
 from sweeps.table3 import NAMES, Row, apply, rows
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from settings_files import REPOSITORY, copy_settings, edit
 
-from pipeline.params import load_settings
+from pipeline.common.settings import load_settings
 from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
+from tests.sweeps.settings_files import REPOSITORY, copy_settings, edit
 
-CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/loop.py")
+CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/training/loop.py")
 
 
 def write_meta(root: Path, sha256: str = "0" * 64) -> None:
@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
     """A project after the tokenize stage, as far as the trials' names and keys depend on it."""
     copy_settings(tmp_path)
     for file in CODE:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
     (tmp_path / "data/encoded").mkdir(parents=True)
     write_meta(tmp_path)
@@ -180,7 +180,11 @@ def test_other_texts_and_another_way_to_score_are_another_result_of_the_same_tra
 
 
 def test_the_code_of_scoring_is_part_of_every_key():
-    assert {"pipeline/scoring.py", "pipeline/evaluate.py", "pipeline/translation.py"} <= set(EVALUATION_CODE)
+    assert {
+        "pipeline/inference/metrics.py",
+        "pipeline/inference/evaluation.py",
+        "pipeline/inference/translate.py",
+    } <= set(EVALUATION_CODE)
 
 
 def test_where_and_on_how_many_workers_a_trial_runs_changes_no_key(root):
@@ -219,7 +223,7 @@ def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(ro
     assert all(folders[trial.id] == trial.folder for trial in before.trials)
 
 
-@pytest.mark.parametrize("change", ["base", "data", "model/transformer.py", "pipeline/loop.py"])
+@pytest.mark.parametrize("change", ["base", "data", "model/transformer.py", "pipeline/training/loop.py"])
 def test_another_base_other_data_and_other_code_are_another_sweep(root, change):
     before = load_sweep(root)
     if change == "base":

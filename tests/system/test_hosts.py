@@ -1,4 +1,5 @@
-"""A cluster of three hosts (infra/local-cluster) and what it survives: each fault ends with the undisturbed weights.
+"""A cluster of three hosts (tools/local_cluster.py) and what it survives: each fault ends with
+the undisturbed weights.
 
     python -m pytest -m host tests/system/test_hosts.py
 
@@ -32,7 +33,7 @@ pytestmark = [
         os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
     ),
 ]
-SCRIPT = str(Path(__file__).parents[2] / "infra/local-cluster")
+SCRIPT = str(Path(__file__).parents[2] / "tools/local_cluster.py")
 CHECKPOINT_EVERY, STEPS = 10, 200
 LONG = 50_000
 """Steps that nobody waits for: the run is stopped."""
@@ -42,7 +43,7 @@ LOSS_TOLERANCE = 5e-3
 
 
 class Cluster:
-    """infra/local-cluster in a folder of its own. `shared` is what all its hosts see."""
+    """tools/local_cluster.py in a folder of its own. `shared` is what all its hosts see."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shared = folder, folder / "shared"
@@ -60,7 +61,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What `infra/local-cluster env` exports."""
+        """What `tools/local_cluster.py env` exports."""
         return dict(line.removeprefix("export ").split("=", 1) for line in self("env").splitlines())
 
     def workers(self) -> dict[str, list[psutil.Process]]:

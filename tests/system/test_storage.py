@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from stores import S3
 
-from pipeline import checkpoint
+from pipeline.training import checkpoint
+from tests.system.stores import S3
 
 pytestmark = pytest.mark.host
 

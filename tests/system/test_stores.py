@@ -15,10 +15,10 @@ import mlflow.artifacts
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from stores import POSTGRES_PROGRAMS, S3, Postgres, mlflow_server
 
-from pipeline import tracking
-from pipeline.params import Settings, load_settings
+from pipeline.common.settings import Settings, load_settings
+from pipeline.tracking import runs as tracking
+from tests.system.stores import POSTGRES_PROGRAMS, S3, Postgres, mlflow_server
 
 pytestmark = pytest.mark.host
 

@@ -1,0 +1,85 @@
+"""What a run has taken, over all attempts of its workers: one that was killed has cost its time too.
+
+Each attempt keeps a small file of the run's folder up to date; `usage` adds them up."""
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+
+from pipeline.common.atomic_io import PeriodicJsonFile
+from pipeline.common.storage import AnyPath, as_os_error
+
+INTERVAL_S = 2.0
+HEARTBEAT_S = 20.0
+"""A step, a validation or a checkpoint may take longer than others wait for a sign (tracking.LONG_SILENCE_S)."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
+    `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
+    (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of."""
+
+    attempts: int = 0
+    device_seconds: float = 0.0
+    steps: int = 0
+    first_step_at: float | None = None
+    last_sign_at: float | None = None
+
+
+class UsageRecorder:
+    """Rank 0's side, of one attempt. A killed one loses what came after its file was last written: INTERVAL_S
+    (more in a store), or up to HEARTBEAT_S of the step that it was at."""
+
+    def __init__(self, run_folder: AnyPath, devices: int) -> None:
+        self.started = time.time()
+        self.file = PeriodicJsonFile(run_folder / "usage" / f"{time.time_ns()}.json", INTERVAL_S)
+        self.devices, self.steps = devices, 0
+        self.first_step_at: float | None = None
+        self.closing, self.writing = threading.Event(), threading.Lock()
+        self.heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.write()
+        self.heartbeat.start()
+
+    def step(self) -> None:
+        """After each step."""
+        self.steps += 1
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        if self.file.is_due():
+            self.write()
+
+    def write(self) -> None:
+        seconds = time.time() - self.started
+        values = {
+            "seconds": seconds,
+            "devices": self.devices,
+            "steps": self.steps,
+            "first_step_at": self.first_step_at,
+        }
+        with self.writing:
+            self.file.write(values)
+
+    def _beat(self) -> None:
+        while not self.closing.wait(HEARTBEAT_S):
+            self.write()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.write()
+        self.file.close()
+
+
+def total_usage(run_folder: AnyPath) -> Usage:
+    """The sum over the attempts that the folder knows."""
+    with as_os_error(run_folder):
+        paths: list[AnyPath] = sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)
+        attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return Usage(
+        attempts=len(attempts),
+        device_seconds=sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
+        steps=sum(attempt["steps"] for attempt in attempts),
+        first_step_at=attempts[-1]["first_step_at"] if attempts else None,
+        last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
+    )

@@ -1,0 +1,164 @@
+"""Outputs that are there whole or not at all: written under a temporary name, renamed when complete. A store renames
+nothing, but takes a file as a whole."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.storage import AnyPath, as_os_error, copy_files, temporary_folder
+
+SUMS = "SHA256SUMS"
+STORE_PAUSE_S = 30.0
+"""After a store could not be reached."""
+STORE_FACTOR = 10
+"""A store takes longer for a file, and money."""
+
+
+@contextmanager
+def replace_folder(target: AnyPath) -> Iterator[Path]:
+    """An empty folder to write into; it becomes `target` at the end of the block, or vanishes if that raises.
+
+    The temporary names are always the same, so that what a killed run left behind is removed by the next. To a
+    store, which takes one file at a time, the files of the folder go at the end.
+    """
+    if not isinstance(target, Path):
+        with temporary_folder() as temporary:
+            yield temporary
+            copy_files(temporary, target)
+        return
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    with name_enospc(target):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            _remove(partial)
+            raise
+        _remove(old)
+        if target.exists():
+            os.replace(target, old)  # a folder that is not empty cannot be renamed over
+        os.replace(partial, target)
+        _remove(old)
+
+
+def write_text(target: AnyPath, text: str) -> None:
+    """UTF-8, with "\\n" at line ends on every system; missing parent folders are made."""
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: AnyPath, content: bytes) -> None:
+    """Missing parent folders are made."""
+    if not isinstance(target, Path):
+        with as_os_error(target):
+            target.write_bytes(content)
+        return
+    partial = _beside(target, "partial")
+    with name_enospc(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, target)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def write_json(target: AnyPath, values: Any) -> None:
+    write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS for {name: digest}, as sha256sum writes and checks it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+
+
+def read_sums(folder: AnyPath) -> dict[str, str]:
+    """{name: digest} of the folder's SHA256SUMS. Raises OSError, and ValueError for other content."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, name in map(str.split, lines)}
+
+
+def interval_of(path: AnyPath, on_disk_s: float) -> float:
+    """How long to wait between two writings of a small file, or two looks at it."""
+    return on_disk_s if isinstance(path, Path) else STORE_FACTOR * on_disk_s
+
+
+class PeriodicJsonFile:
+    """A small JSON file that is written again and again, for others to look at. A full disk stops nobody for it, nor
+    does a store: to that it goes from a thread of its own, the newest values alone."""
+
+    def __init__(self, path: AnyPath, on_disk_s: float) -> None:
+        self.path = path
+        self._interval_s, self._written = interval_of(path, on_disk_s), 0.0
+        self._newest: Any = None
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"writes {path.name}", daemon=True)
+        if not isinstance(path, Path):
+            self._thread.start()
+
+    def is_due(self) -> bool:
+        """Whether the last `write` is longer ago than `interval_of` says."""
+        return time.monotonic() - self._written > self._interval_s
+
+    def write(self, values: Any) -> None:
+        if isinstance(self.path, Path):
+            with suppress(OSError):
+                write_json(self.path, values)
+        else:
+            self._newest = values
+            self._wake.set()
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Wait for the last values to arrive, for a while."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STORE_PAUSE_S)
+
+    def _run(self) -> None:
+        while not self._closing.is_set() or self._wake.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                if self._newest is not None:
+                    write_json(self.path, self._newest)
+            except OSError:
+                self._closing.wait(STORE_PAUSE_S)
+
+
+@contextmanager
+def name_enospc(path: Path) -> Iterator[None]:
+    """A full disk's error comes without a file name: raise it again with `path` and with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        advice = f"{error.strerror}: free some space and run again"
+        raise OSError(error.errno, advice, str(path)) from None
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""Where checkpoints, shared data and MLflow's runs lie: on this machine, where all nodes see them, or in a store.
+
+RUN_STORAGE names it: an absolute path of a shared file system, or a URI that fsspec reads, such as s3://bucket/runs;
+without it, it is the project's own folder. A `AnyPath` is a pathlib.Path, or for a URI a UPath, which has the same
+methods; what the two do differently is here, in files.py, checkpoint.py and train.py. The way to a store and the
+right to read it come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+AnyPath: TypeAlias = Union[Path, "UPath"]
+RUN_STORAGE_ENV = "RUN_STORAGE"
+T = TypeVar("T")
+CHUNK_BYTES = 8 << 20
+PATIENCE_S = 600
+FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
+"""Libraries below fsspec, some of whose errors it lets through."""
+
+
+def run_storage(root: Path) -> AnyPath:
+    """What RUN_STORAGE names, else `root`. Raises ValueError for a path that depends on where one is, and for a kind
+    of store that nothing installed here can read."""
+    uri = os.environ.get(RUN_STORAGE_ENV)
+    if not uri:
+        return root.resolve()
+    if not is_absolute(uri):
+        raise ValueError(
+            f"{RUN_STORAGE_ENV} is {uri!r}: an absolute path or a URI such as s3://bucket/runs is needed"
+        )
+    if "://" not in uri:
+        return Path(uri)
+    from upath import UPath  # here, so that training on this machine's own disk does without
+
+    try:
+        found = UPath(uri, use_listings_cache=False)  # others write there too
+        _ = found.fs
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{RUN_STORAGE_ENV} is {uri!r}: {error}") from None
+    return found
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def is_absolute(uri: str) -> bool:
+    """Whether it names the same place wherever one is: a URI, or a path from the root."""
+    return "://" in uri or Path(uri).is_absolute()
+
+
+def run_storage_is_set() -> bool:
+    """Whether RUN_STORAGE says where; it may be the project's own folder, on a file system that all nodes see."""
+    return bool(os.environ.get(RUN_STORAGE_ENV))
+
+
+def cache() -> Path:
+    """A folder of this user on this machine's own disk, for copies. Raises OSError if it is another user's."""
+    folder = Path(tempfile.gettempdir()) / f"transformer-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user: remove it, or set TMPDIR")
+    return folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """In the cache. What processes left there that were killed is removed: it may be as large as a checkpoint."""
+    for leftover in cache().glob("tmp-*-*"):
+        if not Path("/proc", leftover.name.split("-")[1]).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=cache()) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def local_copy(source: AnyPath) -> Iterator[Path]:
+    """The files of a folder as they are on this machine: itself, or a copy for as long as the block takes. Raises
+    FileNotFoundError if there are none."""
+    if isinstance(source, Path):
+        yield source
+        return
+    with temporary_folder() as temporary:
+        with as_os_error(source):
+            files = list(source.iterdir())
+            for path in files:
+                copy_file(path, temporary / path.name)
+        if not files:
+            raise FileNotFoundError(f"{source} does not exist")
+        yield temporary
+
+
+def copy_files(source: Path, target: AnyPath) -> None:
+    """The files of a folder, without folders within it."""
+    with as_os_error(target):
+        for path in source.iterdir():
+            if path.is_file():
+                copy_file(path, target / path.name)
+
+
+def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object] = lambda count: None) -> str:
+    """By chunks, each of whose bytes are told to `progress`; returns the SHA-256. Folders above a local target are
+    made; a store needs none."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            digest.update(chunk)
+            writer.write(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[str], object]) -> T:
+    """What `action` returns; when a store cannot be reached, tried again for PATIENCE_S seconds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if isinstance(folder, Path) or time.monotonic() > deadline:
+                raise
+            say(f"{error}; trying again for {max(0, deadline - time.monotonic()):.0f} s")
+            time.sleep(10)
+
+
+def remove(folder: AnyPath) -> None:
+    """With all that is in it; nothing if there is none."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(FileNotFoundError), as_os_error(folder):
+        folder.fs.rm(folder.path, recursive=True)
+
+
+@contextmanager
+def as_os_error(folder: AnyPath) -> Iterator[None]:
+    """A store that cannot be reached is OSError, with its address, whatever its library calls it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(folder, Path) or not type(error).__module__.startswith(FOREIGN):
+            raise
+        raise OSError(f"{folder} cannot be reached: {' '.join(str(error).split())}") from error

@@ -1,0 +1,41 @@
+"""The model as MLflow keeps and serves it: sentences in, translations out. `tracking.log_model` logs it.
+
+    source .venv/bin/activate; export MLFLOW_TRACKING_URI=sqlite:///mlflow.db
+    mlflow models serve --model-uri models:/m-... --env-manager local
+    curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' -d '{"inputs": ["the dog sleeps"]}'
+
+MLflow runs this file to get the object that it calls; so beside tracking.py it has to import mlflow.
+"""
+
+import threading
+from pathlib import Path
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from pipeline.common.settings import Evaluate
+from pipeline.data.dataset import load_tokenizer
+from pipeline.inference.translate import translate
+from pipeline.training.checkpoint import load_model
+
+BATCH_TOKENS = 8192
+"""Source pieces (padding counted) that are decoded together; changes memory and speed, no translation."""
+
+
+class Translator(PythonModel):
+    """Beam search with the beam, alpha and max_extra that the model was evaluated with."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.model = load_model(Path(context.artifacts["weights"]).parent)
+        self.tokenizer = load_tokenizer(Path(context.artifacts["tokenizer"]).parent)
+        self.search = threading.Lock()
+        self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
+
+    def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
+        pieces = self.tokenizer.encode(model_input)
+        with self.search:  # it has all cores, and changes the number of torch's threads, which others would take over
+            outputs = translate(self.model, self.tokenizer, pieces, self.settings, progress=False)
+        return [output.text for output in outputs]
+
+
+set_model(Translator())

@@ -1,0 +1,252 @@
+"""Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
+
+A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
+(the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
+A checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; to a
+store, its checksums go last. They are verified on load, and a damaged one is passed over for the one before it.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from pipeline.common.atomic_io import SUMS, read_sums, sha256_of, sums_text
+from pipeline.common.storage import AnyPath, as_os_error, copy_file, local_copy, remove, temporary_folder
+from pipeline.training.loop import State
+
+FILES = ("tensors.safetensors", "state.json")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+class DiskFullError(OSError):
+    """There is no room for a checkpoint, nor will there be before somebody makes some."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found: `tensors` by name, "model.…" and "adam.exp_avg.…"."""
+
+    folder: AnyPath
+    tensors: dict[str, Tensor]
+    state: State
+
+    def restore(self, model: Transformer, optimizer: torch.optim.Adam) -> State:
+        """Put weights and moments back; returns where training was."""
+        model.load_state_dict(_part(self.tensors, "model."))
+        for name, p in model.named_parameters():
+            moments = {m: self.tensors[f"adam.{m}.{name}"].to(p.device) for m in MOMENTS}
+            step = torch.tensor(float(self.state.step), device=p.device)
+            optimizer.state[p] = {"step": step, **moments}
+        return self.state
+
+
+def save(
+    run_folder: AnyPath,
+    model: Transformer,
+    optimizer: torch.optim.Adam,
+    state: State,
+    settings: dict[str, Any],
+    keep: int,
+) -> AnyPath:
+    """Write step_<n>, then delete those before the last `keep` up to it. Later ones, which are damaged, wait for
+    their step; the last checkpoint of a run removes them. Raises DiskFullError or OSError; those before it stand."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
+    target = folder_of(run_folder, state.step)
+    try:
+        if isinstance(run_folder, Path):
+            _save_to_disk(run_folder, target.name, tensors, state, settings)
+        else:
+            with temporary_folder() as temporary:
+                _write(temporary, tensors, state, settings)
+                _upload(temporary, target)
+    except OSError as error:
+        said = f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{said}; the ones before it stand: make room and run again") from error
+        raise OSError(f"{said}; the ones before it stand") from error
+    found = folders(run_folder)
+    last = [folder.name for folder in found].index(target.name) + 1
+    for folder in (*found[: max(0, last - keep)], *(found[last:] if state.finished else ())):
+        remove(folder)
+    return target
+
+
+def _save_to_disk(
+    run_folder: Path, name: str, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]
+) -> None:
+    """Beside the others, then under its name: whoever looks sees the whole of it, or what was there before."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for leftover in run_folder.glob(f".step_*.{host}.*"):  # of processes that were killed while they wrote
+        pid = leftover.name.rpartition(".")[2]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = run_folder / f".{name}.{host}.{os.getpid()}"
+    damaged = run_folder / f".{name}-damaged.{host}.{os.getpid()}"
+    try:
+        temporary.mkdir()
+        _write(temporary, tensors, state, settings)
+        for file in (*temporary.iterdir(), temporary):
+            _flush(file)
+        if (run_folder / name).exists():
+            (run_folder / name).rename(damaged)
+        temporary.rename(run_folder / name)
+        _flush(run_folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]) -> None:
+    path = folder / "tensors.safetensors"
+    _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    content = {"state": asdict(state), "settings": settings}
+    (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    sums = {name: sha256_of(folder / name) for name in FILES}
+    (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
+
+
+def _upload(source: Path, target: AnyPath) -> None:
+    """The checksums last: without them it is not whole."""
+    with as_os_error(target):
+        if (target / SUMS).exists():
+            (target / SUMS).unlink()
+        for name in (*FILES, SUMS):
+            copy_file(source / name, target / name)
+
+
+def folder_of(run_folder: AnyPath, step: int) -> AnyPath:
+    return run_folder / f"step_{step:08d}"
+
+
+def folders(run_folder: AnyPath) -> list[AnyPath]:
+    """The run's checkpoints, oldest first. Raises OSError when their store cannot be reached."""
+    with as_os_error(run_folder):
+        found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: path.name)
+
+
+def load(folder: AnyPath) -> Checkpoint:
+    """Read and verify one. Raises DamagedCheckpointError; and OSError when it cannot be read, for it may well be
+    whole, and to go back behind it would lose work."""
+    try:
+        with local_copy(folder) as local:
+            return _load(folder, local)
+    except DamagedCheckpointError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError) as error:
+        raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
+
+
+def _load(folder: AnyPath, local: Path) -> Checkpoint:
+    sums = read_sums(local)
+    for name in FILES:
+        if sha256_of(local / name) != sums[name]:
+            raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
+    content = json.loads((local / "state.json").read_text(encoding="utf-8"))
+    state = State(**content["state"])
+    state.position = (state.position[0], state.position[1])
+    return Checkpoint(folder, load_file(local / "tensors.safetensors"), state)
+
+
+def seems_finished(run_folder: AnyPath) -> bool:
+    """Whether the newest one says that training is done, without a look at its tensors: they may be far and large."""
+    for folder in folders(run_folder)[-1:]:
+        try:
+            with as_os_error(folder):
+                return bool(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["finished"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return False  # damaged: whoever loads it says so
+    return False
+
+
+def load_latest(run_folder: AnyPath, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole one, or None; each damaged one that is passed over is named to `warn`."""
+    for folder in reversed(folders(run_folder)):
+        try:
+            return load(folder)
+        except DamagedCheckpointError as error:
+            warn(f"{error}; going back to the checkpoint before it")
+    return None
+
+
+def average(run_folder: AnyPath, count: int, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], list[int]]:
+    """The mean of the weights of the last `count` whole checkpoints (section 6.1), and their steps."""
+    total: dict[str, Tensor] = {}
+    steps: list[int] = []
+    for folder in reversed(folders(run_folder)):
+        if len(steps) == count:
+            break
+        try:
+            checkpoint = load(folder)
+        except DamagedCheckpointError as error:
+            warn(f"{error}; left out of the average")
+            continue
+        for name, value in _part(checkpoint.tensors, "model.").items():
+            total[name] = total[name] + value.double() if name in total else value.double()
+        steps.append(checkpoint.state.step)
+    if not steps:
+        raise ValueError(f"{run_folder} holds no whole checkpoint")
+    return {name: (value / len(steps)).float() for name, value in total.items()}, steps
+
+
+def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConfig) -> None:
+    """Write weights.safetensors and config.json. Raises OSError."""
+    _save_tensors(weights, folder / "weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path) -> Transformer:
+    """The model of `save_model`, in evaluation mode. Raises ValueError that names what is missing or damaged."""
+    for name in ("weights.safetensors", "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} does not exist: run the train stage first (dvc repro train)")
+    try:
+        config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model = Transformer(config)
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]  # torch names every tensor, each on a line
+        raise ValueError(f"{folder} is damaged ({reason}): run the train stage again (dvc repro -f train)") from error
+    return model.eval()
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' own error, of a full disk for example, is no OSError."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(path)) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

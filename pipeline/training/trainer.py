@@ -1,0 +1,191 @@
+"""What one worker (rank) of a training run does: data, model and checkpoints around the loop. No Ray, no MLflow."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.schedule import learning_rate
+from model.transformer import Transformer
+from pipeline.common.settings import Settings
+from pipeline.common.storage import AnyPath, retry_unreachable
+from pipeline.data.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
+from pipeline.data.dataset import CorpusInfo, EncodedSplit
+from pipeline.training import checkpoint
+from pipeline.training.loop import (
+    MIN_BUSY_SHARE,
+    Recipe,
+    State,
+    Step,
+    adam,
+    busy_share,
+    cross_entropy,
+    perplexity,
+    train,
+)
+
+
+def train_rank(
+    settings: Settings,
+    data: Path,
+    run_folder: AnyPath,
+    *,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    report: Callable[[dict[str, float], int], None],
+    progress: Callable[[State, float], None],
+    say: Callable[[str], None],
+) -> State:
+    """Train on the encoded corpus in `data` until done, from the last checkpoint in `run_folder` if there is one.
+
+    Every rank calls this alike; `report` gets metrics and their step, `progress` the state and the loss after each
+    step, `say` a line for people. Raises NotFiniteError, and ValueError for data that does not fit the settings.
+    """
+    t = settings.train
+    train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
+    info = CorpusInfo.open(data)
+    torch.manual_seed(settings.seed)
+    model = Transformer(settings.model.config(info.vocab_size)).to(device)
+    optimizer = adam(model, t.beta1, t.beta2, t.eps)
+    state = _resume(run_folder, model, optimizer, rank, device, say)
+    for curve in (state.training_curve, state.validation_curve):  # what a worker that died had still to deliver
+        for point in curve:
+            report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
+
+    plan = batch_plan(train_split, settings)
+    if plan.num_skipped and rank == 0:
+        say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
+    if rank == 0 and (advice := share_advice(plan, num_ranks)):
+        say(advice)
+    valid_batches = _all_batches(valid_split, settings)
+    mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
+    bf16 = settings.hardware.precision == "bf16"
+
+    def validate() -> dict[str, float]:
+        total, tokens = cross_entropy(model, mine, bf16)
+        return {
+            "valid_loss": total / tokens,
+            "valid_ppl": perplexity(total, tokens),
+            "valid_ppl_word": perplexity(total, info.words["valid"]["tgt"]),
+        }
+
+    def write_checkpoint(state: State) -> None:
+        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
+
+    def save(state: State) -> None:
+        if rank != 0:
+            return
+        if state.finished:
+            return retry_unreachable(lambda: write_checkpoint(state), run_folder, say)
+        try:
+            write_checkpoint(state)
+        except checkpoint.DiskFullError:
+            raise
+        except OSError as error:  # a store that is away may be back for the next
+            say(f"{error}; training goes on")
+
+    recipe = Recipe(
+        seed=settings.seed,
+        max_steps=t.max_steps,
+        learning_rate=rate_of_step(settings),
+        label_smoothing=t.label_smoothing,
+        max_grad_norm=t.max_grad_norm,
+        validate_every=t.validate_every,
+        patience=t.patience,
+        checkpoint_every=t.checkpoint_every,
+        log_every=t.log_every,
+        bf16=bf16,
+        compile=settings.hardware.compile,
+    )
+    steps = _share(plan, train_split, state, rank, num_ranks)
+    return train(
+        model, optimizer, steps, recipe, state, validate=validate, save=save, report=report, progress=progress
+    )
+
+
+def rate_of_step(settings: Settings) -> Callable[[int], float]:
+    """The learning rate of step 1, 2, ... (section 5.3)."""
+    t = settings.train
+    return lambda step: learning_rate(step, settings.model.d_model, t.warmup_steps, t.lr_scale)
+
+
+def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
+    """The micro-batches of every step, the same on all ranks."""
+    return BatchPlan(
+        split.src.lengths,
+        split.tgt.lengths,
+        batch_tokens=settings.train.batch_tokens,
+        micro_batch_tokens=settings.hardware.micro_batch_tokens,
+        max_length=settings.model.max_length,
+        seed=settings.seed,
+    )
+
+
+def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
+    """What to say if workers have to wait for others for too long."""
+    num_micro = plan.most_micro_batches
+    if busy_share(num_micro, num_ranks) >= MIN_BUSY_SHARE:
+        return None
+    enough = num_micro
+    while enough != easily_shared(enough) or busy_share(enough, num_ranks) < MIN_BUSY_SHARE:
+        enough += 1
+    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, for sentences fit badly
+    way_out = (
+        f"set hardware.micro_batch_tokens to {micro_batch_tokens}, which is another run"
+        if micro_batch_tokens >= plan.longest
+        else "take fewer workers"
+    )
+    return f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: {way_out}"
+
+
+def _all_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
+    """Micro-batches of the split for validation, of which no pair may be left out."""
+    longest = settings.model.max_length
+    num_skipped = int((np.maximum(split.src.lengths, split.tgt.lengths) >= longest).sum())
+    if num_skipped:
+        raise ValueError(
+            f"{num_skipped} validation pairs have more than {longest} pieces on one side: "
+            "raise model.max_length, or drop them with a smaller validate.max_words"
+        )
+    budget = settings.hardware.micro_batch_tokens
+    return batches_to_read(split.src.lengths, split.tgt.lengths, micro_batch_tokens=budget, max_length=longest)
+
+
+def _share(plan: BatchPlan, split: EncodedSplit, state: State, rank: int, num_ranks: int) -> Iterator[Step]:
+    """This rank's part of every step, from where `state` stands."""
+
+    def collated(micro_batches: list) -> Iterator[tuple[int, MicroBatch]]:
+        for place in range(rank, len(micro_batches), num_ranks):
+            yield place, collate(split, micro_batches[place])
+
+    for position, micro_batches in plan.from_position(Position(*state.position)):
+        ends_epoch = position.step + 1 == plan.num_steps
+        after = (position.epoch + 1, 0) if ends_epoch else (position.epoch, position.step + 1)
+        yield Step(after, collated(micro_batches), plan.num_tgt_tokens(micro_batches))
+
+
+def _resume(
+    run_folder: AnyPath,
+    model: Transformer,
+    optimizer: torch.optim.Adam,
+    rank: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> State:
+    """The last whole checkpoint, as rank 0 finds it: all ranks go on from the same step."""
+    found = retry_unreachable(lambda: checkpoint.load_latest(run_folder, say), run_folder, say) if rank == 0 else None
+    step = torch.tensor(found.state.step if found else -1, device=device)
+    if dist.is_initialized():
+        dist.broadcast(step, src=0)
+    if step.item() < 0:
+        return State()
+    if found is None:
+        at = checkpoint.folder_of(run_folder, int(step.item()))
+        found = retry_unreachable(lambda: checkpoint.load(at), run_folder, say)
+    if rank == 0:
+        say(f"continuing from the checkpoint of step {found.state.step}")
+    return found.restore(model, optimizer)

@@ -1,0 +1,191 @@
+"""What a sweep will cost, before it starts: FLOPs by the model's arithmetic, hours and money by a device's rate.
+
+python -m sweeps.cost                on this machine, at the rate that is measured here
+python -m sweeps.cost --devices 8    on eight devices; params.yaml can state their rate and their price
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from model.flops import training_flops
+from model.loss import label_smoothed_loss
+from model.transformer import Transformer
+from pipeline.common.settings import Settings
+from pipeline.data.batching import BatchPlan, collate
+from pipeline.data.dataset import ENCODED, CorpusInfo, EncodedSplit
+from pipeline.training.trainer import batch_plan
+from sweeps.trials import Sweep, Trial, load_sweep
+
+MEASURED_S = 3.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row, over all its seeds; `flops` are those of the trials that still have to run."""
+
+    label: str
+    parameters: int
+    num_done: int
+    num_to_run: int
+    flops: float
+
+
+def costs(sweep: Sweep, root: Path) -> list[Cost]:
+    """Row by row, without those that are left out."""
+    found = []
+    for row in sweep.rows:
+        trials = [trial for trial in sweep.trials if trial.row.id == row.id]
+        if trials:
+            to_run = [trial for trial in trials if not is_done(trial)]
+            flops = sum(flops_per_step(trial.settings, root) * trial.settings.train.max_steps for trial in to_run)
+            parameters = num_parameters(trials[0].settings, root)
+            found.append(Cost(row.label, parameters, len(trials) - len(to_run), len(to_run), flops))
+    return found
+
+
+def is_done(trial: Trial) -> bool:
+    """Whether it need not run again: a failed trial gets another chance."""
+    record = trial.record()
+    return record is not None and record["status"] in ("finished", "stopped")
+
+
+def num_parameters(settings: Settings, root: Path) -> int:
+    with torch.device("meta"):
+        model = Transformer(settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size))
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_step(settings: Settings, root: Path) -> float:
+    """The mean over an epoch's steps; padding counts, for it is computed too."""
+    config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
+    micro_tokens = settings.hardware.micro_batch_tokens
+    num_steps, shapes = _shapes(root / ENCODED, settings.train.batch_tokens, micro_tokens, config.max_length)
+    return sum(training_flops(config, *shape) for shape in shapes) / num_steps
+
+
+@cache
+def _shapes(
+    data: Path, batch_tokens: int, micro_batch_tokens: int, max_length: int
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """Steps of an epoch, and (pairs, source positions, target positions) of each of its micro-batches."""
+    split = EncodedSplit.open(data, "train")
+    src, tgt = split.src.lengths + 1, split.tgt.lengths + 1  # end of sentence
+    plan = BatchPlan(
+        split.src.lengths,
+        split.tgt.lengths,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        max_length=max_length,
+        seed=0,
+    )
+    micro_batches = [indices for step in plan.steps(0) for indices in step]
+    return plan.num_steps, [(len(i), int(src[i].max()), int(tgt[i].max())) for i in micro_batches]
+
+
+def measured_rate(settings: Settings, root: Path, device: torch.device) -> float:
+    """FLOPs per second that training of these settings reaches on one device (one thread, on a CPU) here."""
+    data = root / ENCODED
+    config = settings.model.config(CorpusInfo.open(data).vocab_size)
+    split = EncodedSplit.open(data, "train")
+    plan = batch_plan(split, replace(settings, seed=0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = Transformer(config).to(device)
+    flops, started = 0, 0.0
+    try:
+        for number, indices in enumerate(cycle(indices for step in plan.steps(0)[:50] for indices in step)):
+            batch = collate(split, indices)
+            src, tgt_in, tgt_out = batch.src.to(device), batch.tgt_in.to(device), batch.tgt_out.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.hardware.precision == "bf16"):
+                loss = label_smoothed_loss(model(src, tgt_in), model.embedding.weight, tgt_out, smoothing=0.1)
+            loss.backward()
+            loss.item()  # waits for a GPU
+            if number == 2:  # what came before warmed up
+                flops, started = 0, time.perf_counter()
+            else:
+                flops += training_flops(config, src.shape[0], src.shape[1], tgt_in.shape[1])
+            if number > 4 and time.perf_counter() - started > MEASURED_S:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return flops / (time.perf_counter() - started)
+
+
+Measure = Callable[[Settings, Path, torch.device], float]
+
+
+def text(sweep: Sweep, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
+    """The plan for people, as Markdown. `devices` is how many compute at once; `measure` (default: `measured_rate`)
+    is asked for the rate of one if the settings state none."""
+    found = costs(sweep, root)
+    settings = sweep.base.sweep
+    kind = "GPU" if gpu else "CPU core"
+    flops = sum(cost.flops for cost in found)
+    rate, source = settings.flops_per_second, "sweep.flops_per_second"
+    if not rate and flops:
+        rate, source = (
+            (measure or measured_rate)(sweep.base, root, torch.device("cuda" if gpu else "cpu")),
+            "measured here",
+        )
+    lines = [
+        f"{sweep.base.tracking.experiment}: {len(found)} rows x {len(settings.seeds)} seeds, "
+        f"{sum(cost.num_done for cost in found)} trials done, {sum(cost.num_to_run for cost in found)} to run",
+        "",
+        f"| row | parameters | to run | FLOPs | {kind} hours |",
+        "|---|---|---|---|---|",
+    ]
+    for cost in found:
+        hours = f"{cost.flops / rate / 3600:.3f}" if rate else ""
+        lines.append(f"| {cost.label} | {cost.parameters:,} | {cost.num_to_run} | {cost.flops:.2g} | {hours} |")
+    lines += [f"| {row.label} | left out: {row.skipped} | | | |" for row in sweep.rows if row.skipped]
+    if flops:
+        in_all = flops / rate / 3600
+        lines += [
+            "",
+            f"In all {flops:.2g} FLOPs: {in_all:.2f} {kind} hours at {rate:.2g} FLOPs a second ({source}), "
+            f"{_duration(in_all / devices)} on {devices} at once; starting trials and evaluating them comes on top.",
+        ]
+        if settings.price_per_device_hour:
+            lines.append(
+                f"At {settings.price_per_device_hour:g} an hour and {kind}: "
+                f"{in_all * settings.price_per_device_hour:.2f}."
+            )
+    return "\n".join(lines)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="how many compute at once (default: all of this machine)"
+    )
+    arguments = parser.parse_args()
+    if arguments.devices is not None and arguments.devices < 1:
+        parser.error(f"--devices is {arguments.devices}: a number from 1 up is needed")
+    gpus = torch.cuda.device_count()
+    try:
+        sweep = load_sweep(Path().resolve())
+        gpu = sweep.base.hardware.device == "gpu" or (sweep.base.hardware.device == "auto" and gpus > 0)
+        if gpu and not gpus and not sweep.base.sweep.flops_per_second:
+            raise ValueError(
+                "hardware.device is gpu and there is none here: state its rate in sweep.flops_per_second"
+            )
+        here = gpus if gpu else len(os.sched_getaffinity(0))
+        print(text(sweep, Path().resolve(), arguments.devices or here, gpu))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"plan: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The report's words and tables, as Markdown and as one HTML page."""
+
+import base64
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sweeps.analysis import Line, covered, totals, values
+from sweeps.significance import LEVEL, RESAMPLES, SHUFFLES
+
+
+@dataclass(frozen=True)
+class Table:
+    """`sides` has an < or > for each column: how it is aligned."""
+
+    head: list[str]
+    sides: str
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the document: points, then a table with its legend, then the figure. Backticks mark code."""
+
+    title: str
+    points: Sequence[str] = ()
+    table: Table | None = None
+    legend: Sequence[str] = ()
+    has_figure: bool = False
+
+
+def document(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[Part]:
+    """What the Markdown and the HTML file say; the first part's title is that of the whole."""
+    gaps = missing(sweep, lines)
+    return [
+        Part(f"Table 3 on {sweep['data']}, model {sweep['model']}", _header(sweep, lines)),
+        Part("What can be said", findings(lines)),
+        Part("BLEU", table=table_of(BLEU_COLUMNS, lines), legend=_bleu_legend(lines), has_figure=True),
+        Part("Perplexity, size, cost", table=table_of(COST_COLUMNS, lines), legend=COST_LEGEND),
+        *([Part("What is missing, what was started again", gaps)] if gaps else []),
+    ]
+
+
+def _header(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+    sums = totals(sweep, lines)
+    training, evaluation = sums["training_device_hours"], sums["evaluation_device_hours"]
+    updates = sorted(round(line.result.updates) for line in lines if line.result) or [0]
+    span = f"{updates[0]:,}" + (f" to {updates[-1]:,}" if updates[-1] > updates[0] else "")
+    points = [
+        f"Corpus: {sweep['data']}, {len(sweep['references']):,} test sentences.",
+        f"Base: the preset {sweep['model']}. Updates: {span}.",
+        f"Seeds: {', '.join(map(str, sweep['seeds']))}; with the same seed, rows see the data in the same order.",
+        f"BLEU: sacreBLEU, `{sweep['bleu_signature']}`.",
+        f"Cost: {_amount(training)} device-hours ({sweep['device']}) of training, "
+        f"{_amount(evaluation)} of evaluation; {_flops(sums['training_flops'])} FLOPs of training.",
+        f"Time of a trial: {sums['seconds']:.0f} s, {sums['seconds_to_first_step']:.0f} s of them until its first "
+        f"step; {sums['seconds_of_overhead']:.0f} s are neither training nor evaluation, but starts, Ray and MLflow.",
+    ]
+    price = sweep["price_per_device_hour"]
+    if price > 0:
+        points.append(f"Money: {(training + evaluation) * price:,.2f} at {price:,.2f} a device-hour.")
+    return points
+
+
+def findings(lines: Sequence[Line]) -> list[str]:
+    def named(title: str, labels: list[str]) -> str:
+        return f"{title}: {'; '.join(labels) or 'none'}."
+
+    different = [
+        f"{line.label} ({line.comparison.bleu:+.2f})" for line in lines if line.comparison and line.is_significant
+    ]
+    unclear = [line.label for line in lines if line.verdict == "not significant"]
+    points = [
+        named("Different from base", different),
+        named("Not significant: this table cannot tell them from base", unclear),
+    ]
+    titles = {
+        "as the paper": "Different, with the sign that the difference has in the paper",
+        "against the paper": "Different, with the opposite sign",
+    }
+    for agreement, title in titles.items():
+        points.append(named(title, [line.label for line in lines if line.agreement == agreement]))
+    if "sentences" in covered(lines):
+        points.append("Where one seed is all there is, this is about these models: another seed may say otherwise.")
+    without = [
+        f"{line.label} ({line.verdict})" for line in lines if not line.result or line.verdict == "not compared"
+    ]
+    return [*points, named("No result", without)] if without else points
+
+
+def _number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    """Of `values`, the one named `key`; nothing where it is None."""
+    return lambda value: "" if value[key] is None else format(value[key], form)
+
+
+def _interval(value: dict[str, Any]) -> str:
+    return f"{value['interval_low']:+.2f} to {value['interval_high']:+.2f}" if value["interval_covers"] else ""
+
+
+def _p(value: dict[str, Any]) -> str:
+    return "<0.001" if value["p_holm"] is not None and value["p_holm"] < 0.001 else _number("p_holm", ".3f")(value)
+
+
+def _millions(value: dict[str, Any]) -> str:
+    return "" if value["params"] is None else f"{value['params'] / 1e6:.3g}"
+
+
+def _amount(value: float | None) -> str:
+    """Three digits that count."""
+    return "" if value is None else format(value, ",.0f" if value >= 100 else ".3g")
+
+
+def _flops(value: float | None) -> str:
+    """3.3e18, as in the paper's Table 2."""
+    return "" if value is None else re.sub(r"e\+0*(?=\d)", "e", f"{value:.1e}")
+
+
+BLEU_COLUMNS = [
+    ("row", "<", _number("label", "")),
+    ("BLEU", ">", _number("bleu", ".2f")),
+    ("sd", ">", _number("bleu_sd", ".2f")),
+    ("n", ">", _number("num_seeds", "d")),
+    ("diff", ">", _number("bleu_difference", "+z.2f")),
+    ("95% interval", ">", _interval),
+    ("over", "<", _number("interval_covers", "")),
+    ("p", ">", _p),
+    ("verdict", "<", _number("verdict", "")),
+    ("paper", ">", _number("paper_bleu", ".1f")),
+    ("diff", ">", _number("paper_bleu_difference", "+z.1f")),
+    ("agrees?", "<", _number("agreement", "")),
+]
+"""Heading, alignment, and the cell from a line's `values`."""
+
+COST_COLUMNS = [
+    ("row", "<", _number("label", "")),
+    ("PPL", ">", _number("ppl", ".3f")),
+    ("diff", ">", _number("ppl_difference", "+z.3f")),
+    ("paper", ">", _number("paper_ppl", ".2f")),
+    ("diff", ">", _number("paper_ppl_difference", "+z.2f")),
+    ("params/1e6", ">", _millions),
+    ("paper", ">", _number("paper_params_millions", "d")),
+    ("updates", ">", _number("updates", ",.0f")),
+    ("device-h", ">", lambda value: _amount(value["device_hours"])),
+    ("FLOPs", ">", lambda value: _flops(value["flops"])),
+    ("tokens/s", ">", _number("tokens_per_second", ",.0f")),
+]
+
+
+def table_of(columns: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]], lines: Sequence[Line]) -> Table:
+    rows = [[cell(value) for _, _, cell in columns] for value in map(values, lines)]
+    return Table([head for head, _, _ in columns], "".join(side for _, side, _ in columns), rows)
+
+
+COVERS = {
+    "seeds": "Student's t, each row paired with base seed by seed. It covers the chance of training: "
+    "which initial weights, which order of the data",
+    "sentences": f"paired bootstrap of the test sentences ({RESAMPLES:,} resamples), for want of a second seed. It "
+    "covers the chance of which sentences are tested, not that of training: another seed may lie outside",
+}
+
+
+def _bleu_legend(lines: Sequence[Line]) -> list[str]:
+    num_compared = sum(line.comparison is not None for line in lines)
+    return [
+        "BLEU, sd: mean and standard deviation over n seeds. diff: from base, over the seeds that both have.",
+        *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(lines)),
+        f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations, of a sentence "
+        f"those of all seeds together, with Holm's correction for {num_compared} rows. It asks about these models on "
+        "other sentences.",
+        f"verdict: better or worse if p is below {LEVEL} and the interval leaves out zero. Not significant does not "
+        "mean equal: this table cannot tell.",
+        "paper: Table 3 of the paper, on newstest2013, and another kind of BLEU: compare signs of differences alone. "
+        "agrees?: open where ours is not significant or the paper's is zero.",
+    ]
+
+
+COST_LEGEND = [
+    "PPL: perplexity a piece on the validation split, of the weights that were tested; lower is better. "
+    "diff: from base.",
+    "updates, device-h (device-hours), FLOPs, tokens/s: of one training, mean over the seeds that finished, restarts "
+    "included. FLOPs compare with the paper's Table 2 (base: 3.3e18). Tokens are target pieces without padding.",
+]
+
+
+def missing(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+    """Rows and trials without a result, and why; trials that took several attempts."""
+    points = [
+        f"{line.label}: {line.verdict}{f' ({line.note})' if line.note else ''}."
+        for line in lines
+        if line.verdict in ("skipped", "not run", "not compared")
+    ]
+    for trial in sweep["trials"]:
+        if trial["status"] != "finished":
+            error = " ".join((trial.get("error") or "no reason is known").split()).replace("`", "'")
+            spent = trial.get("device_hours")
+            cost = f" {_amount(spent)} device-hours were spent on it." if spent else ""
+            points.append(f"{trial['name']}: {trial['status']}: `{error}`.{cost}")
+        elif trial["attempts"] > 1:
+            points.append(f"{trial['name']}: {trial['attempts']} attempts, each from the last checkpoint.")
+    return points
+
+
+ALT = "Differences from base in BLEU, ours and the paper's, one panel for each axis"
+
+
+def markdown(parts: Sequence[Part], image: str) -> str:
+    """`image` is the figure's file name, beside the document."""
+    blocks = []
+    for level, part in enumerate(parts):
+        blocks.append(f"{'##' if level else '#'} {part.title}")
+        if part.points:
+            blocks.append("\n".join(f"- {point}" for point in part.points))
+        if part.table:
+            blocks += [markdown_table(part.table), "\n".join(f"- {line}" for line in part.legend)]
+        if part.has_figure:
+            blocks.append(f"![{ALT}]({image})")
+    return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """Columns are padded, so that it reads well as it stands, too."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = [
+        "-" * (width + 1) + ("-" if side == "<" else ":") for width, side in zip(widths, table.sides, strict=True)
+    ]
+    lines = []
+    for row in cells:
+        padded = (f" {cell:{side}{width}} " for cell, side, width in zip(row, table.sides, widths, strict=True))
+        lines.append(f"|{'|'.join(padded)}|")
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
+       color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid light-dark(#d1d9e0, #3d444d); text-align: left; }
+.right { text-align: right; }
+.better { color: light-dark(#116329, #7ee787); font-weight: 600; }
+.worse { color: light-dark(#a40e26, #ffa198); font-weight: 600; }
+.legend { font-size: 13px; color: light-dark(#59636e, #9198a1); }
+img { max-width: 100%; background: white; border-radius: 6px; padding: .5rem; box-sizing: border-box; }
+"""
+
+
+def html_page(parts: Sequence[Part], png: bytes) -> str:
+    """One file with all in it; light or dark as the reader's system is."""
+    blocks = []
+    for level, part in enumerate(parts):
+        tag = "h2" if level else "h1"
+        blocks.append(f"<{tag}>{html.escape(part.title)}</{tag}>")
+        if part.points:
+            blocks.append(_html_list(part.points))
+        if part.table:
+            blocks += [_html_table(part.table), _html_list(part.legend, ' class="legend"')]
+        if part.has_figure:
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            blocks.append(f'<img alt="{html.escape(ALT)}" src="{source}">')
+    title, body = html.escape(parts[0].title), "\n".join(blocks)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
+        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _html_list(items: Sequence[str], attributes: str = "") -> str:
+    lines = [re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(item)) for item in items]
+    return f"<ul{attributes}>\n" + "".join(f"<li>{line}</li>\n" for line in lines) + "</ul>"
+
+
+def _html_table(table: Table) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        found = []
+        for text, side in zip(cells, table.sides, strict=True):
+            name = "right" if side == ">" else text if text in ("better", "worse") else "left"
+            found.append(f'<{tag} class="{name}">{html.escape(text)}</{tag}>')
+        return f"<tr>{''.join(found)}</tr>"
+
+    lines = [row("th", table.head), *(row("td", cells) for cells in table.rows)]
+    return "<div><table>\n" + "\n".join(lines) + "\n</table></div>"

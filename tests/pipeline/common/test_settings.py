@@ -1,0 +1,392 @@
+"""Every way in which a settings file can be wrong, and that no setting is idle."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+
+from pipeline.common.settings import PRESETS, SECTIONS, flatten, load_settings
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project's settings, to be changed."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    return tmp_path
+
+
+def file_of(root: Path, kind: str) -> Path:
+    """Of this kind, the one that params.yaml names."""
+    path = root / "params.yaml"
+    return path if kind == "params" else root / "conf" / kind / f"{yaml.safe_load(path.read_text())[kind]}.yaml"
+
+
+def edit(root: Path, kind: str, section: str, key: str, value: Any = MISSING) -> Path:
+    """Set a value, or take it away."""
+    path = file_of(root, kind)
+    content = yaml.safe_load(path.read_text())
+    values = content[section] if section else content
+    values.pop(key, None)
+    if value is not MISSING:
+        values[key] = value
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def refused(root: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_settings(root)
+
+
+def all_fields() -> Iterator[tuple[str, str, str, Any]]:
+    """kind of file, section, key, type."""
+    for kind, sections in SECTIONS.items():
+        for section, cls in sections.items():
+            for field in fields(cls):
+                yield kind, section, field.name, field.type
+
+
+FIELDS = list(all_fields())
+KEYS = [f"{section}.{key}" for _, section, key, _ in FIELDS]
+
+
+@pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
+def test_a_missing_value_is_named_with_its_file(root, kind, section, key, of_type):
+    path = edit(root, kind, section, key)
+    if section == "download" and key not in ("corpus", "src", "tgt"):  # of the corpus that is generated
+        refused(root, f"{path}: download.{key} is None: a number from 1 up is needed")
+    else:
+        refused(root, f"{path}: {section}.{key} is missing")
+
+
+ALLOWED = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)"}
+COLLECTIONS = {list: "a list", dict: "`name: value` lines, or {},"}
+
+
+@pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
+def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(root, kind, section, key, of_type):
+    if get_origin(of_type) is Literal:
+        allowed = f"one of {', '.join(get_args(of_type))}"
+    elif get_origin(of_type) in COLLECTIONS:
+        allowed = COLLECTIONS[get_origin(of_type)]
+    else:
+        allowed = ALLOWED[of_type if of_type in ALLOWED else get_args(of_type)[0]]
+    for value in ([3], None, {"a": 1}, 2.5 if of_type is not float else "2.5", "x" if of_type is not str else 7):
+        if type(value) is get_origin(of_type) or (
+            key == "num_workers" and value == [3] and of_type == int | list[int]
+        ):
+            continue  # of what is in it: the next tests
+        path = edit(root, kind, section, key, value)
+        refused(root, f"{path}: {section}.{key} is {value!r}: {allowed} is needed")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("rows", ["heads", 3], "sweep.rows is 3: text (in quotes)"),
+        ("rows", [None], "sweep.rows is None: text (in quotes)"),
+        ("seeds", [2, "3"], "sweep.seeds is '3': a whole number"),
+        ("seeds", [2, 3.0], "sweep.seeds is 3.0: a whole number"),
+        ("seeds", [True], "sweep.seeds is True: a whole number"),
+        ("free", {"model.d_ff": 64}, "sweep.free.model.d_ff is 64: a list"),
+        ("free", {"model.d_k": [5], "model.d_ff": {"a": 64}}, "sweep.free.model.d_ff is {'a': 64}: a list"),
+        ("num_workers", {"heads": 2, "big": "4"}, "sweep.num_workers.big is '4': a whole number"),
+        ("num_workers", {"big": [4]}, "sweep.num_workers.big is [4]: a whole number"),
+    ],
+)
+def test_what_is_of_the_wrong_type_inside_a_list_or_section_is_named(root, key, value, fault):
+    path = edit(root, "params", "sweep", key, value)
+    refused(root, f"{path}: {fault} is needed")
+
+
+def test_the_number_of_workers_is_one_or_a_range(root):
+    for value, least, most in ((3, 3, 3), ([2, 5], 2, 5)):
+        edit(root, "hardware", "hardware", "num_workers", value)
+        hardware = load_settings(root).hardware
+        assert (hardware.min_workers, hardware.max_workers) == (least, most)
+    path = edit(root, "hardware", "hardware", "num_workers", [2, "5"])
+    refused(root, f"{path}: hardware.num_workers is '5': a whole number is needed")
+
+
+def test_lists_and_sections_arrive_with_values_of_every_type(root):
+    edit(root, "params", "sweep", "seeds", [5, 3])
+    edit(root, "params", "sweep", "rows", [])
+    free = {"model.d_ff": [64, 256], "model.positions": ["none"], "train.beta1": [0.5]}
+    edit(root, "params", "sweep", "free", free)
+    edit(root, "params", "sweep", "num_workers", {"big": 3})
+    sweep = load_settings(root).sweep
+    assert (sweep.seeds, sweep.rows, sweep.free, sweep.num_workers) == ([5, 3], [], free, {"big": 3})
+
+
+@pytest.mark.parametrize(("kind", "section"), [(kind, section) for kind in SECTIONS for section in SECTIONS[kind]])
+def test_an_unknown_key_is_named_with_those_that_there_are(root, kind, section):
+    path = edit(root, kind, section, "colour", 3)
+    known = ", ".join(sorted(field.name for field in fields(SECTIONS[kind][section])))
+    refused(root, f"{path}: {section}.colour is unknown: one of {known} is needed")
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_a_section_that_is_unknown_missing_or_no_section_is_named(root, kind):
+    section = next(iter(SECTIONS[kind]))
+    path = edit(root, kind, "", section, 3)
+    refused(root, f"{path}: {section} is 3: a section of `key: value` lines is needed")
+    edit(root, kind, "", section)
+    refused(root, f"{path}: {section} is missing")
+    edit(root, kind, "", "colour", {})
+    with pytest.raises(ValueError, match=re.escape(f"{path}: colour is unknown: one of ")):
+        load_settings(root)
+
+
+FROM_1 = "a number from 1 up"
+FROM_0 = "0 or more"
+SHARE = "a number from 0 up to, not including, 1"
+DIFFERENT = "a list of different numbers from 0 up to 2^63 - 1"
+IMPOSSIBLE = [
+    ("data", "download", "train_pairs", 0, FROM_1),
+    ("data", "download", "valid_pairs", -2, FROM_1),
+    ("data", "download", "test_pairs", 0, FROM_1),
+    ("data", "download", "seed", 0, FROM_1),
+    ("data", "download", "tgt", "en", "a language other than src"),
+    ("data", "validate", "max_words", 0, FROM_1),
+    ("data", "validate", "max_length_ratio", 0.9, "1 or more"),
+    ("data", "validate", "max_dropped_share", 1.01, "a share from 0 to 1"),
+    ("data", "validate", "max_dropped_share", -0.1, "a share from 0 to 1"),
+    ("data", "tokenize", "vocab_size", 4, "more than the 4 reserved pieces"),
+    *[
+        ("model", "model", key, 0, "a whole number from 1 up")
+        for key in ("num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v", "max_length")
+    ],
+    ("model", "model", "dropout", 1.0, SHARE),
+    ("model", "train", "label_smoothing", 1.0, SHARE),
+    ("model", "train", "beta1", 1, SHARE),
+    ("model", "train", "beta2", -0.1, SHARE),
+    *[
+        ("model", "train", key, 0, FROM_1)
+        for key in ("batch_tokens", "max_steps", "warmup_steps", "log_every", "validate_every", "checkpoint_every")
+    ],
+    ("model", "train", "lr_scale", 0.0, "a number above 0"),
+    ("model", "train", "eps", 0, "a number above 0"),
+    ("model", "train", "max_grad_norm", -1.0, FROM_0),
+    ("model", "train", "patience", -1, FROM_0),
+    ("model", "train", "average_checkpoints", 0, "a number from 1 to train.keep_checkpoints (5)"),
+    ("model", "train", "average_checkpoints", 6, "a number from 1 to train.keep_checkpoints (5)"),
+    *[
+        ("hardware", "hardware", "num_workers", workers, "a number from 1 up, or [least, most],")
+        for workers in (0, [], [3], [0, 3], [3, 2], [2, 3, 5])
+    ],
+    ("hardware", "hardware", "micro_batch_tokens", 0, FROM_1),
+    ("hardware", "hardware", "cpus_per_worker", -1, FROM_0),
+    ("hardware", "hardware", "max_failures", -1, FROM_0),
+    ("params", "evaluate", "beam", 0, FROM_1),
+    ("params", "evaluate", "batch_tokens", 0, FROM_1),
+    ("params", "evaluate", "alpha", -0.6, FROM_0),
+    ("params", "evaluate", "max_extra", -1, FROM_0),
+    ("params", "evaluate", "num_samples", -1, FROM_0),
+    *[("params", "sweep", "seeds", seeds, DIFFERENT) for seeds in ([], [3, 5, 3], [2, -1])],
+    ("params", "sweep", "rows", [], "at least one row, or sweep.free,"),  # where sweep.free is {}
+    ("params", "sweep", "average_checkpoints", 0, "1 or more"),
+    ("params", "sweep", "cpus_per_worker", -1, FROM_0),
+    ("params", "sweep", "flops_per_second", -1.0, FROM_0),
+    ("params", "sweep", "price_per_device_hour", -0.5, FROM_0),
+    ("params", "", "seed", -1, "a number from 0 up to 2^63 - 1"),
+    ("params", "", "seed", 2**63, "a number from 0 up to 2^63 - 1"),
+    ("params", "", "seed", "one", "a whole number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "key", "value", "allowed"), IMPOSSIBLE, ids=[f"{i[1]}.{i[2]}={i[3]}" for i in IMPOSSIBLE]
+)
+def test_an_impossible_value_is_named_with_its_file_and_what_is_allowed(root, kind, section, key, value, allowed):
+    path = edit(root, kind, section, key, value)
+    refused(root, f"{path}: {section}{'.' if section else ''}{key} is {value!r}: {allowed} is needed")
+
+
+def test_a_row_cannot_have_no_workers_nor_a_setting_no_values(root):
+    path = edit(root, "params", "sweep", "num_workers", {"heads": 2, "d_k": 0})
+    refused(root, f"{path}: sweep.num_workers.d_k is 0: a number from 1 up is needed")
+    edit(root, "params", "sweep", "num_workers", {})
+    edit(root, "params", "sweep", "free", {"model.d_k": [5], "model.d_ff": []})
+    refused(root, f"{path}: sweep.free.model.d_ff is []: a list of one value or more is needed")
+
+
+def test_trials_of_a_table_are_not_ended_early_those_of_free_may_be(root):
+    edit(root, "params", "sweep", "rows", ["heads"])
+    edit(root, "params", "sweep", "free", {"model.d_ff": [64]})
+    path = edit(root, "params", "sweep", "scheduler", "asha")
+    refused(
+        root,
+        f"{path}: sweep.rows is ['heads']: an empty list with sweep.scheduler asha, which ends trials early: rows of "
+        "a table must be comparable. It is for sweep.free, and an empty list is needed",
+    )
+    edit(root, "params", "sweep", "rows", [])
+    assert load_settings(root).sweep.scheduler == "asha"
+
+
+@pytest.mark.parametrize(("kind", "section", "key"), [f[:3] for f in FIELDS if f[3] is float])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_is_finite(root, kind, section, key, value):
+    path = edit(root, kind, section, key, value)
+    refused(root, f"{path}: {section}.{key} is {value!r}: a number is needed")
+
+
+def test_only_the_grammar_has_a_seed_and_sizes(root):
+    path = edit(root, "data", "download", "corpus", "multi30k")
+    refused(root, f"{path}: download.seed is 2017: nothing (only grammar is generated) is needed")
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("name", ["huge", 7, None, "../model"])
+def test_an_unknown_preset_is_named_with_those_that_there_are(root, kind, name):
+    path = edit(root, "params", "", kind, name)
+    folder = root / "conf" / kind
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    refused(root, f"{path}: {kind} is {name!r}: one of {known} is needed (files of {folder})")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: [1", "is not valid YAML: "),
+        (b"tracking: {experiment: \xff}", "is not valid YAML: "),
+        (b"", ": sections of `key: value` lines are needed"),
+        (b"- 3", ": sections of `key: value` lines are needed"),
+    ],
+)
+def test_a_file_that_is_no_settings_file_is_named(root, content, message):
+    (root / "params.yaml").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="^" + re.escape(f"{root / 'params.yaml'}") + " ?" + re.escape(message.strip())
+    ):
+        load_settings(root)
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    refused(tmp_path, f"{tmp_path / 'params.yaml'} does not exist: run from the project's root folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-09", 1e-9), ("1e-9", 1e-9), ("1.0e-9", 1e-9), ("2E+3", 2e3), ("1", 1)]
+)
+def test_numbers_are_read_as_dvc_writes_and_reads_them(root, text, value):
+    path = file_of(root, "model")
+    path.write_text(re.sub(r"\beps: \S+", f"eps: {text}", path.read_text()))
+    assert load_settings(root).train.eps == value
+
+
+PRESET_FILES = [(kind, path.stem) for kind in PRESETS for path in sorted((REPOSITORY / "conf" / kind).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("kind", "name"), PRESET_FILES)
+def test_every_preset_loads(root, kind, name):
+    edit(root, "params", "", kind, name)
+    assert getattr(load_settings(root), f"{kind}_name") == name
+
+
+def test_another_model_than_that_of_params_yaml_can_be_asked_for(root):
+    edit(root, "params", "", "model", "tiny")
+    own, other = load_settings(root), load_settings(root, model="nano")
+    values = yaml.safe_load((root / "conf/model/nano.yaml").read_text())
+    assert (flatten(other.model), flatten(other.train)) == (values["model"], values["train"])
+    assert (own.model_name, other.model_name) == ("tiny", "nano")
+    assert replace(other, model_name="tiny", model=own.model, train=own.train) == own
+    with pytest.raises(
+        ValueError, match=re.escape(f"is 'huge': one of base, big, mini, nano, tiny is needed (files of {root}")
+    ):
+        load_settings(root, model="huge")
+
+
+def test_every_folder_of_presets_is_a_kind():
+    assert sorted(path.name for path in (REPOSITORY / "conf").iterdir()) == sorted(PRESETS)
+
+
+def test_every_value_stands_in_exactly_one_of_the_files_that_are_read():
+    files = [file_of(REPOSITORY, kind) for kind in SECTIONS]
+    found = [
+        f"{section}.{key}"
+        for path in files
+        for section, values in yaml.safe_load(path.read_text()).items()
+        if isinstance(values, dict)
+        for key in values
+    ]
+    assert len(found) == len(set(found))
+    assert set(found) == {key for key in flatten(load_settings(REPOSITORY)) if "." in key}
+
+
+def test_no_field_has_a_default_that_a_file_could_contradict():
+    defaults = {
+        f"{section}.{field.name}": field.default
+        for sections in SECTIONS.values()
+        for section, cls in sections.items()
+        for field in fields(cls)
+        if field.default is not MISSING or field.default_factory is not MISSING
+    }
+    generated_only = ("seed", "train_pairs", "valid_pairs", "test_pairs")
+    assert defaults == {f"download.{key}": None for key in generated_only}
+
+
+def test_the_files_values_arrive(root):
+    edit(root, "model", "model", "d_k", 37)
+    edit(root, "params", "evaluate", "alpha", 1)
+    settings = load_settings(root)
+    assert (settings.model.d_k, settings.evaluate.alpha) == (37, 1)
+    assert settings.model.config(vocab_size=101).d_k == 37
+
+
+def test_a_changed_copy_is_checked_too():
+    with pytest.raises(ValueError, match="seed is -3"):
+        replace(load_settings(REPOSITORY), seed=-3)
+
+
+def attributes_read(folders: tuple[str, ...]) -> set[str]:
+    """Names read as `something.name` in these folders, outside the checks (`__post_init__`)."""
+    names: set[str] = set()
+    for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
+        nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+                continue
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names.add(node.attr)
+            nodes.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def test_every_setting_is_read_by_the_code():
+    read = attributes_read(("model", "pipeline", "sweeps"))
+    keys = {key for _, _, key, _ in FIELDS} | {"seed"}
+    assert keys <= read, f"no code reads {sorted(keys - read)}"
+
+
+def test_the_settings_are_printed_with_their_files(root):
+    command = [sys.executable, "-m", "pipeline.common.settings"]
+    printed = subprocess.run(
+        command, cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True
+    ).stdout
+    lines = {line.split()[0]: line.split() for line in printed.splitlines()}
+    assert lines["seed"] == ["seed", "1", "params.yaml"]
+    assert lines["train.beta2"] == ["train.beta2", "0.98", str(file_of(root, "model").relative_to(root))]
+    assert lines["evaluate.beam"][2] == "params.yaml"
+    assert len(lines) == len(flatten(load_settings(root)))
+
+
+def test_a_fault_is_one_line_and_exit_code_1(root):
+    edit(root, "params", "evaluate", "beam", 0)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.common.settings"],
+        cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "settings: params.yaml: evaluate.beam is 0: a number from 1 up is needed\n"

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.data.dataset import CorpusInfo, EncodedSplit, EncodedText, encoded_paths, load_tokenizer
+
+
+def write(folder, side="src", split="valid", ids=(4, 5, 6, 7, 8), offsets=(0, 2, 2, 5), dtype=np.uint16):
+    ids_path, offsets_path = encoded_paths(folder, split, side)
+    np.save(ids_path, np.array(ids, dtype=dtype))
+    np.save(offsets_path, np.array(offsets, dtype=np.int64))
+
+
+def test_sentences_lie_end_to_end_between_offsets(tmp_path):
+    write(tmp_path)
+    text = EncodedText.open(tmp_path, "valid", "src")
+    assert len(text) == 3
+    assert [sentence.tolist() for sentence in text] == [[4, 5], [], [6, 7, 8]]
+    assert text.lengths.tolist() == [2, 0, 3]
+    assert text.lengths.dtype == np.int64
+
+
+def test_files_are_mapped_and_cannot_be_written(tmp_path):
+    write(tmp_path)
+    text = EncodedText.open(tmp_path, "valid", "src")
+    assert isinstance(text.ids, np.memmap)
+    assert isinstance(text.offsets, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        text.ids[0] = 1
+
+
+def test_a_sentence_that_is_not_there_is_an_index_error(tmp_path):
+    write(tmp_path)
+    text = EncodedText.open(tmp_path, "valid", "src")
+    for index in (3, -1):
+        with pytest.raises(IndexError, match=f"sentence {index}: there are 3"):
+            text[index]
+
+
+def test_a_missing_file_names_the_stage_that_makes_it(tmp_path):
+    with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy does not exist: run the tokenize stage first"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all, but some other file", b"PK\x03\x04"])
+def test_a_file_that_is_no_array_is_named(tmp_path, content):
+    write(tmp_path)
+    encoded_paths(tmp_path, "valid", "src")[0].write_bytes(content)
+    with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy is damaged .*: run the tokenize stage again"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    write(tmp_path)
+    path = encoded_paths(tmp_path, "valid", "src")[0]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy is damaged"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    write(tmp_path)
+    np.save(encoded_paths(tmp_path, "valid", "src")[0], np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy is damaged"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+def test_another_kind_of_array_is_named(tmp_path):
+    write(tmp_path, dtype=np.float64)
+    with pytest.raises(ValueError, match=r"holds float64 \(5,\): a row of uint16 or uint32 is needed"):
+        EncodedText.open(tmp_path, "valid", "src")
+    write(tmp_path)
+    np.save(encoded_paths(tmp_path, "valid", "src")[1], np.zeros((2, 3), np.int64))
+    with pytest.raises(ValueError, match=r"holds int64 \(2, 3\): a row of int64 is needed"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+def test_arrays_of_two_runs_are_told_apart(tmp_path):
+    write(tmp_path, offsets=(0, 2, 7))
+    with pytest.raises(ValueError, match=r"offsets\.npy ends at piece 7, valid\.src\.ids\.npy has 5"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+def test_a_split_needs_as_many_sources_as_targets(tmp_path):
+    write(tmp_path)
+    write(tmp_path, "tgt")
+    assert len(EncodedSplit.open(tmp_path, "valid")) == 3
+    write(tmp_path, "tgt", offsets=(0, 5))
+    with pytest.raises(ValueError, match="valid has 3 source and 1 target sentences"):
+        EncodedSplit.open(tmp_path, "valid")
+
+
+def test_the_corpus_description_says_what_is_wrong_with_it(tmp_path):
+    with pytest.raises(ValueError, match=r"meta\.json does not exist: run the tokenize stage first"):
+        CorpusInfo.open(tmp_path)
+    for content in ("{", json.dumps({"src": "en"}), "[]"):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+            CorpusInfo.open(tmp_path)
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"spm\.model does not exist: run the tokenize stage first"):
+        load_tokenizer(tmp_path)
+    for content in (b"", b"something else"):
+        (tmp_path / "spm.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"spm\.model is not a SentencePiece model"):
+            load_tokenizer(tmp_path)

@@ -1,0 +1,167 @@
+"""The logged model is loaded as a stranger would: another process, an empty folder, nothing of ours on the path."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import torch
+from mlflow import MlflowClient
+from mlflow.models import Model
+from mlflow.types import DataType
+
+from model.config import BOS, EOS, PAD, UNK, TransformerConfig
+from model.transformer import Transformer
+from pipeline.common.settings import Evaluate, Settings, load_settings
+from pipeline.data.dataset import load_tokenizer
+from pipeline.inference import serving
+from pipeline.inference.translate import translate
+from pipeline.tracking import runs as tracking
+from pipeline.training.checkpoint import load_model, save_model
+
+SENTENCES = ["the dog sees a cat", "", "two cats sleep here"]
+SEARCH = {"beam": 3, "alpha": 0.6, "max_extra": 5}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project's folder with a tokenizer and a model of random weights."""
+    root = tmp_path_factory.mktemp("project")
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the dog sees a cat", "two cats sleep here", "ein Hund sieht eine Katze"] * 20),
+        model_writer=trained,
+        vocab_size=47,
+        model_type="bpe",
+        pad_id=PAD,
+        unk_id=UNK,
+        bos_id=BOS,
+        eos_id=EOS,
+        minloglevel=2,
+    )
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "spm.model").write_bytes(trained.getvalue())
+    config = TransformerConfig(
+        vocab_size=47,
+        num_layers=1,
+        d_model=22,
+        d_ff=29,
+        num_heads=2,
+        d_k=7,
+        d_v=5,
+        dropout=0.1,
+        positions="sinusoidal",
+        norm="post",
+        max_length=31,
+    )
+    torch.manual_seed(11)  # which gives outputs that are not empty and not alike
+    model = Transformer(config)
+    (root / "final").mkdir()
+    save_model(root / "final", model.state_dict(), config)
+    return root
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return load_settings(Path(__file__).parents[3])
+
+
+@pytest.fixture(scope="module")
+def logged(root: Path, settings: Settings) -> tuple[str, str, str]:
+    """URI of the store, id of the run, URI of the model."""
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    run_id = tracking.open_run(uri, settings, "key", {}, root)
+    return uri, run_id, log(uri, run_id, root)
+
+
+def log(uri: str, run_id: str, root: Path) -> str:
+    return tracking.log_model(uri, run_id, root / "final", root / "tokenizer" / "spm.model", SEARCH)
+
+
+def test_a_stranger_gets_the_translations_that_we_get(logged, root: Path, tmp_path: Path) -> None:
+    uri, _, model_uri = logged
+    script = (
+        "import json, sys, mlflow\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "print(json.dumps(model.predict(json.loads(sys.argv[2]))))\n"
+        "import model, pipeline\n"
+        "print(model.__file__, pipeline.__file__)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    output = subprocess.run(
+        [sys.executable, "-B", "-I", "-c", script, model_uri, json.dumps(SENTENCES)],
+        cwd=tmp_path,
+        env={**environment, "MLFLOW_TRACKING_URI": uri},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+
+    tokenizer = load_tokenizer(root / "tokenizer")
+    evaluate = Evaluate(**SEARCH, engine="torch", batch_tokens=64, num_samples=0)
+    ours = translate(load_model(root / "final"), tokenizer, tokenizer.encode(SENTENCES), evaluate, progress=False)
+    assert json.loads(output[0]) == [translation.text for translation in ours]
+    assert ours[0].text
+    assert ours[0].text != ours[2].text
+    assert all("/code/" in path for path in output[1].split())
+
+
+def test_the_model_holds_no_pickle_and_names_exact_versions_and_types(logged) -> None:
+    uri, _, model_uri = logged
+    model = MlflowClient(uri).get_logged_model(model_uri.removeprefix("models:/"))
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"weights.safetensors", "config.json", "spm.model", "serving.py"} <= names
+    assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".pyc"))]
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert "torch==2.13.0" in requirements
+    assert all("==" in line and "+" not in line for line in requirements)
+    signature = Model.load(folder).signature
+    assert [signature.inputs.input_types(), signature.outputs.input_types()] == [[DataType.string]] * 2
+
+
+def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path, settings: Settings) -> None:
+    uri, run_id, model_uri = logged
+    assert log(uri, run_id, root) == model_uri
+    tracking.log_evaluation(uri, settings, run_id, 7, {"test_bleu": 12.5}, {}, [], [])
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    (output,) = run.outputs.model_outputs
+    assert model_uri == f"models:/{output.model_id}"
+    model = client.get_logged_model(output.model_id)
+    assert model.source_run_id == run_id
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("test_bleu", 12.5, 7)]
+    assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
+
+
+def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
+    torch.set_num_threads(3)
+    context = SimpleNamespace(
+        artifacts={
+            "weights": str(root / "final/weights.safetensors"),
+            "tokenizer": str(root / "tokenizer/spm.model"),
+        },
+        model_config=SEARCH,
+    )
+    served = serving.Translator()
+    served.load_context(context)
+    expected = served.predict(SENTENCES)
+    threads: list[int] = []
+
+    def slow(*arguments, **options):
+        threads.append(torch.get_num_threads())
+        found = translate(*arguments, **options)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(serving, "translate", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(served.predict, [SENTENCES] * 8)) == [expected] * 8
+    assert threads == [3] * 8

@@ -1,0 +1,379 @@
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from upath import UPath
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import DamagedCheckpointError
+from pipeline.training.loop import State, adam
+
+CONFIG = TransformerConfig(
+    vocab_size=23, num_layers=1, d_model=14, d_ff=17, num_heads=3, d_k=5, d_v=7,
+    dropout=0.1, positions="learned", norm="post", max_length=41,
+)  # fmt: skip
+SETTINGS = {"seed": 7, "train": {"eps": 1e-9}}
+
+
+def trained(seed: int) -> tuple[Transformer, torch.optim.Adam]:
+    """A model after one step along a random gradient."""
+    torch.manual_seed(seed)
+    model = Transformer(CONFIG)
+    optimizer = adam(model, 0.9, 0.98, 1e-9)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    return model, optimizer
+
+
+def save(folder: Path, step: int, keep: int = 100) -> Path:
+    """A checkpoint whose weights depend on its step."""
+    return checkpoint.save(folder, *trained(step), State(step=step), SETTINGS, keep)
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoint.folders(folder)]
+
+
+def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
+    state = State(
+        step=13,
+        position=(3, 5),
+        tokens=10**12 + 1,
+        seconds=math.pi,
+        best_valid_loss=0.1 + 0.2,
+        stale_validations=2,
+        finished=True,
+        since_loss=5.5,
+        since_tokens=17,
+        since_seconds=0.5,
+        training_curve=[{"step": 7, "train_loss": 1 / 3}],
+        validation_curve=[{"step": 11, "valid_loss": 2 / 3}],
+    )
+    fresh = State()
+    assert all(value != getattr(fresh, name) for name, value in vars(state).items()), "a field is not tried"
+    model, optimizer = trained(1)
+    folder = checkpoint.save(tmp_path, model, optimizer, state, SETTINGS, keep=1)
+
+    other, other_optimizer = Transformer(CONFIG), None
+    other_optimizer = adam(other, 0.9, 0.98, 1e-9)
+    found = checkpoint.load(folder)
+    assert found.restore(other, other_optimizer) == state
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[ours][moment], other_optimizer.state[theirs][moment])
+        assert other_optimizer.state[theirs]["step"] == 13
+    assert json.loads((folder / "state.json").read_text())["settings"] == SETTINGS
+
+
+def test_a_state_that_has_no_validation_yet_comes_back(tmp_path):
+    assert checkpoint.load(save(tmp_path, 3)).state == State(step=3, best_valid_loss=math.inf)
+
+
+def test_only_the_last_k_are_kept(tmp_path):
+    for step in (3, 5, 7, 11, 13):
+        save(tmp_path, step, keep=3)
+    assert steps(tmp_path) == [7, 11, 13]
+
+
+def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
+    assert checkpoint.load_latest(tmp_path / "none", pytest.fail) is None
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-101] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "tensors.safetensors", 1009)
+
+
+def change_state(change: Callable[[dict[str, Any]], Any], sum_fits: bool) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path, sums = folder / "state.json", folder / "SHA256SUMS"
+        content, before = json.loads(path.read_text()), sha256(path)
+        change(content)
+        path.write_text(json.dumps(content))
+        if sum_fits:
+            sums.write_text(sums.read_text().replace(before, sha256(path)))
+
+    return damage
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a flipped bit": flip_a_byte,
+    "cut off": truncate,
+    "no tensors": lambda folder: (folder / "tensors.safetensors").unlink(),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "half a state": lambda folder: os.truncate(folder / "state.json", 53),
+    "a state that is no object": lambda folder: (folder / "state.json").write_text("[]"),
+    "no checksums": lambda folder: (folder / "SHA256SUMS").unlink(),
+    "a checksum missing": lambda folder: (folder / "SHA256SUMS").write_text(""),
+    "another number in the state": change_state(lambda content: content["state"].update(tokens=5), sum_fits=False),
+    "an unknown field": change_state(lambda content: content["state"].update(code="import os"), sum_fits=True),
+    "no position": change_state(lambda content: content["state"].update(position=[]), sum_fits=True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_named(tmp_path, damage):
+    save(tmp_path, 5)
+    damage(save(tmp_path, 7))
+    with pytest.raises(DamagedCheckpointError, match=re.escape(f"{tmp_path / 'step_00000007'}") + ".* is damaged: "):
+        checkpoint.load(tmp_path / "step_00000007")
+    warnings: list[str] = []
+    found = checkpoint.load_latest(tmp_path, warnings.append)
+    assert found is not None
+    assert found.state.step == 5
+    assert len(warnings) == 1
+    assert "step_00000007" in warnings[0]
+    assert warnings[0].endswith("; going back to the checkpoint before it")
+
+
+def test_when_all_are_damaged_each_is_named_and_there_is_no_latest(tmp_path):
+    for step in (5, 7):
+        flip_a_byte(save(tmp_path, step))
+    warnings: list[str] = []
+    assert checkpoint.load_latest(tmp_path, warnings.append) is None
+    assert ["step_00000007" in warnings[0], "step_00000005" in warnings[1]] == [True, True]
+
+
+def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
+    flip_a_byte(save(tmp_path, 7))
+    assert checkpoint.load(save(tmp_path, 7)).state.step == 7
+
+
+def test_damaged_later_checkpoints_do_not_push_out_new_ones_and_are_replaced_in_their_turn(tmp_path):
+    save(tmp_path, 3)
+    for step in (5, 7):
+        flip_a_byte(save(tmp_path, step))
+    save(tmp_path, 4, keep=2)
+    assert steps(tmp_path) == [3, 4, 5, 7]
+    save(tmp_path, 5, keep=2)
+    save(tmp_path, 7, keep=2)
+    assert steps(tmp_path) == [5, 7]
+    assert checkpoint.load(checkpoint.folder_of(tmp_path, 7)).state.step == 7
+
+
+def test_a_store_holds_what_a_disk_does(tmp_path):
+    store = UPath("memory://checkpoints/run")
+    for step in (3, 5, 7):
+        on_disk, stored = save(tmp_path, step, keep=2), save(store, step, keep=2)
+    assert steps(store) == steps(tmp_path) == [5, 7]
+    for name in ("tensors.safetensors", "state.json", "SHA256SUMS"):
+        assert (stored / name).read_bytes() == (on_disk / name).read_bytes()
+    ours, theirs = checkpoint.load_latest(store, print), checkpoint.load(on_disk)
+    assert ours is not None
+    assert ours.state == theirs.state
+    assert all(torch.equal(value, theirs.tensors[name]) for name, value in ours.tensors.items())
+    assert [p.name for p in store.iterdir()] == ["step_00000005", "step_00000007"]
+
+
+def test_in_a_store_one_that_is_cut_short_or_damaged_is_passed_over_by_name(tmp_path):
+    store = UPath("memory://checkpoints/damaged")
+    for step in (3, 5, 7, 9):
+        save(store, step)
+    (store / "step_00000009" / "SHA256SUMS").unlink()  # it is written last
+    (store / "step_00000007" / "state.json").unlink()
+    data = bytearray((store / "step_00000005" / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (store / "step_00000005" / "tensors.safetensors").write_bytes(bytes(data))
+    warnings: list[str] = []
+    found = checkpoint.load_latest(store, warnings.append)
+    assert found is not None
+    assert found.state.step == 3
+    assert [name in line for name, line in zip(("009", "007", "005"), warnings, strict=True)] == [True] * 3
+
+
+def test_a_store_that_is_away_is_an_error_and_no_reason_to_go_back(tmp_path, monkeypatch):
+    store = UPath("memory://checkpoints/away")
+    save(store, 3)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("memory://checkpoints/away cannot be reached: no route")
+
+    monkeypatch.setattr(checkpoint, "local_copy", refuse)
+    with pytest.raises(OSError, match="cannot be reached"):
+        checkpoint.load_latest(store, print)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    marker = tmp_path / "unpickled"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return marker.touch, ()
+
+    save(tmp_path / "run", 5)
+    folder = save(tmp_path / "run", 7)
+    torch.save(Payload(), folder / "tensors.safetensors")
+    assert checkpoint.load_latest(tmp_path / "run", lambda line: None).state.step == 5  # type: ignore[union-attr]
+    assert not marker.exists()
+
+
+# --- a disk that is full
+
+
+@contextmanager
+def almost_full_disk() -> Iterator[None]:
+    """No file may be larger than 20 KB: the system refuses further bytes, as a full disk does.
+
+    Not a fixture: pytest writes its own report, which may be a larger file, before it tears fixtures down."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it_and_nothing_else(tmp_path):
+    save(tmp_path, 3)
+    save(tmp_path, 5)
+    before = files(tmp_path)
+    message = rf"^checkpoint of step 7 not written to {re.escape(str(tmp_path))}: .*the ones before it stand$"
+    with almost_full_disk(), pytest.raises(OSError, match=message):
+        save(tmp_path, 7, keep=1)
+    assert files(tmp_path) == before
+    assert checkpoint.load_latest(tmp_path, pytest.fail).state.step == 5  # type: ignore[union-attr]
+
+
+def test_a_state_that_cannot_be_written_leaves_nothing_either(tmp_path, monkeypatch):
+    save(tmp_path, 3)
+    before = files(tmp_path)
+    model, optimizer = trained(5)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"checkpoint of step 5 not written to .*: No space left on device; "):
+        checkpoint.save(tmp_path, model, optimizer, State(step=5), SETTINGS, keep=1)
+    assert files(tmp_path) == before
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_checkpoint(tmp_path):
+    host = socket.gethostname()
+    names = [f".step_00000005.{host}.{2**22 + 1}", f".step_00000005.{host}.{os.getpid()}"]  # of the dead, and ours
+    names += [f".step_00000005.{host}.1", ".step_00000005.elsewhere.4711"]  # of the living, and who knows
+    for name in names:
+        shutil.copytree(save(tmp_path, 3), tmp_path / name)
+    assert steps(tmp_path) == [3]
+    save(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000003", "step_00000005", *names[2:]}
+
+
+def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path):
+    model, _ = trained(1)
+    with almost_full_disk(), pytest.raises(OSError, match=r"too large .*weights\.safetensors"):
+        checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
+
+
+# --- the average (section 6.1)
+
+
+def test_the_average_is_the_mean_of_the_last_checkpoints_weights(tmp_path):
+    for step in (3, 5, 7, 11):
+        save(tmp_path, step)
+    weights, averaged = checkpoint.average(tmp_path, 3, pytest.fail)
+    assert averaged == [11, 7, 5]
+    models = [trained(step)[0].state_dict() for step in (5, 7, 11)]
+    assert weights.keys() == models[0].keys()
+    for name, value in weights.items():
+        expected = torch.stack([model[name].double() for model in models]).mean(0)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-8)
+        assert value.dtype == torch.float32
+
+
+def test_the_average_leaves_a_damaged_checkpoint_out_and_takes_one_more(tmp_path):
+    for step in (3, 5, 7, 11):
+        save(tmp_path, step)
+    flip_a_byte(tmp_path / "step_00000007")
+    warnings: list[str] = []
+    _, averaged = checkpoint.average(tmp_path, 3, warnings.append)
+    assert averaged == [11, 5, 3]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("; left out of the average")
+
+
+def test_the_average_of_more_than_there_are_is_that_of_all(tmp_path):
+    save(tmp_path, 3)
+    weights, averaged = checkpoint.average(tmp_path, 5, pytest.fail)
+    assert averaged == [3]
+    assert all(torch.equal(value, trained(3)[0].state_dict()[name]) for name, value in weights.items())
+
+
+def test_there_is_no_average_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        checkpoint.average(tmp_path, 5, pytest.fail)
+
+
+# --- the final model
+
+
+def test_a_saved_model_comes_back_in_evaluation_mode(tmp_path):
+    model, _ = trained(1)
+    checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
+    loaded = checkpoint.load_model(tmp_path)
+    assert loaded.config == CONFIG
+    assert not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
+def test_a_model_that_lacks_a_file_says_which_stage_makes_it(tmp_path, name):
+    checkpoint.save_model(tmp_path, trained(1)[0].state_dict(), CONFIG)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} does not exist: run the train stage first")):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text('{"vocab_size": 23}'),
+        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("17", "19")),
+        lambda folder: os.truncate(folder / "weights.safetensors", 1009),
+        lambda folder: save_file({"x": torch.zeros(3)}, folder / "weights.safetensors"),
+    ],
+    ids=["no JSON", "a field missing", "other sizes", "cut off", "other weights"],
+)
+def test_a_damaged_model_is_named(tmp_path, damage):
+    checkpoint.save_model(tmp_path, trained(1)[0].state_dict(), CONFIG)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r" is damaged \(.*run the train stage again"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_weights_are_one_file_that_other_tools_read(tmp_path):
+    model, _ = trained(1)
+    checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
+    assert load_file(tmp_path / "weights.safetensors").keys() == model.state_dict().keys()

@@ -1,0 +1,358 @@
+"""One rank's training on a small corpus on disk: real plan, real checkpoints, no Ray."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.config import BOS, EOS
+from model.transformer import Transformer
+from pipeline.common.settings import Settings, load_settings
+from pipeline.data.batching import BatchPlan
+from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
+from pipeline.training import checkpoint
+from pipeline.training.loop import State
+from pipeline.training.trainer import batch_plan, rate_of_step, share_advice, train_rank
+
+VOCAB = 29
+PAIRS = {"train": 97, "valid": 13, "test": 3}
+VALID_WORDS = 41
+
+
+@pytest.fixture(autouse=True)
+def one_thread(own_threads: None) -> None:
+    """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def write_corpus(folder: Path, longest: int = 11) -> None:
+    """An encoded corpus of chance pieces, as the tokenize stage lays it out."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for split in SPLITS:
+        for side in SIDES:
+            lengths = rng.integers(1, longest + 1, PAIRS[split])
+            ids_path, offsets_path = encoded_paths(folder, split, side)
+            np.save(ids_path, rng.integers(EOS + 1, VOCAB, lengths.sum()).astype(np.uint16))
+            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
+    words = {split: {side: VALID_WORDS for side in SIDES} for split in SPLITS}
+    info = {"src": "en", "tgt": "de", "vocab_size": VOCAB, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
+    (folder / "meta.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "encoded")
+    return tmp_path / "encoded"
+
+
+def make_settings(train: dict[str, Any] | None = None, hardware: dict[str, Any] | None = None) -> Settings:
+    """Four steps an epoch, each of a few micro-batches; dropout on."""
+    settings = load_settings(Path(__file__).parents[3])
+    small = {
+        "num_layers": 1, "d_model": 14, "d_ff": 17, "num_heads": 3, "d_k": 5, "d_v": 7, "dropout": 0.2,
+        "positions": "sinusoidal", "norm": "post", "max_length": 31,
+    }  # fmt: skip
+    steps = {
+        "label_smoothing": 0.1, "batch_tokens": 170, "max_steps": 9, "warmup_steps": 3, "lr_scale": 0.5,
+        "beta1": 0.9, "beta2": 0.98, "eps": 1e-9, "max_grad_norm": 0.0, "log_every": 1, "validate_every": 4,
+        "patience": 0, "checkpoint_every": 3, "keep_checkpoints": 5, "average_checkpoints": 2,
+    }  # fmt: skip
+    machine = {"precision": "fp32", "compile": False, "micro_batch_tokens": 53}
+    return replace(
+        settings,
+        model=replace(settings.model, **small),
+        train=replace(settings.train, **steps | (train or {})),
+        hardware=replace(settings.hardware, **machine | (hardware or {})),
+    )
+
+
+class Stopped(Exception):  # noqa: N818, not an error
+    """Thrown into a run, as if it were killed."""
+
+
+def stop_at(step: int | None) -> Callable[[State, float], None]:
+    def progress(state: State, loss: float) -> None:
+        assert math.isfinite(loss)
+        if state.step == step:
+            raise Stopped
+
+    return progress
+
+
+def run(
+    data: Path,
+    folder: Path,
+    settings: Settings | None = None,
+    *,
+    stop: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> State:
+    return train_rank(
+        settings or make_settings(), data, folder, rank=rank, num_ranks=num_ranks, device=torch.device("cpu"),
+        report=report, progress=stop_at(stop), say=say,
+    )  # fmt: skip
+
+
+def tensors(folder: Path, step: int = 9) -> dict[str, Tensor]:
+    """Weights and moments of a checkpoint."""
+    return load_file(checkpoint.folder_of(folder, step) / "tensors.safetensors")
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def without_time(state: State) -> dict[str, Any]:
+    content = asdict(state)
+    del content["seconds"]
+    for point in content["training_curve"]:
+        del point["tokens_per_second"]
+    return content
+
+
+def model_of(folder: Path, step: int = 9) -> Transformer:
+    model = Transformer(make_settings().model.config(VOCAB))
+    weights = tensors(folder, step)
+    model.load_state_dict({name[6:]: value for name, value in weights.items() if name.startswith("model.")})
+    return model.eval()
+
+
+def test_it_trains_to_the_last_step_and_leaves_checkpoints_with_the_settings(data, tmp_path):
+    reported: list[tuple[int, bool]] = []
+    state = run(data, tmp_path / "run", report=lambda m, step: reported.append((step, "valid_loss" in m)))
+    assert (state.step, state.position, state.finished) == (9, (2, 1), True)
+    assert [path.name[-1] for path in checkpoint.folders(tmp_path / "run")] == ["3", "6", "9"]
+    assert [step for step, of_validation in reported if of_validation] == [4, 8, 9]
+    content = json.loads((checkpoint.folder_of(tmp_path / "run", 9) / "state.json").read_text())
+    assert content["settings"] == asdict(make_settings())
+
+
+def test_an_epoch_counts_every_target_token_once_with_its_end_of_sentence(data, tmp_path):
+    state = run(data, tmp_path / "run", make_settings({"max_steps": 4}))
+    offsets = np.load(encoded_paths(data, "train", "tgt")[1])
+    assert state.position == (1, 0)
+    assert state.tokens == offsets[-1] + PAIRS["train"]
+
+
+def test_validation_is_torchs_cross_entropy_sentence_by_sentence(data, tmp_path):
+    last = run(data, tmp_path / "run").validation_curve[-1]
+    model = model_of(tmp_path / "run")
+    total, tokens = 0.0, 0
+    sides = [[np.load(path).astype(np.int64) for path in encoded_paths(data, "valid", side)] for side in SIDES]
+    for i in range(PAIRS["valid"]):
+        src, tgt = (ids[offsets[i] : offsets[i + 1]].tolist() for ids, offsets in sides)
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([[*src, EOS]]), torch.tensor([[BOS, *tgt]])))[0]
+        total += F.cross_entropy(logits, torch.tensor([*tgt, EOS]), reduction="sum").item()
+        tokens += len(tgt) + 1
+    assert last["valid_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert last["valid_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert last["valid_ppl_word"] == pytest.approx(math.exp(total / VALID_WORDS), rel=1e-3)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_run_that_is_stopped_and_started_again_gives_the_undisturbed_one_bit_for_bit(data, tmp_path, num_threads):
+    torch.set_num_threads(num_threads)
+    whole = run(data, tmp_path / "whole")
+    said: list[str] = []
+    for stop in (5, 8):
+        with pytest.raises(Stopped):
+            run(data, tmp_path / "parts", stop=stop, say=said.append)
+    parts = run(data, tmp_path / "parts", say=said.append)
+    assert said == [f"continuing from the checkpoint of step {step}" for step in (3, 6)]
+    assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+    assert without_time(parts) == without_time(whole)
+
+
+def test_a_damaged_last_checkpoint_is_said_and_changes_nothing_in_the_end(data, tmp_path):
+    run(data, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(data, tmp_path / "parts", stop=8)
+    (checkpoint.folder_of(tmp_path / "parts", 6) / "state.json").unlink()
+    said: list[str] = []
+    run(data, tmp_path / "parts", say=said.append)
+    assert len(said) == 2
+    assert "step_00000006 is damaged" in said[0]
+    assert said[1] == "continuing from the checkpoint of step 3"
+    assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
+def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_have_arrived(data, tmp_path):
+    whole: list[tuple[int, dict[str, float]]] = []
+    run(data, tmp_path / "whole", report=lambda metrics, step: whole.append((step, metrics)))
+    with pytest.raises(Stopped):
+        run(data, tmp_path / "parts", stop=8)
+    again: list[tuple[int, dict[str, float]]] = []
+    run(data, tmp_path / "parts", report=lambda metrics, step: again.append((step, metrics)))
+
+    def points(reported: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+        timeless = [(step, {k: v for k, v in m.items() if k != "tokens_per_second"}) for step, m in reported]
+        return sorted(timeless, key=lambda point: (point[0], "valid_loss" in point[1]))
+
+    assert points(again) == points(whole)
+
+
+@pytest.mark.parametrize(("micro_batch_tokens", "advice"), [(600, True), (64, False)])
+def test_workers_that_would_wait_for_others_are_said_once(data, tmp_path, micro_batch_tokens, advice):
+    settings = make_settings({"batch_tokens": 400}, {"micro_batch_tokens": micro_batch_tokens})
+    torch.multiprocessing.spawn(as_rank, (3, str(tmp_path), settings), nprocs=3)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    plan = batch_plan(EncodedSplit.open(data, "train"), settings)
+    assert said == [[share_advice(plan, 3)] if advice else [], [], []]
+
+
+def plan_of(batch_tokens: int, micro_batch_tokens: int) -> BatchPlan:
+    lengths = np.random.default_rng(3).integers(1, 30, (2, 5000))
+    return BatchPlan(
+        *lengths, batch_tokens=batch_tokens, micro_batch_tokens=micro_batch_tokens, max_length=64, seed=1
+    )
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 25_000])
+@pytest.mark.parametrize("num_ranks", [3, 5, 6, 7, 8, 12, 24])
+def test_who_follows_the_advice_for_a_number_of_workers_hears_no_more(batch_tokens, num_ranks):
+    advice = share_advice(plan_of(batch_tokens, 100_000), num_ranks)
+    assert advice is not None
+    found = re.fullmatch(
+        f"{num_ranks} workers share 4 micro-batches a step, and some wait for others: "
+        r"set hardware\.micro_batch_tokens to (\d+), which is another run",
+        advice,
+    )
+    assert found is not None
+    assert share_advice(plan_of(batch_tokens, int(found[1])), num_ranks) is None
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_one_two_and_four_workers_share_every_step_and_hear_nothing(num_ranks):
+    assert share_advice(plan_of(4096, 100_000), num_ranks) is None
+
+
+def test_more_workers_than_sentences_can_be_shared_out_to_are_advised_to_be_fewer():
+    assert share_advice(plan_of(1024, 1100), 64) == (
+        "64 workers share 4 micro-batches a step, and some wait for others: take fewer workers"
+    )
+
+
+def test_a_few_steps_that_are_short_of_a_micro_batch_are_no_reason_for_advice():
+    plan = plan_of(1024, 600)
+    assert sorted(len(step) for step in plan.steps(0)) == [3] * 2 + [4] * (plan.num_steps - 2)
+    assert share_advice(plan, 4) is None
+
+
+def test_a_finished_run_is_not_trained_further(data, tmp_path):
+    first = run(data, tmp_path / "run")
+    before = tensors(tmp_path / "run")
+    assert run(data, tmp_path / "run") == first
+    assert same(tensors(tmp_path / "run"), before)
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("train.label_smoothing", 0.3),
+    ("train.batch_tokens", 400),
+    ("train.warmup_steps", 2),
+    ("train.lr_scale", 0.7),
+    ("train.beta1", 0.5),
+    ("train.beta2", 0.5),
+    ("train.eps", 1e-3),
+    ("train.max_grad_norm", 1e-6),
+    ("hardware.precision", "bf16"),
+    ("hardware.micro_batch_tokens", 97),
+    ("model.dropout", 0.3),
+    ("model.num_heads", 5),
+    ("seed", 2),
+]
+
+
+def test_every_setting_that_decides_the_weights_does(data, tmp_path):
+    short = make_settings({"max_steps": 3})
+    run(data, tmp_path / "plain", short)
+    plain = tensors(tmp_path / "plain", 3)["model.embedding.weight"]
+    run(data, tmp_path / "again", short)
+    assert torch.equal(tensors(tmp_path / "again", 3)["model.embedding.weight"], plain)
+    for key, value in CHANGES:
+        section, _, name = key.rpartition(".")
+        inner = replace(getattr(short, section), **{name: value}) if section else value
+        run(data, tmp_path / key, replace(short, **{section or name: inner}))
+        assert not torch.equal(tensors(tmp_path / key, 3)["model.embedding.weight"], plain), key
+
+
+def test_training_pairs_that_are_too_long_are_left_out_and_counted_aloud(data, tmp_path):
+    for side in SIDES:  # validation fits: five pieces each
+        ids_path, offsets_path = encoded_paths(data, "valid", side)
+        np.save(ids_path, np.full(5 * PAIRS["valid"], EOS + 1, np.uint16))
+        np.save(offsets_path, 5 * np.arange(PAIRS["valid"] + 1))
+    lengths = [np.diff(np.load(encoded_paths(data, "train", side)[1])) + 1 for side in SIDES]
+    too_long = int((np.maximum(*lengths) > 9).sum())
+    settings = make_settings()
+    said: list[str] = []
+    run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), say=said.append)
+    assert said == [f"{too_long} training pairs are longer than model.max_length and left out"]
+
+
+def test_validation_pairs_that_are_too_long_stop_it_with_the_way_out(data, tmp_path):
+    settings = make_settings()
+    with pytest.raises(
+        ValueError, match=r"^\d+ validation pairs have more than 7 pieces on one side: raise model\.m"
+    ):
+        run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=7)))
+    assert not (tmp_path / "run").exists()
+
+
+def as_rank(rank: int, num_ranks: int, folder: str, settings: Settings | None = None) -> None:
+    torch.set_num_threads(2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet-{os.getppid()}-{settings and settings.hardware.micro_batch_tokens}",
+        rank=rank,
+        world_size=num_ranks,
+    )
+    said: list[str] = []
+    try:
+        parts = Path(folder) / ("parts" if settings is None else f"{settings.hardware.micro_batch_tokens}")
+        run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=num_ranks)
+    except Stopped:
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+    dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
+    dist.destroy_process_group()
+
+
+def test_the_number_of_ranks_may_change_from_one_checkpoint_to_the_next(data, tmp_path):
+    """Steps 1 to 3 on one rank, 4 to 6 on two, 7 to 9 on one: the weights of one rank but for rounding."""
+    whole = run(data, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(data, tmp_path / "parts", stop=4)
+    torch.multiprocessing.spawn(as_rank, (2, str(tmp_path)), nprocs=2)
+    assert json.loads((tmp_path / "0.json").read_text()) == ["continuing from the checkpoint of step 3"]
+    assert json.loads((tmp_path / "1.json").read_text()) == []
+    parts = run(data, tmp_path / "parts")
+    ours, theirs = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+    assert (parts.step, parts.position, parts.tokens) == (whole.step, whole.position, whole.tokens)
+    for point, expected in zip(parts.validation_curve, whole.validation_curve, strict=True):
+        assert point["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-4)
+
+
+def test_the_learning_rate_peaks_at_the_end_of_warm_up_scaled_by_model_and_setting():
+    settings = load_settings(Path(__file__).parents[3])
+    m, t = settings.model, settings.train
+    rate = rate_of_step(settings)
+    assert rate(t.warmup_steps) == pytest.approx(t.lr_scale * (m.d_model * t.warmup_steps) ** -0.5)
+    assert rate(t.warmup_steps) > max(rate(t.warmup_steps - 1), rate(t.warmup_steps + 1))

@@ -1,0 +1,237 @@
+"""The plan against models that are really built and micro-batches that are really collated."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import EOS
+from model.flops import training_flops
+from model.transformer import Transformer
+from pipeline.common.settings import Settings
+from pipeline.data.batching import BatchPlan, collate
+from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
+from sweeps import cost as plan
+from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, text
+from sweeps.trials import EVALUATION_CODE, Sweep, load_sweep
+from tests.sweeps.settings_files import copy_settings, edit
+
+VOCAB = 29
+PAIRS = {"train": 97, "valid": 3, "test": 3}
+CPU = torch.device("cpu")
+
+
+def write_corpus(folder: Path) -> None:
+    """Chance pieces, as the tokenize stage lays them out."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for split in SPLITS:
+        for side, longest in zip(SIDES, (11, 17), strict=True):
+            lengths = rng.integers(1, longest + 1, PAIRS[split])
+            ids_path, offsets_path = encoded_paths(folder, split, side)
+            np.save(ids_path, rng.integers(EOS + 1, VOCAB, lengths.sum()).astype(np.uint16))
+            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
+    words = {split: {side: 41 for side in SIDES} for split in SPLITS}
+    info = {"src": "en", "tgt": "de", "vocab_size": VOCAB, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
+    (folder / "meta.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project after the tokenize stage, with a sweep of two rows and one that is left out, two seeds."""
+    copy_settings(tmp_path)
+    for file in EVALUATION_CODE:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "data/clean").mkdir(parents=True)
+    for split in ("valid", "test"):
+        for language in ("en", "de"):
+            (tmp_path / f"data/clean/{split}.{language}").touch()
+    write_corpus(tmp_path / "data/encoded")
+    edit(tmp_path, "conf/model/nano.yaml", "train", batch_tokens=170, max_steps=13)
+    edit(tmp_path, "conf/model/nano.yaml", "model", d_k=14)
+    edit(tmp_path, "conf/hardware/auto.yaml", "hardware", micro_batch_tokens=53, device="cpu")
+    edit(tmp_path, "params.yaml", "sweep", rows=["d_k"], seeds=[3, 5], flops_per_second=1e6)
+    return tmp_path
+
+
+def with_model(settings: Settings, **changes: Any) -> Settings:
+    return replace(settings, model=replace(settings.model, **changes))
+
+
+def batch_plan(settings: Settings, root: Path, batch_tokens: int) -> tuple[BatchPlan, EncodedSplit]:
+    split = EncodedSplit.open(root / "data/encoded", "train")
+    limits = {"micro_batch_tokens": settings.hardware.micro_batch_tokens, "max_length": settings.model.max_length}
+    return BatchPlan(split.src.lengths, split.tgt.lengths, batch_tokens=batch_tokens, seed=0, **limits), split
+
+
+def flops_of(settings: Settings, split: EncodedSplit, indices: np.ndarray) -> int:
+    batch = collate(split, indices)
+    assert batch.tgt_in.shape == batch.tgt_out.shape
+    return training_flops(settings.model.config(VOCAB), *batch.src.shape, batch.tgt_in.shape[1])
+
+
+def finish(sweep: Sweep, statuses: dict[str, str]) -> None:
+    for trial in sweep.trials:
+        if trial.id in statuses:
+            trial.write_record({"status": statuses[trial.id]})
+
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"d_k": 5, "num_heads": 3, "d_v": 7},
+    {"num_layers": 3, "d_model": 22, "d_ff": 37},
+    {"positions": "relative"},
+    {"positions": "learned", "norm": "pre"},
+    {"max_length": 13},  # leaves pairs out
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_flops_of_a_step_are_the_mean_over_an_epoch_of_collated_micro_batches(root, changes):
+    settings = with_model(load_sweep(root).base, **changes)
+    steps, split = batch_plan(settings, root, settings.train.batch_tokens)
+    assert (steps.num_skipped > 0) == (changes == {"max_length": 13})
+    epoch = steps.steps(0)
+    assert len(epoch) > 2
+    assert max(len(step) for step in epoch) > 1
+    flops = sum(flops_of(settings, split, indices) for step in epoch for indices in step)
+    assert flops_per_step(settings, root) == pytest.approx(flops / len(epoch), rel=1e-12)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_parameters_are_those_of_the_model_that_would_be_built(root, changes):
+    settings = with_model(load_sweep(root).base, **changes)
+    model = Transformer(settings.model.config(VOCAB))
+    assert num_parameters(settings, root) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_row_costs_all_its_steps_with_every_seed(root):
+    sweep = load_sweep(root)
+    base, half = costs(sweep, root)  # a quarter of d_k 14 cannot be
+    assert [row.id for row in sweep.rows if row.skipped] == ["B-dk16"]
+    assert (base.label, half.label) == ("base", "B: d_k 7")
+    assert base.flops == 2 * 13 * flops_per_step(sweep.base, root)
+    assert half.flops == 2 * 13 * flops_per_step(with_model(sweep.base, d_k=7), root) < base.flops
+    assert half.parameters == num_parameters(with_model(sweep.base, d_k=7), root) < base.parameters
+    assert (base.num_done, base.num_to_run) == (half.num_done, half.num_to_run) == (0, 2)
+
+
+def test_a_row_that_trains_longer_costs_more(root):
+    edit(root, "params.yaml", "sweep", free={"train.max_steps": [39]})
+    base, _, longer = costs(load_sweep(root), root)
+    assert longer.flops == 3 * base.flops
+
+
+@pytest.mark.parametrize(
+    ("status", "done"), [("finished", True), ("stopped", True), ("failed", False), ("unfinished", False)]
+)
+def test_what_finished_and_what_was_ended_early_is_done_and_what_failed_gets_another_chance(root, status, done):
+    sweep = load_sweep(root)
+    before = costs(sweep, root)[0]
+    finish(sweep, {"base.5": status})
+    assert [is_done(trial) for trial in sweep.trials] == [False, done, False, False]
+    after, other = costs(sweep, root)
+    assert (after.num_done, after.num_to_run) == ((1, 1) if done else (0, 2))
+    assert after.flops == before.flops / (2 if done else 1)
+    assert other.num_to_run == 2
+
+
+def test_the_plan_says_what_is_done_what_is_left_out_and_what_the_rest_costs(root):
+    edit(root, "params.yaml", "sweep", price_per_device_hour=2.5)
+    sweep = load_sweep(root)
+    finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished", "B-dk32.5": "finished"})
+    lines = text(sweep, root, devices=4, gpu=False).splitlines()
+    flops = 13 * flops_per_step(sweep.base, root)  # of the one that failed
+    hours = flops / 1e6 / 3600
+    assert lines[0] == "table3-grammar-nano: 2 rows x 2 seeds, 3 trials done, 1 to run"
+    assert lines[2] == "| row | parameters | to run | FLOPs | CPU core hours |"
+    parameters = num_parameters(sweep.base, root)
+    assert lines[4] == f"| base | {parameters:,} | 1 | {flops:.2g} | {hours:.3f} |"
+    assert lines[5].startswith("| B: d_k 7 | ")
+    assert lines[5].endswith(" | 0 | 0 | 0.000 |")
+    assert lines[6] == "| B: d_k 3.5 | left out: d_k 14 x 1/4 is d_k 3.5 | | | |"
+    assert lines[7] == ""
+    assert lines[8].startswith(
+        f"In all {flops:.2g} FLOPs: {hours:.2f} CPU core hours at 1e+06 FLOPs a second (sweep.flops_per_second), "
+        f"{60 * hours / 4:.0f} minutes on 4 at once"
+    )
+    assert lines[9:] == [f"At 2.5 an hour and CPU core: {2.5 * hours:.2f}."]
+    assert 60 * hours > 4  # so that none of these is a zero
+
+
+def test_without_a_price_none_is_named_and_on_gpus_the_hours_are_gpu_hours(root):
+    lines = text(load_sweep(root), root, devices=1, gpu=True).splitlines()
+    assert "GPU hours at" in lines[-1]
+    assert "CPU" not in "".join(lines)
+
+
+def test_twice_the_devices_take_half_the_time_and_cost_the_same(root):
+    edit(root, "params.yaml", "sweep", price_per_device_hour=2.5, flops_per_second=1e4)
+    one, two = (text(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
+    hours = [float(re.search(r"([\d.]+) hours on", plan)[1]) for plan in (one, two)]
+    assert hours[0] == pytest.approx(2 * hours[1], abs=0.11)
+    assert one.splitlines()[-1] == two.splitlines()[-1]
+
+
+def test_a_sweep_that_is_done_costs_nothing_and_measures_nothing(root, monkeypatch):
+    edit(root, "params.yaml", "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
+    monkeypatch.setattr(plan, "measured_rate", lambda *_: pytest.fail("measured"))
+    sweep = load_sweep(root)
+    finish(sweep, {trial.id: "finished" for trial in sweep.trials})
+    lines = text(sweep, root, devices=1, gpu=False).splitlines()
+    assert lines[0].endswith("4 trials done, 0 to run")
+    assert lines[-1].startswith("| B: d_k 3.5 | left out")
+
+
+def test_a_rate_that_is_not_stated_is_measured_and_the_plan_says_so(root, monkeypatch):
+    edit(root, "params.yaml", "sweep", flops_per_second=0.0)
+    monkeypatch.setattr(plan, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
+    assert "at 7e+06 FLOPs a second (measured here)" in text(load_sweep(root), root, devices=1, gpu=False)
+
+
+def test_the_measured_rate_is_what_is_computed_after_the_warm_up_by_the_time_it_takes(root, monkeypatch):
+    ticks = count(100.0, 5.0)  # every look at the clock is 5 seconds after the last
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    settings = load_sweep(root).base
+    steps, split = batch_plan(settings, root, settings.train.batch_tokens)
+    batches = [indices for step in steps.steps(0) for indices in step]
+    timed = sum(flops_of(settings, split, indices) for indices in batches[3:6])
+    threads = torch.get_num_threads()
+    # clock: after the warm-up, after the third batch that counts, at the end
+    assert measured_rate(settings, root, CPU) == pytest.approx(timed / 10.0, rel=1e-12)
+    assert torch.get_num_threads() == threads
+
+
+def run_main(root: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    plan.main()
+
+
+def test_the_command_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys):
+    run_main(root, monkeypatch, "--devices", "8")
+    assert capsys.readouterr().out == text(load_sweep(root), root, devices=8, gpu=False) + "\n"
+
+
+def test_a_gpu_that_is_not_here_can_be_planned_for_if_its_rate_is_stated(root, monkeypatch, capsys):
+    edit(root, "conf/hardware/auto.yaml", "hardware", device="gpu")
+    run_main(root, monkeypatch, "--devices", "8")
+    assert "GPU hours at 1e+06" in capsys.readouterr().out
+    edit(root, "params.yaml", "sweep", flops_per_second=0.0)
+    with pytest.raises(SystemExit, match=r"^plan: hardware.device is gpu and there is none here: state its rate in "):
+        run_main(root, monkeypatch)
+
+
+def test_a_fault_in_the_settings_is_one_line(root, monkeypatch):
+    edit(root, "params.yaml", "sweep", rows=["colour"])
+    with pytest.raises(SystemExit, match=r"^plan: sweep.rows has 'colour': one of A, B, "):
+        run_main(root, monkeypatch)

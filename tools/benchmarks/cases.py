@@ -1,0 +1,386 @@
+"""The comparisons, each a function that gives the lines of its table."""
+
+import csv
+import datetime
+import gzip
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from harness import OPERATORS, ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
+from turns import Runner, slower_by
+
+VOCAB_SIZE = 10_000
+WMT_VOCAB_SIZE = 37_000  # section 5.1
+CTRANSLATE2 = (("float32", 2, 1), ("float32", 2, 2), ("float32", 1, 1), ("int8", 2, 1), ("int8", 1, 1))
+"""Weights, translators that share the threads, patience."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`folder` keeps what is made; `peers` is the Python that has the others; `data` is Multi30k's, encoded; `text`
+    has the two sides of a corpus for the data stages."""
+
+    folder: Path
+    peers: Path
+    data: Path
+    rounds: int
+    pairs: int
+    text: tuple[Path, Path] | None
+
+    @property
+    def encoded(self) -> Path:
+        return self.data / "encoded"
+
+
+def training(setting: Setting) -> list[str]:
+    """Tokens a second of ours, of MarianMTModel and of torch.nn.Transformer."""
+    ceiling, found = _ceiling()
+    lines = [
+        f"**Training**, steps of about 4,096 target tokens, single precision. {found}",
+        "",
+        "| | target tokens/s | padding | GFLOP/s | share of the ceiling | ours to it | peak memory |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    profiles = []
+    for preset, steps, rounds in (("tiny", 10, setting.rounds), ("base", 1, max(3, setting.rounds - 2))):
+        config = _config(preset)
+        common = ("--corpus", setting.encoded, "--sizes", json.dumps(vars(config)), "--steps", steps)
+        common += ("--threads", THREADS)
+        ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *common))
+        others = [
+            Side(f"{preset}, {name}", script("training.py", setting.peers, side, *common))
+            for side, name in (("marian", "transformers' MarianMTModel"), ("torch", "torch.nn.Transformer"))
+        ]
+        paired([ours, *others], rounds, profile=True)
+        profiles.append(_profile(ours))
+        flops = flops_per_token(config, setting.encoded)
+        for side in (ours, *others):
+            rate = side.median("tokens_per_s")
+            ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
+            speed, share = f"{rate * flops / 1e9:.0f}", f"{rate * flops / ceiling:.0%}"
+            padding, peak = f"{side.median('padding'):.1%}", f"{side.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((side.name, f'{rate:,.0f}', padding, speed, share, ratio, peak))} |")
+    return [*lines, "", *profiles]
+
+
+def decoding(setting: Setting) -> list[str]:
+    """Sentences a second of ours, of MarianMTModel.generate and of CTranslate2, from the same weights."""
+    ceiling, found = _ceiling()
+    lines = [
+        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, two "
+        "lengths of 64 sentences, and every output has its source's pieces and 10 more. CTranslate2 ends a search "
+        "with four finished outputs, whatever else is growing; with patience 2, which evaluate.engine has for the "
+        "outputs of ours, with eight. The share of the ceiling is of what four hypotheses as long as the output "
+        f"need. {found}",
+        "",
+        "| | sentences/s | output pieces/s | share of the ceiling | ours to it | peak memory |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    profiles = []
+    for preset, sentences, rounds in (("tiny", 1000, setting.rounds), ("base", 128, max(3, setting.rounds - 2))):
+        model = _model(setting, preset)
+        common = ("--model", model, "--encoded", setting.encoded, "--sentences", sentences, "--threads", THREADS)
+        common += ("--cap",) if preset == "base" else ()
+        ours = Side(f"{preset}, ours", script("decoding.py", sys.executable, "ours", *common))
+        generate = script("decoding.py", setting.peers, "generate", *common)
+        others = [Side(f"{preset}, transformers' generate", generate)]
+        for side, workers, patience in CTRANSLATE2:
+            name = f"{preset}, CTranslate2 {side}, {workers} x {THREADS // workers} threads"
+            name += ", patience 2" if patience == 2 else ""
+            options = ("--workers", workers, "--patience", patience, *common)
+            others.append(Side(name, script("decoding.py", sys.executable, side, *options)))
+        if preset == "tiny":
+            options = ("--tokenizer", setting.data / "tokenizer", *common)
+            engine = script("decoding.py", sys.executable, "engine", *options)
+            others.append(Side(f"{preset}, evaluate.engine ctranslate2, its export included", engine))
+        paired([ours, *others], rounds, profile=True)
+        profiles.append(_profile(ours))
+        for side in (ours, *others):
+            ratio = "" if side is ours else ours.ratio(side, "sentences_per_s")
+            rates = (f"{side.median('sentences_per_s'):,.1f}", f"{side.median('tokens_per_s'):,.0f}")
+            share, peak = f"{side.median('flops_per_s') / ceiling:.0%}", f"{side.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((side.name, *rates, share, ratio, peak))} |")
+    return [*lines, "", *profiles]
+
+
+def data(setting: Setting) -> list[str]:
+    """The stages from text to pieces, beside SentencePiece alone; the plan of an epoch."""
+    project = setting.folder / "data"
+    _clear(project)
+    new_project(project, data="files", model="mini")
+    if setting.text:
+        what, vocab_size = f"of {setting.text[0].name} again and again, numbered", WMT_VOCAB_SIZE
+        _write_copies(setting.text, project / "data/own", setting.pairs)
+    else:
+        what, vocab_size = "each two of Multi30k's by chance", VOCAB_SIZE
+        _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
+    lines = [
+        f"**Data**, {setting.pairs:,} pairs, {what}, {vocab_size:,} pieces.",
+        "",
+        "| | seconds | pairs/s | peak memory |",
+        "|---|---:|---:|---:|",
+    ]
+    edit(project / "conf/data/files.yaml", "tokenize.vocab_size", vocab_size)
+    rows = []
+    for stage in ("download", "validate", "train_tokenizer", "encode"):
+        say(stage)
+        rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
+    rows.append(("download to encoded", sum(took for _, took, _ in rows), max(peak for *_, peak in rows)))
+    names = {"encode": "pieces by encode", "sentencepiece": "pieces by SentencePiece alone", "decode": "text again"}
+    sides = [
+        Side(name, script("preparation.py", sys.executable, side, "--data", project / "data"))
+        for side, name in names.items()
+    ]
+    paired(sides, 3 if setting.pairs <= 500_000 else 1)
+    rows += [(side.name, side.median("seconds"), side.peak_bytes) for side in sides]
+    shares = [side.median("cores_s") / sides[0].median("cores_s") for side in sides]
+    lines += [
+        f"| {name} | {took:.1f} | {setting.pairs / took:,.0f} | {peak / 1e9:.2f} GB |" for name, took, peak in rows
+    ]
+    plan = Side("plan", script("preparation.py", sys.executable, "plan"))
+    paired([plan], 1)
+    (block,) = plan.blocks
+    lines += [
+        "",
+        f"Encode over SentencePiece alone, pairs a second: {sides[0].ratio(sides[1], 'pairs_per_s')}. Of its "
+        f"processor time, {shares[1]:.0%} is SentencePiece's for the pieces, {shares[2]:.0%} for the text again, by "
+        f"which each sentence is compared, and {1 - shares[1] - shares[2]:.0%} reads, compares, counts and writes.",
+        f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
+        f"{block['resume_s']:.1f} s to the first batch in the middle of one, {plan.peak_bytes / 1e9:.2f} GB.",
+    ]
+    return lines
+
+
+def _write_pairs(raw: Path, own: Path, num_pairs: int) -> None:
+    """Two sentences make about the length of WMT's."""
+    rng = random.Random(1)
+    for split in ("train", "valid", "test"):
+        sides = [(raw / f"{split}.{code}").read_text(encoding="utf-8").splitlines() for code in ("en", "de")]
+        number = num_pairs if split == "train" else len(sides[0])
+        chosen = [rng.choices(range(len(sides[0])), k=2) for _ in range(number)]
+        for lines, code in zip(sides, ("en", "de"), strict=True):
+            text = "".join(f"{lines[i]} {lines[j]}\n" for i, j in chosen)
+            (own / f"{split}.{code}").write_text(text, encoding="utf-8")
+
+
+def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
+    """The pairs of `text` again and again, each with its number in front, or the copies would be left out as
+    duplicates."""
+    sides = []
+    for path in text:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            sides.append(file.read().removesuffix("\n").split("\n"))
+    held_out = 2000
+    for lines, code in zip(sides, ("en", "de"), strict=True):
+        for split, first in (("valid", -held_out), ("test", -2 * held_out)):
+            chosen = lines[first : first + held_out or None]
+            (own / f"{split}.{code}").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        with open(own / f"train.{code}", "w", encoding="utf-8") as file:
+            file.writelines(f"{n + 1}. {lines[n % (len(lines) - 2 * held_out)]}\n" for n in range(num_pairs))
+
+
+def start(setting: Setting) -> list[str]:
+    """How long it takes until the first step is done."""
+    project = _tiny_on_multi30k(setting)
+    starts: dict[str, list[float]] = {"a new project": [], "one that has MLflow's store": []}
+    parts = []  # of the second
+    _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
+    for number in range(3):
+        _forget(project)
+        for where, seconds in starts.items():
+            say(f"round {number + 1} of 3: two steps in {where}")
+            _clear(project / "checkpoints")
+            began = time.time()
+            run([sys.executable, "-m", "pipeline.train"], project)
+            (usage,) = project.glob("checkpoints/*/usage/*.json")
+            first_step_at = json.loads(usage.read_text())["first_step_at"]
+            seconds.append(first_step_at - began)
+        parts.append([b - a for a, b in pairwise((began, _ray_began(), int(usage.stem) / 1e9, first_step_at))])
+    imports, starting, first = map(statistics.median, zip(*parts, strict=True))
+    first_steps = "; ".join(
+        f"in {where}, {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+        for where, seconds in starts.items()
+    )
+    return [
+        "**Start**",
+        "",
+        f"- Command to first step: {first_steps}: {imports:.1f} s of imports and checks, {starting:.1f} s until Ray "
+        f"and a worker have started and the worker has imported, {first:.1f} s until its first step is done.",
+    ]
+
+
+def orchestration(setting: Setting) -> list[str]:
+    """What Ray Train, MLflow and checkpoints add; two workers; nothing to do."""
+    project = _tiny_on_multi30k(setting)
+    slower = []
+    _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
+    for number in range(setting.rounds):
+        say(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
+        _forget(project)
+        whole = Runner([sys.executable, "-m", "pipeline.train"], project, "checkpoints/*/progress.json")
+        alone = project / "bare"
+        _clear(alone)
+        alone.mkdir()
+        command = script("orchestration.py", sys.executable, "--project", project, "--progress", alone / "told.json")
+        bare = Runner(command, alone, "told.json")
+        with whole.started(25), bare.started(3):  # after the first point of the curve, for which MLflow is imported
+            slower.append(slower_by(whole, bare, turns=24, turn_s=5))
+            shares = [
+                ", ".join(f"{who} {share:.1%}" for who, share in runner.shares().items() if share >= 0.0005)
+                for runner in (whole, bare)
+            ]
+    lines = [
+        "**Orchestration**",
+        "",
+        "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
+        f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
+        f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
+    ]
+    edit(project / "params.yaml", "model", "base")
+    _lengths(project, "base", max_steps=6, checkpoint_every=6)
+    edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
+    edit(project / "conf/model/base.yaml", "train.log_every", 1)
+    edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(setting.rounds):
+        for workers, found in rates.items():
+            say(f"round {number + 1} of {setting.rounds}: base on {workers} workers of one thread")
+            edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
+            _clear(project / "checkpoints")  # or one worker's run would be two's as well
+            run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
+            points = csv.DictReader((project / "reports/training_curve.csv").read_text().splitlines())
+            found.append(statistics.median([float(point["tokens_per_second"]) for point in points][2:]))
+    ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
+    one, two = map(statistics.median, rates.values())
+    lines.append(
+        f"- Base on workers of one thread, from the third step on: {one:,.0f} tokens/s by one, {two:,.0f} by two: "
+        f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})."
+    )
+    _clear(project)
+    new_project(project, data="grammar", model="nano")
+    _lengths(project, "nano", max_steps=20, checkpoint_every=20)
+    for command in (["git", "init", "-q"], ["git", "add", "."], ["git", *WHO, "commit", "-qm", "benchmark"]):
+        run(command, project)
+    say("dvc repro evaluate, and again")
+    dvc = [Path(sys.executable).parent / "dvc", "repro", "evaluate"]
+    run(dvc, project)
+    nothing = [run(dvc, project)[0] for _ in range(3)]
+    lines.append(f"- `dvc repro evaluate` with nothing to do: {statistics.median(nothing):.1f} s.")
+    return lines
+
+
+CASES: dict[str, Callable[[Setting], list[str]]] = {
+    "training": training,
+    "decoding": decoding,
+    "data": data,
+    "start": start,
+    "orchestration": orchestration,
+}
+WHO = ("-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost")
+
+
+def new_project(root: Path, **presets: str) -> None:
+    """What the stages need, in a folder of its own; `presets` as in params.yaml."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name in ("conf", "model", "pipeline", "sweeps", ".dvc"):
+        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+        shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True, ignore=ignored)
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "data/own/.gitignore"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for key, value in presets.items():
+        edit(root / "params.yaml", key, value)
+
+
+def edit(path: Path, key: str, value: Any) -> None:
+    """Set "section.key" of a YAML file."""
+    values = yaml.safe_load(path.read_text())
+    *sections, name = key.split(".")
+    section = values
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _tiny_on_multi30k(setting: Setting) -> Path:
+    """A project to train tiny on Multi30k in."""
+    project = setting.folder / "orchestration"
+    _clear(project)
+    new_project(project, data="multi30k", model="tiny")
+    shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
+    return project
+
+
+def _ray_began() -> float:
+    """When the last Ray of this machine started, by the name of its folder: session_DATE_TIME_MICROSECONDS_PID."""
+    name = Path("/tmp/ray/session_latest").readlink().name
+    moment, _, _ = name.removeprefix("session_").rpartition("_")
+    return datetime.datetime.strptime(moment, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
+
+
+def _lengths(project: Path, preset: str, max_steps: int, checkpoint_every: int) -> None:
+    for key, value in (("max_steps", max_steps), ("checkpoint_every", checkpoint_every), ("validate_every", 1000)):
+        edit(project / f"conf/model/{preset}.yaml", f"train.{key}", value)
+
+
+def _forget(project: Path) -> None:
+    """The runs."""
+    _clear(*(project / name for name in ("checkpoints", "mlflow.db", "mlartifacts", "models")))
+
+
+def _profile(side: Side) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in side.shares.items() if name != OPERATORS)
+    return (
+        f"- {side.name}: {side.shares[OPERATORS]:.0%} of the threads' time in operators, the rest between them and "
+        f"waiting. Of the operators' time: {shares}."
+    )
+
+
+def _clear(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _config(preset: str) -> Any:
+    from pipeline.common.settings import load_settings
+
+    return load_settings(ROOT, model=preset).model.config(VOCAB_SIZE)
+
+
+def _ceiling() -> tuple[float, str]:
+    """FLOP/s of large products, and the sentence that says so."""
+    rates = multiply_rates(THREADS)
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in rates.items())
+    return max(rates.values()), (
+        f"The ceiling is the better of torch's libraries at a product of 2048 x 2048 x 2048: {found}."
+    )
+
+
+def _model(setting: Setting, preset: str) -> Path:
+    """Weights to decode by, and their export."""
+    folder = setting.folder / "models" / preset
+    if not (folder / "config.json").is_file():
+        say(f"{preset}: makes the weights, once")
+        options = (preset, "--folder", folder, "--data", setting.data)
+        run(script("weights.py", sys.executable, *options), setting.folder)
+    for kind in ("float32", "int8"):
+        output = folder / f"ctranslate2-{kind}"
+        if not (output / "model.bin").is_file():
+            command = [sys.executable, "-m", "pipeline.export", "--quantization", kind, "--model", folder]
+            run([*command, "--tokenizer", setting.data / "tokenizer", "--output", output], setting.folder)
+    return folder

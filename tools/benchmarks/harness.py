@@ -1,0 +1,240 @@
+"""Paired measurements: each side of a comparison is a process that works when it is told to, one at a time.
+
+A side prints a line when it is ready, then works a block for every line that it reads, and prints what it measured.
+The rounds go through all sides in turn, so that what else the machine does falls on each alike; a ratio is taken
+inside each round, and given as median, smallest and largest. The sides of others import this, too: it needs
+nothing but Python.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+THREADS = 2
+OPERATORS = "all operators"
+LAUNCHER = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+"""Runs a command as the child of a small process: a child's peak counts what it was forked from."""
+
+
+@dataclass
+class Side:
+    """One of those that are compared: `command` starts it."""
+
+    name: str
+    command: list[str]
+    blocks: list[dict[str, float]] = field(default_factory=list)  # what it measured, round by round
+    peak_bytes: float = 0.0
+    shares: dict[str, float] = field(default_factory=dict)  # see `_profile`, if it was asked for
+
+    def median(self, key: str) -> float:
+        return statistics.median(block[key] for block in self.blocks)
+
+    def ratio(self, other: "Side", key: str) -> str:
+        """This one over the other, inside each round."""
+        ratios = [ours[key] / theirs[key] for ours, theirs in zip(self.blocks, other.blocks, strict=True)]
+        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def script(name: str, python: str | Path, *options: object) -> list[str]:
+    """The command of a side that is a script of this folder."""
+    return [str(python), str(HERE / name), *map(str, options)]
+
+
+def paired(sides: Sequence[Side], rounds: int, profile: bool = False) -> None:
+    """Fill in what the sides measure, with `profile` also where the first one's time goes. Raises RuntimeError if one
+    dies."""
+    with ExitStack() as stack:
+        running = []
+        for side in sides:
+            say(f"{side.name}: starts and warms up")
+            running.append(stack.enter_context(_started(side)))
+            _answer(side, running[-1])
+        for number in range(rounds):
+            for side, process in zip(sides, running, strict=True):
+                say(f"round {number + 1} of {rounds}: {side.name}")
+                side.blocks.append(_ask(side, process, "block"))
+        for side, process in zip(sides, running, strict=True):
+            side.peak_bytes = _ask(side, process, "peak")["peak_bytes"]
+        if profile:
+            sides[0].shares = _ask(sides[0], running[0], "profile")
+
+
+@contextmanager
+def _started(side: Side) -> Iterator["subprocess.Popen[str]"]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(THREADS)}
+    with subprocess.Popen(
+        side.command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _ask(side: Side, process: "subprocess.Popen[str]", word: str) -> dict[str, float]:
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+    return _answer(side, process)
+
+
+def _answer(side: Side, process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise RuntimeError(f"{side.name} ended with exit code {process.wait()}: {' '.join(side.command)}")
+
+
+def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
+    """The side's end: a block to warm up, then one for each line that comes."""
+    if warm_up:
+        block()
+    print("{}", flush=True)
+    answers = {"block": block, "peak": _peak, "profile": lambda: _profile(block)}
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+def _peak() -> dict[str, float]:
+    """The card's if it is used, else the process's."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return {"peak_bytes": torch.cuda.max_memory_allocated()}
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the process was forked from, too
+    return {"peak_bytes": float(status.partition("VmHWM:")[2].split()[0]) * 1024}
+
+
+def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """By torch's profiler: OPERATORS, the share of the threads' time (a card's) that operators (its kernels) take;
+    and of that, the nine largest shares."""
+    import torch
+
+    device = "CUDA" if torch.cuda.is_initialized() else "CPU"
+    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # training and search have their own
+    activity = getattr(torch.profiler.ProfilerActivity, device)
+    with torch.profiler.profile(activities=[activity], experimental_config=threads) as profiler:
+        started = time.perf_counter()
+        block()
+        took = time.perf_counter() - started
+    which = "self_device_time_total" if device == "CUDA" else "self_cpu_time_total"
+    times = {event.key.removeprefix("aten::"): getattr(event, which) for event in profiler.key_averages()}
+    total = sum(times.values())
+    shares = {name: times[name] / total for name in sorted(times, key=lambda name: -times[name])[:9]}
+    return {OPERATORS: total / 1e6 / took / (1 if device == "CUDA" else torch.get_num_threads())} | shares
+
+
+def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:
+    """Seconds and peak bytes (of the largest process below it) of a command. Raises RuntimeError with the end of
+    its output if it fails."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    with (folder / "log.txt").open("wb") as log:
+        started = time.perf_counter()
+        launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
+        process = subprocess.run(launched, env=variables, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+        took = time.perf_counter() - started
+    code, peak_kb = map(int, process.stdout.split())
+    if code:
+        raise failed(command, code, folder / "log.txt")
+    return took, peak_kb * 1024
+
+
+def failed(command: Sequence[object], code: int, log: Path) -> RuntimeError:
+    """To raise, for a command that failed."""
+    return RuntimeError(
+        f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
+    )
+
+
+def multiply_rates(threads: int) -> dict[str, float]:
+    """FLOP/s of a matrix multiply, 2048 x 2048 x 2048 in single precision, by each library that torch has: the best
+    is the ceiling of all training and search."""
+    import torch
+
+    from model.cpu.matmul import ONEDNN, product
+
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    rates = {"MKL": multiply_rate(lambda: a @ b, 2048)}
+    if ONEDNN:
+        rates["oneDNN"] = multiply_rate(lambda: product(a, b), 2048)
+    return rates
+
+
+def multiply_rate(multiply: Callable[[], Any], size: int) -> float:
+    """FLOP/s, in the median call, of a product of two square matrices."""
+    times = []
+    for _ in range(30):
+        started = time.perf_counter()
+        multiply()[0, 0].item()  # waits for a device
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[10:])
+
+
+def flops_per_token(config: Any, encoded: Path) -> float:
+    """Of training, a target token, without padding: what the corpus needs, whatever a toolkit makes of it."""
+    from model.flops import training_flops
+    from pipeline.data.dataset import EncodedSplit
+
+    split = EncodedSplit.open(encoded, "train")
+    lengths = list(zip(split.src.lengths[::10] + 1, split.tgt.lengths[::10] + 1, strict=True))
+    return sum(training_flops(config, 1, src, tgt) for src, tgt in lengths) / sum(int(tgt) for _, tgt in lengths)
+
+
+def vectors() -> str:
+    """What of a CPU's width torch uses: AVX2, AVX512."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
+    """Of both sides, by chance, like those of WMT 2014: 24 pieces in the median, similar in a pair."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    topic = rng.normal(0, 0.55, num_pairs)
+    src, tgt = (np.clip(24 * np.exp(topic + rng.normal(0, 0.15, num_pairs)), 1, 250).astype(np.int32) for _ in "ab")
+    return src, tgt
+
+
+def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
+    """An encoded one of random pieces."""
+    import numpy as np
+
+    from pipeline.data.dataset import SIDES, encoded_paths
+
+    rng = np.random.default_rng(0)
+    for side, lengths in zip(SIDES, sentence_lengths(num_pairs), strict=True):
+        ids, offsets = encoded_paths(folder, "train", side)
+        np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
+        np.save(ids, rng.integers(4, vocab_size, lengths.sum(), dtype=np.uint16))
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{cores} cores of {names[0] if names else platform.machine()} ({vectors()}), "
+        f"Python {platform.python_version()}; "
+        f"load of others when it began: {os.getloadavg()[0]:.1f}"
+    )
+
+
+def say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""The bare loop: pipeline/training/trainer.py on the settings of a project, without Ray, MLflow and checkpoints. It
+tells its steps in a file, as a run under Ray does."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from harness import THREADS
+
+from pipeline.cluster.progress import Reporter
+from pipeline.common.settings import load_settings
+from pipeline.data.dataset import ENCODED
+from pipeline.training.loop import State
+from pipeline.training.trainer import train_rank
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--project", type=Path, required=True)
+    parser.add_argument("--progress", type=Path, required=True, help="the file to tell the steps in")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    settings = load_settings(arguments.project)
+    train = replace(settings.train, checkpoint_every=2 * settings.train.max_steps)
+    reporter = Reporter(arguments.progress)
+
+    def progress(state: State, loss: float) -> None:
+        reporter.progress(state.step, "")
+
+    with TemporaryDirectory() as folder:
+        train_rank(
+            replace(settings, train=train),
+            arguments.project / ENCODED,
+            Path(folder),
+            rank=0,
+            num_ranks=1,
+            device=torch.device("cpu"),
+            report=lambda metrics, step: None,
+            progress=progress,
+            say=lambda line: None,
+        )
+
+
+if __name__ == "__main__":
+    main()

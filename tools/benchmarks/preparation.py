@@ -1,0 +1,100 @@
+"""Pieces by the stage encode and by SentencePiece alone, over the same text, and text from the pieces; and the plan
+of 4.5 million pairs."""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from harness import sentence_lengths, serve
+
+from pipeline.data.batching import BatchPlan, Position
+from pipeline.data.dataset import CLEAN, SPLITS, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.encode import encode_corpus
+
+PAIRS = 4_500_000  # WMT 2014 English-German
+CHUNK = 20_000  # lines
+
+
+def encode(data: Path) -> Callable[[], dict[str, float]]:
+    num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
+
+    def block() -> dict[str, float]:
+        with TemporaryDirectory(dir=data) as folder:
+            return _rates(
+                num_pairs,
+                lambda: encode_corpus(data / CLEAN.name, data / TOKENIZER.name, Path(folder) / "encoded", "en", "de"),
+            )
+
+    return block
+
+
+def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
+    """Its own rate: lines in, numbers out, nothing kept."""
+    tokenizer = load_tokenizer(data / TOKENIZER.name)
+    num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
+
+    def work() -> None:
+        for path in sorted((data / CLEAN.name).glob("*.??")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for start in range(0, len(lines), CHUNK):
+                tokenizer.encode(lines[start : start + CHUNK])
+
+    return lambda: _rates(num_pairs, work)
+
+
+def decode(data: Path) -> Callable[[], dict[str, float]]:
+    """Of all pieces, as encode does to compare: the time without what it takes to read them."""
+    tokenizer = load_tokenizer(data / TOKENIZER.name)
+    splits = [EncodedSplit.open(data / "encoded", split) for split in SPLITS]
+
+    def block() -> dict[str, float]:
+        rates = []
+        for split in splits:
+            for text in (split.src, split.tgt):
+                for start in range(0, len(text), CHUNK):
+                    pieces = [text[i].astype(np.int32) for i in range(start, min(start + CHUNK, len(text)))]
+                    rates.append(_rates(len(pieces), partial(tokenizer.decode, pieces)))
+        return {key: sum(rate[key] for rate in rates) for key in ("seconds", "cores_s")}
+
+    return block
+
+
+def plan() -> dict[str, float]:
+    src, tgt = sentence_lengths(PAIRS)
+    sizes = {"batch_tokens": 25_000, "micro_batch_tokens": 25_000, "max_length": 1024, "seed": 1}
+    started = time.perf_counter()
+    made = BatchPlan(src, tgt, **sizes)
+    plan_s = time.perf_counter() - started
+    started = time.perf_counter()
+    made.steps(1)
+    epoch_s = time.perf_counter() - started
+    started = time.perf_counter()
+    next(BatchPlan(src, tgt, **sizes).from_position(Position(7, made.num_steps // 2)))
+    return {"plan_s": plan_s, "epoch_s": epoch_s, "resume_s": time.perf_counter() - started}
+
+
+def _rates(num_pairs: int, work: Callable[[], object]) -> dict[str, float]:
+    """`cores_s` are seconds of processor time."""
+    started, cores_started = time.perf_counter(), time.process_time()
+    work()
+    seconds, cores_s = time.perf_counter() - started, time.process_time() - cores_started
+    return {"seconds": seconds, "pairs_per_s": num_pairs / seconds, "cores_s": cores_s}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["encode", "sentencepiece", "decode", "plan"])
+    parser.add_argument("--data", type=Path, help="data/, encoded")
+    arguments = parser.parse_args()
+    if arguments.side == "plan":
+        serve(plan, warm_up=False)
+    else:
+        serve({"encode": encode, "sentencepiece": sentencepiece, "decode": decode}[arguments.side](arguments.data))
+
+
+if __name__ == "__main__":
+    main()
