@@ -24,13 +24,10 @@ import urllib3
 from tqdm import tqdm
 
 from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, write_json
+from pipeline.common.paths import DOWNLOADS, OWN, RAW
 from pipeline.common.settings import Download, load_settings
 from pipeline.data import grammar
 from pipeline.data.catalog import CORPORA, RemoteFile
-
-RAW = Path("data/raw")
-OWN = Path("data/own")
-CACHE = Path("data/downloads")
 
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = (10, 30)  # to connect, and between two pieces of an answer
@@ -103,7 +100,7 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
     if folder is not None and not folder.is_dir():
         raise ValueError(f"CORPUS_MIRROR is {mirror!r}: a folder or an http(s) address is needed")
     total = sum(file.num_bytes for file in remote.values())
-    have = 0 if folder else sum(_bytes_there(CACHE / file.path) for file in remote.values())
+    have = 0 if folder else sum(_bytes_there(DOWNLOADS / file.path) for file in remote.values())
     paths = {}
     with _bar("verify" if folder else "download", total, initial=have) as bar:
         for name, file in remote.items():
@@ -114,7 +111,7 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
                 bar.update(file.num_bytes)
             else:
                 url = file.url if mirror is None else f"{mirror.rstrip('/')}/{file.path}"
-                paths[name] = CACHE / file.path
+                paths[name] = DOWNLOADS / file.path
                 _fetch(url, file, paths[name], bar)
     return paths
 

@@ -23,20 +23,10 @@ from tqdm import tqdm
 
 from model.config import UNK
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.paths import CLEAN, ENCODED, REPORTS, TOKENIZER
 from pipeline.common.settings import load_settings
-from pipeline.data.dataset import (
-    CLEAN,
-    ENCODED,
-    SIDES,
-    SPLITS,
-    TOKENIZER,
-    CorpusInfo,
-    Side,
-    encoded_paths,
-    load_tokenizer,
-)
+from pipeline.data.dataset import SIDES, SPLITS, CorpusInfo, Side, encoded_paths, load_tokenizer
 
-REPORT = Path("reports/tokenization.json")
 CHUNK = 20_000  # lines
 
 
@@ -193,7 +183,7 @@ def main() -> None:
     try:
         settings = load_settings()
         report = encode_corpus(CLEAN, TOKENIZER, ENCODED, settings.download.src, settings.download.tgt)
-        write_json(REPORT, report)
+        write_json(REPORTS / "tokenization.json", report)
     except (ValueError, OSError) as error:
         raise SystemExit(f"tokenize: {error}") from None
 

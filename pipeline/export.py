@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.common.atomic_io import replace_folder
-from pipeline.data.dataset import TOKENIZER, load_tokenizer
+from pipeline.common.paths import CTRANSLATE2, FINAL, TOKENIZER
+from pipeline.data.dataset import load_tokenizer
 from pipeline.inference.ctranslate2_export import Quantization, write_export
 from pipeline.training.checkpoint import load_model
 
 if TYPE_CHECKING:
     pass
-
-
-FINAL, OUTPUT = Path("models/final"), Path("models/ctranslate2")
 
 
 def main() -> None:
@@ -39,7 +37,9 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=FINAL, metavar="FOLDER", help=f"a trained model ({FINAL})")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="FOLDER", help=f"its own ({TOKENIZER})")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"made anew ({OUTPUT})")
+    parser.add_argument(
+        "--output", type=Path, default=CTRANSLATE2, metavar="FOLDER", help=f"made anew ({CTRANSLATE2})"
+    )
     parser.add_argument(
         "--quantization",
         choices=("float32", "int8"),

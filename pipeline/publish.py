@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.common.atomic_io import SUMS, sums_text, write_json, write_text
+from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error, copy_file, run_storage
-from pipeline.data.dataset import CLEAN, ENCODED, TOKENIZER, CorpusInfo
+from pipeline.data.dataset import CorpusInfo
 
 
 def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:

@@ -20,18 +20,11 @@ from pipeline.cluster.ray_cluster import preflight, ray_cluster
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common.atomic_io import write_json, write_text
 from pipeline.common.cli import end_with_dvc
+from pipeline.common.paths import FINAL, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data
-from pipeline.training.run import (
-    FINAL,
-    REPORTS,
-    _say,
-    _say_how_it_starts,
-    finished_state,
-    run_folder,
-    write_model,
-)
+from pipeline.training.run import _say, _say_how_it_starts, finished_state, run_folder, write_model
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:

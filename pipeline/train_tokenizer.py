@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from model.config import BOS, EOS, PAD, UNK
 from pipeline.common.atomic_io import replace_folder
+from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import load_settings
-from pipeline.data.dataset import CLEAN, TOKENIZER
 
 MAX_PAIRS = 1_000_000
 """More pairs teach the encoding nothing; memory stops growing here."""

@@ -29,11 +29,8 @@ from pandera.errors import SchemaErrors
 from tqdm import tqdm
 
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.paths import CLEAN, RAW, REPORTS
 from pipeline.common.settings import Download, Validate, load_settings
-
-RAW = Path("data/raw")
-CLEAN = Path("data/clean")
-REPORT = Path("reports/validation.json")
 
 CHUNK_PAIRS = 100_000
 OTHER_SCRIPT_SHARE = 0.5  # of a sentence's letters; names and quotations stay below
@@ -89,7 +86,7 @@ def validate(languages: Download, limits: Validate) -> dict[str, dict[str, Any]]
     for split in ("valid", "test"):
         found = hashes[split]["key"].is_in(hashes["train"]["key"].implode())
         report[split]["found_in_train"] = int(found.sum())
-    write_json(REPORT, report)
+    write_json(REPORTS / "validation.json", report)
     return report
 
 

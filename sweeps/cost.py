@@ -18,9 +18,10 @@ import torch
 from model.flops import training_flops
 from model.loss import label_smoothed_loss
 from model.transformer import Transformer
+from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
-from pipeline.data.dataset import ENCODED, CorpusInfo, EncodedSplit
+from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training.trainer import batch_plan
 from sweeps.trials import Sweep, Trial, load_sweep
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import write_bytes, write_json, write_text
+from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
 from pipeline.tracking import runs as tracking
 from sweeps.analysis import Line, assess, read_sweep, totals, values
 from sweeps.figure import figure
 from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
 
-SWEEP, REPORTS = Path("data/sweep"), Path("reports")
 METRICS = ("test_bleu", "valid_averaged_ppl")
 """What the table is about, by the names in MLflow."""
 

@@ -47,9 +47,9 @@ from pipeline.cluster.ray_cluster import (
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common.atomic_io import interval_of, replace_folder, write_json, write_text
 from pipeline.common.cli import end_with_dvc
+from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.settings import Settings, flatten, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
-from pipeline.data.dataset import CLEAN
 from pipeline.data.published import ensure_local_data, fetch
 from pipeline.inference import evaluation as evaluator
 from pipeline.tracking import runs as tracking
@@ -58,7 +58,6 @@ from pipeline.training.run import write_model
 from sweeps.cost import flops_per_step, is_done, measured_rate, text
 from sweeps.trials import Sweep, Trial, load_sweep
 
-RESULTS = Path("data/sweep")
 REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
 INTERVAL_S = 1.0
 
@@ -107,9 +106,9 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPat
     devices = max(slots[need] * _devices(need) for need in slots)
     plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, published))
     print(plan, flush=True)
-    write_text(root / "checkpoints" / "plan.md", plan + "\n")
+    write_text(root / CHECKPOINTS / "plan.md", plan + "\n")
     uri = tracking_uri(root)
-    tracking.log_report(uri, parent, [root / "checkpoints" / "plan.md"], {})
+    tracking.log_report(uri, parent, [root / CHECKPOINTS / "plan.md"], {})
     try:
         with _progress(sweep.trials):
             for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
@@ -184,7 +183,7 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None
     # and whose end is the sweep's too; the others may die.
     trainable = ray.tune.with_parameters(run_trial, trials=by_id, root=root, published=published, parent=parent)
     trainable = ray.tune.with_resources(trainable, {this_node_resource(): 1e-4})
-    folder = root / "checkpoints" / ".tune"
+    folder = root / CHECKPOINTS / ".tune"
     results = ray.tune.Tuner(
         trainable,
         param_space={"trial": ray.tune.grid_search(list(by_id))},
@@ -386,7 +385,7 @@ def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
     """data/sweep: trials.json, the references, and the translations of every trial that is finished."""
     settings = sweep.base
     trials = []
-    with replace_folder(root / RESULTS) as folder:
+    with replace_folder(root / SWEEP) as folder:
         shutil.copy(root / CLEAN / f"test.{settings.download.tgt}", folder / "references.txt")
         signature = ""
         for trial in sweep.trials:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import write_json
+from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import AnyPath, as_os_error
-from pipeline.data.dataset import CLEAN
 from pipeline.tracking.runs import search_name
 from pipeline.training.run import run_folder, run_key
 from sweeps import table3

@@ -16,9 +16,9 @@ from ray.train.torch import get_device
 
 from pipeline.cluster import progress
 from pipeline.cluster.accounting import UsageRecorder
+from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error
-from pipeline.data.dataset import ENCODED
 from pipeline.data.published import fetch
 from pipeline.training import checkpoint
 from pipeline.training.loop import NotFiniteError, State

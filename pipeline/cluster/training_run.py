@@ -16,9 +16,9 @@ from pipeline.cluster.lean_trainer import LeanTrainer, ReachableTorch
 from pipeline.cluster.ray_cluster import nodes, share_of_each_worker, started_here, versions
 from pipeline.cluster.ray_worker import Job, last_line, settings_file, work
 from pipeline.common.atomic_io import write_json
+from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Hardware, Settings
 from pipeline.common.storage import PATIENCE_S, AnyPath, tracking_uri
-from pipeline.data.dataset import ENCODED
 from pipeline.training import checkpoint
 from pipeline.training.loop import State
 from pipeline.training.run import TrainResult, _say, finished_state, run_folder, run_key

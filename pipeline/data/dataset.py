@@ -16,9 +16,6 @@ from model.config import BOS, EOS, PAD, UNK
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-CLEAN = Path("data/clean")
-TOKENIZER = Path("data/tokenizer")
-ENCODED = Path("data/encoded")
 
 Side = Literal["src", "tgt"]
 SPLITS = ("train", "valid", "test")

@@ -1,19 +1,17 @@
 """The published corpus: find it in storage, copy it to this machine, verify it."""
 
-import argparse
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from tqdm import tqdm
-from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of, sums_text, write_json, write_text
-from pipeline.common.settings import Settings, load_settings
-from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error, cache, copy_file, run_storage
-from pipeline.data.dataset import CLEAN, ENCODED, TOKENIZER, CorpusInfo
 
+from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of
+from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
+from pipeline.common.settings import Settings
+from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error, cache, copy_file
+from pipeline.data.dataset import CorpusInfo
 
 
 def published(settings: Settings, storage: AnyPath) -> AnyPath:

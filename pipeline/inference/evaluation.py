@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from model.transformer import Transformer
 from pipeline.common.atomic_io import write_json, write_text
+from pipeline.common.paths import CLEAN, ENCODED, FINAL, REPORTS, TOKENIZER
 from pipeline.common.settings import Evaluate, Settings
 from pipeline.common.storage import tracking_uri
 from pipeline.data.batching import MicroBatch, batches_to_read, collate
-from pipeline.data.dataset import CLEAN, ENCODED, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.data.dataset import EncodedSplit, load_tokenizer
 from pipeline.inference import metrics as scoring
 from pipeline.inference.translate import Translation, translate
 from pipeline.tracking import runs as tracking
@@ -26,9 +27,6 @@ from pipeline.training.loop import cross_entropy, perplexity
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-
-FINAL, REPORTS = Path("models/final"), Path("reports")
 
 
 @dataclass(frozen=True)

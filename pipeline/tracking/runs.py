@@ -46,8 +46,8 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from pipeline.common.atomic_io import sha256_of
+from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import Settings, flatten
-from pipeline.data.dataset import CLEAN, TOKENIZER
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

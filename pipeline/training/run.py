@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.paths import CHECKPOINTS, ENCODED
 from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, run_storage
-from pipeline.data.dataset import ENCODED, CorpusInfo
+from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.loop import State
-
-CHECKPOINTS, FINAL, REPORTS = Path("checkpoints"), Path("models/final"), Path("reports")
 
 CODE = (
     "model/*.py",

@@ -12,9 +12,10 @@ import pytest
 from upath import UPath
 
 from pipeline import publish as module
+from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import load_settings
 from pipeline.common.storage import run_storage
-from pipeline.data.dataset import CLEAN, ENCODED, TOKENIZER, CorpusInfo, EncodedSplit
+from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.data.published import ensure_local_data, fetch, published
 from pipeline.publish import publish
 from tests.pipeline.training.test_trainer import write_corpus

@@ -10,8 +10,8 @@ import torch
 from harness import THREADS
 
 from pipeline.cluster.progress import Reporter
+from pipeline.common.paths import ENCODED
 from pipeline.common.settings import load_settings
-from pipeline.data.dataset import ENCODED
 from pipeline.training.loop import State
 from pipeline.training.trainer import train_rank
 

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from harness import sentence_lengths, serve
 
+from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.data.batching import BatchPlan, Position
-from pipeline.data.dataset import CLEAN, SPLITS, TOKENIZER, EncodedSplit, load_tokenizer
+from pipeline.data.dataset import SPLITS, EncodedSplit, load_tokenizer
 from pipeline.encode import encode_corpus
 
 PAIRS = 4_500_000  # WMT 2014 English-German

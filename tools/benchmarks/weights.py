@@ -10,8 +10,9 @@ import torch
 from harness import ROOT, THREADS
 
 from model.transformer import Transformer
+from pipeline.common.paths import ENCODED
 from pipeline.common.settings import load_settings
-from pipeline.data.dataset import ENCODED, CorpusInfo
+from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.trainer import train_rank
 

@@ -1,0 +1,18 @@
+"""Where the project's files are, relative to its root folder."""
+
+from pathlib import Path
+
+OWN = Path("data/own")
+"""The user's own texts, for the corpus "files"."""
+DOWNLOADS = Path("data/downloads")
+RAW = Path("data/raw")
+CLEAN = Path("data/clean")
+TOKENIZER = Path("data/tokenizer")
+ENCODED = Path("data/encoded")
+SWEEP = Path("data/sweep")
+"""Trials and translations of the last sweep."""
+CHECKPOINTS = Path("checkpoints")
+FINAL = Path("models/final")
+"""The averaged model of the last training."""
+CTRANSLATE2 = Path("models/ctranslate2")
+REPORTS = Path("reports")
