@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from model.perplexity import cross_entropy, perplexity
 from model.transformer import Transformer
 from pipeline.common.atomic_io import write_json, write_text
 from pipeline.common.paths import CLEAN, ENCODED, FINAL, REPORTS, TOKENIZER
@@ -23,7 +24,6 @@ from pipeline.inference import metrics as scoring
 from pipeline.inference.translate import Translation, translate
 from pipeline.tracking import runs as tracking
 from pipeline.training.checkpoint import load_model
-from pipeline.training.loop import cross_entropy, perplexity
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

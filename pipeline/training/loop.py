@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.config import PAD
 from model.loss import label_smoothed_loss
+from model.perplexity import Batch
 from model.transformer import Transformer, dropout_random
 
 ADVICE = (
@@ -40,14 +40,6 @@ MIN_BUSY_SHARE = (
 
 class NotFiniteError(ArithmeticError):
     """The loss or the gradient is no number any more; no step was taken with it."""
-
-
-class Batch(Protocol):
-    """A micro-batch: pieces [batch, src] and [batch, tgt], padded with PAD."""
-
-    src: Tensor
-    tgt_in: Tensor
-    tgt_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -269,31 +261,6 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     return loss_value, norm_value
-
-
-def perplexity(nats: float, count: int) -> float:
-    """exp(nats / count); of an untrained model, whose perplexity per word no float holds, a very large number."""
-    return math.exp(min(nats / count, 700.0))
-
-
-@torch.no_grad()
-def cross_entropy(model: Transformer, batches: Iterable[Batch], bf16: bool = False) -> tuple[float, int]:
-    """The sum of -ln p(piece) over the target tokens, EOS counted, without smoothing, and their number; summed
-    over the ranks, each of which gives its own batches."""
-    training = model.training
-    model.eval()
-    device = model.embedding.weight.device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        tgt_out = batch.tgt_out.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = model(batch.src.to(device), batch.tgt_in.to(device))
-            total[0] += label_smoothed_loss(x, model.embedding.weight, tgt_out, smoothing=0.0)
-        total[1] += (tgt_out != PAD).sum()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    model.train(training)
-    return total[0].item(), int(total[1].item())
 
 
 def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:

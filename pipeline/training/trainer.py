@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.perplexity import cross_entropy, perplexity
 from model.schedule import learning_rate
 from model.transformer import Transformer
 from pipeline.common.settings import Settings
@@ -22,8 +23,6 @@ from pipeline.training.loop import (
     Step,
     adam,
     busy_share,
-    cross_entropy,
-    perplexity,
     train,
 )
 

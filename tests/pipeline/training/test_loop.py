@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from model import loss, transformer
 from model.config import BOS, EOS, PAD, TransformerConfig
 from model.cpu import matmul as products
+from model.perplexity import cross_entropy
 from model.transformer import Transformer
 from pipeline.training import checkpoint
 from pipeline.training.loop import (
@@ -29,9 +30,7 @@ from pipeline.training.loop import (
     State,
     Step,
     adam,
-    cross_entropy,
     number_of_replicas,
-    perplexity,
     seed_dropout,
     train,
 )
@@ -298,16 +297,6 @@ def test_dropout_is_on_in_training_and_off_in_validation():
     total, tokens = cross_entropy(model.train(), [micro])
     assert total / tokens == pytest.approx(expected, rel=1e-5)
     assert model.training
-
-
-def test_cross_entropy_is_the_sum_over_all_batches_of_what_torch_says():
-    model = new_model()
-    parts = micro_batches([5, 2, 11])
-    total, tokens = cross_entropy(model, parts)
-    with torch.no_grad():
-        expected = sum(torchs_loss(model, micro, 0.0).item() * micro.num_tokens for micro in parts)
-    assert total == pytest.approx(expected, rel=1e-6)
-    assert tokens == sum(micro.num_tokens for micro in parts)
 
 
 def test_bf16_changes_the_step_a_little_and_keeps_weights_in_single_precision():
@@ -591,11 +580,6 @@ def test_a_validation_loss_that_is_no_number_stops_training_before_a_checkpoint_
     recipe = replace(RECIPE, max_steps=4, validate_every=2, checkpoint_every=2)
     with pytest.raises(NotFiniteError, match=r"step 4: the validation loss is nan. lower train.lr_scale"):
         events(recipe, [1.0, math.nan])
-
-
-def test_perplexity_of_any_finite_loss_is_finite():
-    assert perplexity(math.log(7) * 11, 11) == pytest.approx(7)
-    assert math.isfinite(perplexity(1e9, 3))
 
 
 def test_without_patience_a_worse_loss_ends_nothing():
