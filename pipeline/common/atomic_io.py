@@ -2,10 +2,12 @@
 nothing, but takes a file as a whole."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.storage import AnyPath, as_os_error, copy_files, temporary_folder
+from pipeline.common.storage import AnyPath, as_os_error, copy_file, temporary_folder
 
 SUMS = "SHA256SUMS"
 STORE_PAUSE_S = 30.0
@@ -26,28 +28,44 @@ STORE_FACTOR = 10
 def replace_folder(target: AnyPath) -> Iterator[Path]:
     """An empty folder to write into; it becomes `target` at the end of the block, or vanishes if that raises.
 
-    The temporary names are always the same, so that what a killed run left behind is removed by the next. To a
-    store, which takes one file at a time, the files of the folder go at the end.
+    On a disk it is flushed before it is renamed, so that no crash of the machine leaves half of it under its name.
+    Temporary names hold host and process: two attempts at one target, on two nodes, do not meet. What killed
+    processes of this host left behind is removed. A store takes one file at a time: SHA256SUMS, if there is one, goes
+    last, and the old one is removed first, so that a folder that has it is whole.
     """
     if not isinstance(target, Path):
         with temporary_folder() as temporary:
             yield temporary
-            copy_files(temporary, target)
+            _upload(temporary, target)
         return
-    partial, old = _beside(target, "partial"), _beside(target, "old")
+    owner = f"{target.name}.{socket.gethostname()}"
+    partial, old = (target.with_name(f".{owner}.{os.getpid()}.{suffix}") for suffix in ("partial", "old"))
     with name_enospc(target):
-        _remove(partial)
+        for leftover in target.parent.glob(f".{glob.escape(owner)}.*.*"):
+            pid = leftover.name.split(".")[-2]
+            if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+                shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
+            for path in (*partial.rglob("*"), partial):
+                if not path.is_symlink():
+                    _flush(path)
         except BaseException:
             _remove(partial)
             raise
-        _remove(old)
         if target.exists():
             os.replace(target, old)  # a folder that is not empty cannot be renamed over
         os.replace(partial, target)
+        _flush(target.parent)
         _remove(old)
+
+
+def _upload(source: Path, target: AnyPath) -> None:
+    with as_os_error(target):
+        (target / SUMS).unlink(missing_ok=True)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == SUMS):
+            copy_file(path, target / path.name)
 
 
 def write_text(target: AnyPath, text: str) -> None:
@@ -155,6 +173,14 @@ def name_enospc(path: Path) -> Iterator[None]:
 
 def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -2,16 +2,14 @@
 
 A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
 (the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
-A checkpoint is written under another name, flushed to disk and renamed, so one that has its name is whole; to a
-store, its checksums go last. They are verified on load, and a damaged one is passed over for the one before it.
+A checkpoint is written by `replace_folder`: one that has its name is whole. Checksums are verified on load, and a
+damaged one is passed over for the one before it.
 """
 
 import errno
 import json
 import os
 import re
-import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from torch import Tensor
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from pipeline.common.atomic_io import SUMS, read_sums, sha256_of, sums_text
-from pipeline.common.storage import AnyPath, as_os_error, copy_file, local_copy, remove, temporary_folder
+from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of, sums_text
+from pipeline.common.storage import AnyPath, as_os_error, local_copy, remove
 from pipeline.training.loop import State
 
 FILES = ("tensors.safetensors", "state.json")
@@ -66,55 +64,30 @@ def save(
     settings: dict[str, Any],
     keep: int,
 ) -> AnyPath:
-    """Write step_<n>, then delete those before the last `keep` up to it. Later ones, which are damaged, wait for
-    their step; the last checkpoint of a run removes them. Raises DiskFullError or OSError; those before it stand."""
+    """Write step_<n>, then delete all but the last `keep` up to it.
+
+    Later ones, which are damaged (or training would have gone on from them), are replaced at their step; the last
+    checkpoint of a run removes them. Raises DiskFullError or OSError; earlier checkpoints are kept.
+    """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
         tensors |= {f"adam.{m}.{name}": optimizer.state[p][m] for m in MOMENTS}
     target = folder_of(run_folder, state.step)
     try:
-        if isinstance(run_folder, Path):
-            _save_to_disk(run_folder, target.name, tensors, state, settings)
-        else:
-            with temporary_folder() as temporary:
-                _write(temporary, tensors, state, settings)
-                _upload(temporary, target)
+        with replace_folder(target) as folder:
+            _write(folder, tensors, state, settings)
     except OSError as error:
-        said = f"checkpoint of step {state.step} not written to {run_folder}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"{said}; the ones before it stand: make room and run again") from error
-        raise OSError(f"{said}; the ones before it stand") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = os.strerror(error.errno) if full else error.strerror or error  # type: ignore[arg-type]
+        message = f"checkpoint of step {state.step} not written to {run_folder}: {reason}; earlier ones are kept"
+        if full:
+            raise DiskFullError(f"{message}: free some space and run again") from error
+        raise OSError(message) from error
     found = folders(run_folder)
     last = [folder.name for folder in found].index(target.name) + 1
     for folder in (*found[: max(0, last - keep)], *(found[last:] if state.finished else ())):
         remove(folder)
     return target
-
-
-def _save_to_disk(
-    run_folder: Path, name: str, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]
-) -> None:
-    """Beside the others, then under its name: whoever looks sees the whole of it, or what was there before."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for leftover in run_folder.glob(f".step_*.{host}.*"):  # of processes that were killed while they wrote
-        pid = leftover.name.rpartition(".")[2]
-        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = run_folder / f".{name}.{host}.{os.getpid()}"
-    damaged = run_folder / f".{name}-damaged.{host}.{os.getpid()}"
-    try:
-        temporary.mkdir()
-        _write(temporary, tensors, state, settings)
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        if (run_folder / name).exists():
-            (run_folder / name).rename(damaged)
-        temporary.rename(run_folder / name)
-        _flush(run_folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]) -> None:
@@ -124,15 +97,6 @@ def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dic
     (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
     sums = {name: sha256_of(folder / name) for name in FILES}
     (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
-
-
-def _upload(source: Path, target: AnyPath) -> None:
-    """The checksums last: without them it is not whole."""
-    with as_os_error(target):
-        if (target / SUMS).exists():
-            (target / SUMS).unlink()
-        for name in (*FILES, SUMS):
-            copy_file(source / name, target / name)
 
 
 def folder_of(run_folder: AnyPath, step: int) -> AnyPath:
@@ -242,11 +206,3 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code.group(1)) if code else errno.EIO, str(error), str(path)) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -7,26 +9,30 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from pipeline.common import atomic_io as files
+from pipeline.common import atomic_io
 from pipeline.common.atomic_io import PeriodicJsonFile, interval_of, replace_folder, write_json, write_text
 
 FULL_DISK = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
 
 
-def test_folder_appears_when_complete_and_replaces_the_old_one(tmp_path):
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replace_folder_shows_the_new_folder_when_complete_and_removes_the_old(tmp_path):
     target = tmp_path / "data" / "raw"
     with replace_folder(target) as folder:
         (folder / "old").write_text("1")
         assert not target.exists()
     with replace_folder(target) as folder:
         (folder / "new").write_text("2")
-        assert [file.name for file in target.iterdir()] == ["old"]
-    assert [file.name for file in target.iterdir()] == ["new"]
-    assert [file.name for file in target.parent.iterdir()] == ["raw"]
+        assert names(target) == ["old"]
+    assert names(target) == ["new"]
+    assert names(target.parent) == ["raw"]
 
 
-def test_folder_stays_as_it_was_when_the_block_fails(tmp_path):
+def test_replace_folder_leaves_the_old_folder_when_the_block_fails(tmp_path):
     target = tmp_path / "raw"
     with replace_folder(target) as folder:
         (folder / "file").write_text("whole")
@@ -39,21 +45,61 @@ def test_folder_stays_as_it_was_when_the_block_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert (target / "file").read_text() == "whole"
-    assert [file.name for file in tmp_path.iterdir()] == ["raw"]
+    assert names(tmp_path) == ["raw"]
 
 
-def test_folder_that_a_killed_run_left_behind_does_not_reach_the_result(tmp_path):
-    target = tmp_path / "raw"
-    killed = replace_folder(target)
-    (killed.__enter__() / "stale").write_text("half")
-    with replace_folder(target) as folder:
+def test_replace_folder_removes_what_killed_processes_of_this_host_left(tmp_path):
+    host = socket.gethostname()
+    dead, alive = 2**22 + 1, 1
+    ours = [f".raw.{host}.{dead}.partial", f".raw.{host}.{dead}.old", f".raw.{host}.{os.getpid()}.partial"]
+    others = [f".raw.{host}.{alive}.partial", f".raw.elsewhere.{dead}.partial", f".raw2.{host}.{dead}.partial"]
+    for name in (*ours, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").write_text("half")
+    with replace_folder(tmp_path / "raw") as folder:
         (folder / "fresh").write_text("whole")
-    assert [file.name for file in target.iterdir()] == ["fresh"]
-    assert [file.name for file in tmp_path.iterdir()] == ["raw"]
+    assert names(tmp_path / "raw") == ["fresh"]
+    assert names(tmp_path) == sorted(["raw", *others])
+
+
+def test_replace_folder_flushes_files_and_folders_before_the_rename(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append((path.name, (tmp_path / "raw").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replace_folder(tmp_path / "raw") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("whole")
+    partial = f".raw.{socket.gethostname()}.{os.getpid()}.partial"
+    assert sorted(flushed[:-1]) == [(partial, False), ("file", False), ("inner", False)]
+    assert flushed[-1] == (tmp_path.name, True)
+
+
+def test_replace_folder_uploads_checksums_last_and_removes_the_old_ones_first(monkeypatch):
+    target = UPath("memory://atomic_io/model")
+    seen = []
+
+    def copy(source: Path, to: UPath) -> None:
+        seen.append((source.name, (target / "SHA256SUMS").exists()))
+        to.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(atomic_io, "copy_file", copy)
+    for content in ("1", "2"):
+        seen.clear()
+        with replace_folder(target) as folder:
+            for name in ("SHA256SUMS", "a", "z"):
+                (folder / name).write_text(content)
+        assert [name for name, _ in seen[:2]] in (["a", "z"], ["z", "a"])
+        assert seen[2] == ("SHA256SUMS", False)
+        assert not any(whole for _, whole in seen)
+    assert (target / "z").read_text() == "2"
 
 
 @needs_full_disk
-def test_full_disk_is_reported_with_the_target_and_leaves_nothing(tmp_path):
+def test_replace_folder_names_the_target_on_a_full_disk_and_leaves_nothing(tmp_path):
     def fail():
         with replace_folder(tmp_path / "raw") as folder:
             (folder / "file").symlink_to(FULL_DISK)
@@ -97,7 +143,7 @@ def test_a_live_file_in_a_store_has_the_newest_values_at_the_end_and_holds_nobod
         written.append(values)
         target.write_text(json.dumps(values))
 
-    monkeypatch.setattr(files, "write_json", slowly)
+    monkeypatch.setattr(atomic_io, "write_json", slowly)
     live = PeriodicJsonFile(path, 1.0)
     began = time.monotonic()
     for number in range(1, 8):
@@ -111,7 +157,7 @@ def test_a_live_file_in_a_store_has_the_newest_values_at_the_end_and_holds_nobod
 
 def test_a_store_that_is_away_for_a_while_gets_the_newest_values_afterwards(monkeypatch):
     path = UPath("memory://files/away.json")
-    monkeypatch.setattr(files, "STORE_PAUSE_S", 0.05)
+    monkeypatch.setattr(atomic_io, "STORE_PAUSE_S", 0.05)
     faults = [OSError("away"), OSError("away")]
 
     def sometimes(target, values):
@@ -119,7 +165,7 @@ def test_a_store_that_is_away_for_a_while_gets_the_newest_values_afterwards(monk
             raise faults.pop()
         target.write_text(json.dumps(values))
 
-    monkeypatch.setattr(files, "write_json", sometimes)
+    monkeypatch.setattr(atomic_io, "write_json", sometimes)
     live = PeriodicJsonFile(path, 1.0)
     for number in (3, 5, 7):
         live.write(number)
@@ -131,7 +177,7 @@ def test_a_file_in_a_store_is_written_and_read_less_often(tmp_path):
     assert (interval_of(tmp_path, 0.5), interval_of(UPath("memory://files"), 0.5)) == (0.5, 5.0)
 
 
-def test_a_link_to_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path):
+def test_replace_folder_replaces_a_link_and_leaves_what_it_points_to(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "kept").touch()
     (tmp_path / "link").symlink_to(tmp_path / "there")
