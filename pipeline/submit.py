@@ -24,7 +24,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from pipeline.cluster.ray_cluster import TELEMETRY, TOKENS, is_local_store
 from pipeline.common.settings import load_settings
 from pipeline.common.storage import RUN_STORAGE_ENV, is_absolute
-from pipeline.tracking.runs import git_tags, without_password
+from pipeline.tracking.provenance import git_tags
+from pipeline.tracking.store import without_password
 
 ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

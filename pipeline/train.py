@@ -43,9 +43,9 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         if not done:
             preflight(settings.hardware, root, run_storage(root), published, tracking_uri(root))
         store_opened.result()
-        from pipeline.tracking import runs as tracking
+        from pipeline.tracking.runs import reconcile
 
-        tracking.reconcile(tracking_uri(root), settings.tracking.experiment)
+        reconcile(tracking_uri(root), settings.tracking.experiment)
         with training(settings, root, published) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
@@ -56,9 +56,9 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
 
 
 def _open_store(uri: str) -> None:
-    from pipeline.tracking import runs as tracking  # MLflow takes seconds to import
+    from pipeline.tracking.store import prepare_store  # MLflow takes seconds to import
 
-    tracking.prepare(uri)
+    prepare_store(uri)
 
 
 def _csv(rows: list[dict[str, float]]) -> str:

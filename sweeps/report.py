@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.common.atomic_io import write_bytes, write_json, write_text
 from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.results import log_report
+from pipeline.tracking.views import share_view
 from sweeps.analysis import Line, assess, read_sweep, totals, values
 from sweeps.figure import figure
 from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
@@ -72,8 +73,9 @@ def run(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
     print("\n".join([*findings(lines), *missing(sweep, lines), f"All of it: {', '.join(map(str, files))}"]))
     store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
-        tracking.log_report(*store, files, totals(sweep, lines))
-        print(f"In MLflow (make ui): {tracking.share_view(*store, _changed(lines), METRICS)}")
+        log_report(*store, files, totals(sweep, lines))
+        if address := share_view(*store, _changed(lines), METRICS):
+            print(f"In MLflow (make ui): {address}")
     except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
         print(f"Not in MLflow: {error}")
 

@@ -52,7 +52,8 @@ from pipeline.common.settings import Settings, flatten, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data, fetch
 from pipeline.inference import evaluation as evaluator
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.results import log_report
+from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
 from pipeline.training import checkpoint
 from pipeline.training.run import write_model
 from sweeps.cost import flops_per_step, is_done, measured_rate, text
@@ -79,12 +80,12 @@ def run(root: Path) -> None:
     with ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext():
         if to_run:
             preflight(sweep.base.hardware, root, storage, published, uri)
-        tracking.reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
+        reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
         signs = [sign for trial in to_run if (sign := total_usage(trial.folder).last_sign_at)]
         tags = {"mlflow.runName": title, "row": "all"}
-        parent = tracking.open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
-        with tracking.run_guard(uri, parent):
-            tracking.end_children(uri, experiment, parent)  # of a driver that was killed
+        parent = open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
+        with run_guard(uri, parent):
+            end_children(uri, experiment, parent)  # of a driver that was killed
             if to_run:
                 _run_trials(sweep, to_run, root, published, parent)
             records = [record for trial in sweep.trials if (record := trial.record())]
@@ -92,7 +93,7 @@ def run(root: Path) -> None:
                 why = records[0]["error"] if records else "sweep.rows names none that can be built"
                 raise ValueError(f"no trial has come to a result: {why}")
             _write_results(sweep, root, parent)
-        tracking.finish(uri, parent)
+        finish_run(uri, parent)
 
 
 def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPath | None, parent: str) -> None:
@@ -108,13 +109,13 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPat
     print(plan, flush=True)
     write_text(root / CHECKPOINTS / "plan.md", plan + "\n")
     uri = tracking_uri(root)
-    tracking.log_report(uri, parent, [root / CHECKPOINTS / "plan.md"], {})
+    log_report(uri, parent, [root / CHECKPOINTS / "plan.md"], {})
     try:
         with _progress(sweep.trials):
             for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
                 _tune(list(group), slots[need], root, published, parent)
     finally:
-        tracking.end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
+        end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
 
 def _measure(published: AnyPath | None, settings: Settings, root: Path, device: torch.device) -> float:
@@ -225,7 +226,7 @@ def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
     trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
     uri, experiment = tracking_uri(root), trial.settings.tracking.experiment
-    tracking.end_as(uri, trial.run_key, experiment, mlflow_status, reason)
+    end_run_of(uri, trial.run_key, experiment, mlflow_status, reason)
 
 
 def run_trial(

@@ -11,7 +11,7 @@ from pipeline.common.atomic_io import write_json
 from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import AnyPath, as_os_error
-from pipeline.tracking.runs import search_name
+from pipeline.tracking.results import search_name
 from pipeline.training.run import run_folder, run_key
 from sweeps import table3
 from sweeps.table3 import Row

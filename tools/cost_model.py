@@ -31,7 +31,7 @@ NETWORK_SHARE = 0.8
 RESTART_S = 60.0
 """Assumed: from the end of a machine to the first step of its replacement, beside reading the checkpoint."""
 WRITER_PAUSE_S = 1.0
-"""Between two calls of tracking.MetricWriter: points that come faster share a call."""
+"""Between two calls of MetricWriter: points that come faster share a call."""
 LARGE_SHARE = 0.15
 """Of a step: what takes more is worth a setting."""
 CHECKPOINT_S = 600.0

@@ -12,7 +12,7 @@ from pipeline.common.storage import AnyPath, as_os_error
 
 INTERVAL_S = 2.0
 HEARTBEAT_S = 20.0
-"""A step, a validation or a checkpoint may take longer than others wait for a sign (tracking.LONG_SILENCE_S)."""
+"""A step, a validation or a checkpoint may take longer than others wait for a sign (LONG_SILENCE_S of tracking/)."""
 
 
 @dataclass(frozen=True)

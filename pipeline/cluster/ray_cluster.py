@@ -230,9 +230,9 @@ def probe_node(probe: AnyPath, published: AnyPath | None, tracking_uri: str, exp
             fetch(published)
         except (OSError, ValueError) as error:
             return f"cannot read the corpus: {error}"
-    from pipeline.tracking.runs import answers, without_password  # here, where MLflow may be slow to import
+    from pipeline.tracking.store import server_answers, without_password  # here: MLflow is slow to import
 
-    if not answers(tracking_uri):
+    if not server_answers(tracking_uri):
         address = without_password(tracking_uri)
         return f"gets no answer from {address}: set MLFLOW_TRACKING_URI to an address that all nodes reach"
     return None

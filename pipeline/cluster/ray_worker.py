@@ -62,7 +62,7 @@ def work(config: dict[str, Any]) -> str | None:
     def report(metrics: dict[str, float], step: int) -> None:
         nonlocal writer
         if rank == 0:
-            from pipeline.tracking.runs import MetricWriter  # here: the first step does not wait for MLflow's import
+            from pipeline.tracking.metric_writer import MetricWriter  # here: the first step does not wait for it
 
             writer = writer or MetricWriter(job.tracking_uri, job.run_id)
             writer.log(metrics, step)

@@ -44,7 +44,7 @@ def training(
     found again by `key` (default: `run_key`); `show` draws a progress bar. With `callbacks`, Ray gets the metrics of
     every validation. Training that is finished needs no cluster. Raises as `train`.
     """
-    from pipeline.tracking import runs as tracking
+    from pipeline.tracking.runs import finish_run, open_run, run_guard
 
     key, folder = key or run_key(settings, root), run_folder(settings, root)
     uri = tracking_uri(root)
@@ -54,8 +54,8 @@ def training(
     gpu, cpus = (False, 0) if state else share_of_each_worker(settings.hardware)
     makeup = {} if state else _makeup(settings.hardware, gpu, cpus)
     last_sign_at = None if state else total_usage(folder).last_sign_at
-    run_id = tracking.open_run(uri, settings, key, makeup | dict(tags or {}), root, last_sign_at)
-    with tracking.run_guard(uri, run_id):
+    run_id = open_run(uri, settings, key, makeup | dict(tags or {}), root, last_sign_at)
+    with run_guard(uri, run_id):
         if state is None:
             job = Job(
                 settings, root / ENCODED, published, folder, uri, run_id, cpus, gpu, reports_to_ray=bool(callbacks)
@@ -63,7 +63,7 @@ def training(
             state = _fit(job, show, list(callbacks))
         _complete_curves(uri, run_id, state)
         yield TrainResult(key, run_id, folder, state, uri)
-    tracking.finish(uri, run_id)
+    finish_run(uri, run_id)
 
 
 def _makeup(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
@@ -122,7 +122,7 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
 
 def _complete_curves(uri: str, run_id: str, state: State) -> None:
     """Points that a worker had to leave behind; and all, if this MLflow run is new to training that was done."""
-    from pipeline.tracking.runs import MetricWriter
+    from pipeline.tracking.metric_writer import MetricWriter
 
     writer = MetricWriter(uri, run_id)
     for point in sorted([*state.training_curve, *state.validation_curve], key=lambda point: point["step"]):

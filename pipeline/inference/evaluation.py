@@ -22,7 +22,7 @@ from pipeline.data.batching import MicroBatch, batches_to_read, collate
 from pipeline.data.dataset import EncodedSplit, load_tokenizer
 from pipeline.inference import metrics as scoring
 from pipeline.inference.translate import Translation, translate
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.results import find_training_run, log_evaluation, log_model
 from pipeline.training.checkpoint import load_model
 
 if TYPE_CHECKING:
@@ -195,15 +195,15 @@ def log(
 ) -> None:
     """Add the model, the scores and some translations to the MLflow run that trained."""
     uri = tracking_uri(root)
-    run_id = tracking.training_run(uri, settings, trained_on["run_key"], root)
+    run_id = find_training_run(uri, settings, trained_on["run_key"], root)
     search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # it is served by torch
-    tracking.log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)
+    log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):
         flat |= {f"{split}_{name}": value for name, value in evaluation.metrics[split].items()}
     num_samples = min(settings.evaluate.num_samples, len(test.sources))
     shown = [len(test.sources) * i // num_samples for i in range(num_samples)]  # from all over the split
-    tracking.log_evaluation(
+    log_evaluation(
         uri,
         settings,
         run_id,

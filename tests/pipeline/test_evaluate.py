@@ -72,11 +72,13 @@ def settings(project: Path) -> Settings:
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What MLflow would have been told."""
     told: dict = {}
-    monkeypatch.setattr("pipeline.inference.evaluation.tracking_uri", lambda root: "sqlite:///x.db")
-    monkeypatch.setattr("pipeline.tracking.runs.training_run", lambda uri, settings, key, root: f"run of {key}")
-    monkeypatch.setattr("pipeline.tracking.runs.log_model", lambda *arguments: told.update(model=arguments))
+    module = "pipeline.inference.evaluation"
+    monkeypatch.setattr(f"{module}.tracking_uri", lambda root: "sqlite:///x.db")
+    monkeypatch.setattr(f"{module}.find_training_run", lambda uri, settings, key, root: f"run of {key}")
+    monkeypatch.setattr(f"{module}.log_model", lambda *arguments: told.update(model=arguments))
     monkeypatch.setattr(
-        "pipeline.tracking.runs.log_evaluation", lambda *arguments, **named: told.update(named, run_id=arguments[2])
+        f"{module}.log_evaluation",
+        lambda *arguments, **named: told.update(named, run_id=arguments[2]),
     )
     return told
 

@@ -434,8 +434,8 @@ def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     told: list = []
-    monkeypatch.setattr(report.tracking, "log_report", lambda *arguments: told.append(arguments))
-    monkeypatch.setattr(report.tracking, "share_view", lambda *arguments: f"a view of {arguments}")
+    monkeypatch.setattr(report, "log_report", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(report, "share_view", lambda *arguments: f"a view of {arguments}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     run(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
     [(uri, run_id, files, metrics)] = told

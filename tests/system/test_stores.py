@@ -17,7 +17,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline.common.settings import Settings, load_settings
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.metric_writer import MetricWriter
+from pipeline.tracking.results import SEARCH_SETTINGS, log_evaluation, log_model
+from pipeline.tracking.runs import finish_run, open_run, run_params
 from tests.system.stores import POSTGRES_PROGRAMS, S3, Postgres, mlflow_server
 
 pytestmark = pytest.mark.host
@@ -118,13 +120,13 @@ def log_trial(number: int, uri: str, root: Path, parent: str, start: Barrier) ->
     """What a trial of a sweep tells MLflow, from its first word to its last; in a process of its own."""
     settings = trial_settings(number)
     start.wait(PATIENCE_S)
-    run_id = tracking.open_run(uri, settings, f"trial {number}", trial_tags(number, parent), root)
-    writer = tracking.MetricWriter(uri, run_id)
+    run_id = open_run(uri, settings, f"trial {number}", trial_tags(number, parent), root)
+    writer = MetricWriter(uri, run_id)
     for step, metrics in trial_points(number):
         writer.log(metrics, step)
         time.sleep(SECONDS_A_STEP)
     assert writer.close()
-    tracking.log_evaluation(
+    log_evaluation(
         uri,
         settings,
         run_id,
@@ -134,13 +136,13 @@ def log_trial(number: int, uri: str, root: Path, parent: str, start: Barrier) ->
         [trial_file(number, root)],
         [{"source": f"the {number} dogs", "translation": f"die {number} Hunde"}],
     )
-    tracking.finish(uri, run_id)
+    finish_run(uri, run_id)
 
 
 def open_alone(number: int, uri: str, root: Path, start: Barrier) -> None:
     settings = trial_settings(number)
     start.wait(PATIENCE_S)
-    tracking.finish(uri, tracking.open_run(uri, settings, f"driver {number}", {}, root))
+    finish_run(uri, open_run(uri, settings, f"driver {number}", {}, root))
 
 
 def start(target, numbers: Sequence[int], *arguments) -> dict[int, BaseProcess]:
@@ -164,7 +166,7 @@ def join(processes: dict[int, BaseProcess]) -> None:
 
 
 def open_parent(store: Store) -> str:
-    return tracking.open_run(store.uri, load_settings(REPOSITORY), "sweep", {"row": "all"}, store.root)
+    return open_run(store.uri, load_settings(REPOSITORY), "sweep", {"row": "all"}, store.root)
 
 
 def check_sweep(store: Store, parent: str) -> None:
@@ -187,8 +189,8 @@ def check_sweep(store: Store, parent: str) -> None:
         tags = trial_tags(number, parent) | {"data_md5": "0123.dir", "bleu_signature": "nrefs:1"}
         assert tags.items() <= run.data.tags.items()
         settings = trial_settings(number)
-        search = {key: str(getattr(settings.evaluate, key)) for key in tracking.SEARCH}
-        assert run.data.params == tracking.run_params(settings) | search | {"change": f"A: {number} heads"}
+        search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH_SETTINGS}
+        assert run.data.params == run_params(settings) | search | {"change": f"A: {number} heads"}
         (dataset,) = [entry.dataset for entry in run.inputs.dataset_inputs]
         assert dataset.digest == "0123.dir"
         folder = store.root / f"downloaded {number}"
@@ -206,7 +208,7 @@ def check_sweep(store: Store, parent: str) -> None:
 def test_eight_processes_at_once_lose_no_point_and_double_none(store: Store) -> None:
     parent = open_parent(store)
     join(start(log_trial, TRIALS, store.uri, store.root, parent))
-    tracking.finish(store.uri, parent)
+    finish_run(store.uri, parent)
     check_sweep(store, parent)
 
 
@@ -228,7 +230,7 @@ def test_a_trial_that_is_killed_among_eight_goes_on_in_its_run_with_every_point_
 
     again = start(log_trial, [victim], store.uri, store.root, parent)  # a resumed worker logs all points it knows of
     join(processes | again)
-    tracking.finish(store.uri, parent)
+    finish_run(store.uri, parent)
     check_sweep(store, parent)
     (continued,) = store.runs(f"trial {victim}")
     assert continued.info.run_id == run.info.run_id
@@ -249,7 +251,7 @@ def test_a_model_goes_to_the_bucket_and_comes_back_byte_for_byte(store: Store, t
         (tmp_path / name).write_bytes(content)
     run_id = open_parent(store)
     search = {"beam": 3, "alpha": 0.6, "max_extra": 5}
-    model_uri = tracking.log_model(store.uri, run_id, tmp_path, tmp_path / "spm.model", search)
+    model_uri = log_model(store.uri, run_id, tmp_path, tmp_path / "spm.model", search)
     below = f"mlflow/{store.experiment_id()}/models/{model_uri.removeprefix('models:/')}/artifacts/artifacts/"
     assert store.s3.sizes(store.bucket, below) == {name: len(content) for name, content in files.items()}
     place = store.client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location

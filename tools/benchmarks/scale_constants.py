@@ -40,7 +40,8 @@ from model.transformer import Transformer
 from pipeline.common.settings import load_settings
 from pipeline.data.batching import BatchPlan, MicroBatch, collate
 from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.metric_writer import MAX_METRICS_PER_CALL
+from pipeline.tracking.store import server_answers
 from pipeline.training import checkpoint
 from pipeline.training.loop import Recipe, Replicas, State, Step, adam, train_step
 from tools.cost_model import LENGTH, VOCAB_SIZE
@@ -125,7 +126,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     uri = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
-        while not tracking.answers(uri):
+        while not server_answers(uri):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise SystemExit(f"the MLflow server does not start: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.2)
@@ -159,7 +160,7 @@ def mlflow_writes() -> None:
 
         in_all(5, 1, 0)  # warms up
         single = statistics.median(in_all(20, 1, 1_000 * n) for n in range(1, 4))
-        most = tracking.MAX_BATCH // len(POINT)
+        most = MAX_METRICS_PER_CALL // len(POINT)
         full = statistics.median(in_all(2, most, 10_000 * n) for n in range(1, 4))
     per_point = (full - single) / (most - 1)
     show("mlflow_s_per_call", single - per_point, f"{1 / single:.0f} calls of one point a second, {CLIENTS} runs")

@@ -23,7 +23,8 @@ from pipeline.common.settings import Evaluate, Settings, load_settings
 from pipeline.data.dataset import load_tokenizer
 from pipeline.inference import serving
 from pipeline.inference.translate import translate
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.results import log_evaluation, log_model
+from pipeline.tracking.runs import open_run
 from pipeline.training.checkpoint import load_model, save_model
 
 SENTENCES = ["the dog sees a cat", "", "two cats sleep here"]
@@ -77,12 +78,12 @@ def settings() -> Settings:
 def logged(root: Path, settings: Settings) -> tuple[str, str, str]:
     """URI of the store, id of the run, URI of the model."""
     uri = f"sqlite:///{root / 'mlflow.db'}"
-    run_id = tracking.open_run(uri, settings, "key", {}, root)
+    run_id = open_run(uri, settings, "key", {}, root)
     return uri, run_id, log(uri, run_id, root)
 
 
 def log(uri: str, run_id: str, root: Path) -> str:
-    return tracking.log_model(uri, run_id, root / "final", root / "tokenizer" / "spm.model", SEARCH)
+    return log_model(uri, run_id, root / "final", root / "tokenizer" / "spm.model", SEARCH)
 
 
 def test_a_stranger_gets_the_translations_that_we_get(logged, root: Path, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_the_model_holds_no_pickle_and_names_exact_versions_and_types(logged) ->
 def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path, settings: Settings) -> None:
     uri, run_id, model_uri = logged
     assert log(uri, run_id, root) == model_uri
-    tracking.log_evaluation(uri, settings, run_id, 7, {"test_bleu": 12.5}, {}, [], [])
+    log_evaluation(uri, settings, run_id, 7, {"test_bleu": 12.5}, {}, [], [])
     client = MlflowClient(uri)
     run = client.get_run(run_id)
     (output,) = run.outputs.model_outputs

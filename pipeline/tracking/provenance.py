@@ -1,0 +1,40 @@
+"""Where a run comes from: the Git commit, and DVC's hashes of its data. Does without MLflow."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from pipeline.common.paths import CLEAN, TOKENIZER
+
+
+def git_tags(root: Path) -> dict[str, str]:
+    """The commit (GIT_COMMIT names it where there is no repository), and whether code or settings differ from it."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        stated = {"git_dirty": os.environ["GIT_DIRTY"]} if "GIT_DIRTY" in os.environ else {}
+        return {"git_commit": commit, "mlflow.source.git.commit": commit} | stated
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        # dvc.lock and reports change with every run
+        changed = _git(root, "status", "--porcelain", "--", "*.py", "*.toml", "dvc.yaml", "params.yaml", "conf")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    dirty = "true" if changed else "false"
+    return {"git_commit": commit, "mlflow.source.git.commit": commit, "git_dirty": dirty}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def dvc_hashes(root: Path) -> dict[str, str]:
+    """{"data": DVC's hash of the checked texts, "tokenizer": of the tokenizer}, as far as dvc.lock has them."""
+    try:
+        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        return {}
+    hashes = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    places = {"data": CLEAN, "tokenizer": TOKENIZER}
+    return {name: hashes[str(path)] for name, path in places.items() if str(path) in hashes}

@@ -1,0 +1,173 @@
+"""What evaluation and reports add to a run: scores, tables, files, and the model for others to load."""
+
+import csv
+import io
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow.pyfunc
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
+
+from pipeline.common.atomic_io import sha256_of
+from pipeline.common.settings import Settings
+from pipeline.tracking.runs import finish_run, open_run
+from pipeline.tracking.store import (
+    await_server,
+    connect,
+    find_run,
+    open_experiment,
+    refusal_as_connection_error,
+    require_run,
+)
+
+SEARCH_SETTINGS = ("beam", "alpha", "max_extra", "engine")
+"""The settings of `evaluate` that change a translation."""
+SERVED_WITH = ("mlflow", "numpy", "pyyaml", "safetensors", "sentencepiece", "torch", "tqdm")
+"""What inference/serving.py and what it imports need."""
+
+
+@refusal_as_connection_error
+def find_training_run(uri: str, settings: Settings, run_key: str, root: Path = Path()) -> str:
+    """The id of the run that trained; a model that was trained elsewhere (`dvc pull`) gets one in this store.
+
+    Raises ConnectionError when the server stays away.
+    """
+    await_server(uri, patience_s=600)
+    client = connect(uri)
+    run = find_run(client, open_experiment(client, settings.tracking.experiment, root), run_key)
+    if run is not None:
+        return run.info.run_id
+    run_id = open_run(uri, settings, run_key, {"trained": "in another store"}, root)
+    finish_run(uri, run_id)
+    return run_id
+
+
+@refusal_as_connection_error
+def log_evaluation(
+    uri: str,
+    settings: Settings,
+    run_id: str,
+    step: int,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    files: Sequence[Path],
+    samples: Sequence[Mapping[str, str]],
+) -> str:
+    """Add results to the run that trained; returns the id of the run that has them now.
+
+    A run holds one evaluation. With another search (SEARCH_SETTINGS) than the one before, the results go into a child
+    of it that carries the same parameters; with the same, what is equal is left and what differs is added.
+
+    `metrics` are at `step`, the last of training; `tags` hold BLEU's signatures; `files` go up as they are, and
+    `samples` (columns by name) as a table. Raises ConnectionError when the server stays away.
+    """
+    await_server(uri, patience_s=600)
+    client = connect(uri)
+    run = client.get_run(run_id)
+    search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH_SETTINGS}
+    if any(run.data.params.get(key, value) != value for key, value in search.items()):
+        run = _evaluation_child(client, run, search, search_name(settings))
+        run_id = run.info.run_id
+    for file in files:
+        client.log_artifact(run_id, str(file), "evaluation")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(samples[0]) if samples else [])
+    writer.writeheader()
+    writer.writerows(samples)
+    client.log_text(run_id, table.getvalue(), "evaluation/samples.csv")  # MLflow shows CSV as a table
+
+    model_id = run.data.tags.get("model_id")
+    now_ms = time.time_ns() // 1_000_000
+    changed = {key: float(value) for key, value in metrics.items() if run.data.metrics.get(key) != value}
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, now_ms, step, model_id=model_id) for key, value in changed.items()],
+        params=[Param(key, value) for key, value in search.items() if key not in run.data.params],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    return run_id
+
+
+def search_name(settings: Settings) -> str:
+    """How translations are searched for: "beam 4, alpha 0.6, max_extra 50, engine torch"."""
+    return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH_SETTINGS)
+
+
+def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], name: str) -> Run:
+    key = f"{parent.data.tags['run_key']}, {name}"
+    child = find_run(client, parent.info.experiment_id, key)
+    if child and child.info.status == "FINISHED":
+        return child
+    inherited = {
+        tag: value
+        for tag, value in parent.data.tags.items()
+        if not tag.startswith(("mlflow.", "owner_")) and tag not in ("run_key", "model_id", "weights_sha256")
+    }
+    own = {
+        "mlflow.runName": f"{parent.info.run_name}, {name}",
+        "mlflow.parentRunId": parent.info.run_id,
+        "run_key": key,
+    }
+    child = child or client.create_run(parent.info.experiment_id, tags={**inherited, **own})
+    params = {**parent.data.params, **search}  # again, if the evaluation that made the child was killed
+    client.log_batch(child.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    client.set_terminated(child.info.run_id, "FINISHED")
+    return client.get_run(child.info.run_id)
+
+
+@refusal_as_connection_error
+def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mapping[str, float]) -> str:
+    """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
+
+    `model` is a folder with weights.safetensors and config.json, `tokenizer` the file spm.model, `search` the
+    beam, alpha and max_extra to translate with. The model carries the code it needs and exact versions of the
+    packages; nothing in it is pickled. The same weights are logged once only.
+    """
+    await_server(uri, patience_s=600)
+    client = connect(uri)
+    run = client.get_run(run_id)
+    weights = model / "weights.safetensors"
+    digest = sha256_of(weights)
+    if run.data.tags.get("weights_sha256") == digest:
+        return f"models:/{run.data.tags['model_id']}"
+    code = Path(__file__).parents[1]
+    # By way of the client, as mlflow.pyfunc.log_model works on the process's one global store and active run.
+    logged = client.create_logged_model(
+        run.info.experiment_id, "transformer", source_run_id=run_id, params=run.data.params
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.pyfunc.save_model(
+            f"{folder}/model",
+            python_model=str(code / "inference" / "serving.py"),
+            artifacts={
+                "weights": str(weights),
+                "config": str(model / "config.json"),
+                "tokenizer": str(tokenizer),
+            },
+            model_config=dict(search),
+            code_paths=[str(code), str(code.parent / "model")],
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in SERVED_WITH],
+        )
+        client.log_model_artifacts(logged.model_id, f"{folder}/model")
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.log_batch(run_id, tags=[RunTag("model_id", logged.model_id), RunTag("weights_sha256", digest)])
+    return f"models:/{logged.model_id}"
+
+
+@refusal_as_connection_error
+def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
+    """Add files and figures to a run, in place of those of the same name. Raises ConnectionError when the server
+    stays away, ValueError when there is no such run any more."""
+    await_server(uri, patience_s=600)
+    client = connect(uri)
+    known = require_run(client, run_id).data.metrics
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    now_ms = time.time_ns() // 1_000_000
+    changed = {key: value for key, value in metrics.items() if known.get(key) != value}
+    client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()])

@@ -1,0 +1,122 @@
+"""MLflow's store: the client, waiting for a server, and refusals as errors of one line."""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store, quiet and quick to give up. Raises ConnectionError if a database cannot be opened."""
+    # MLflow's own seven retries hold a caller for minutes; who can wait does so in await_server.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it counts local files, three times
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
+    try:
+        return MlflowClient(uri)
+    except Exception as error:  # of a database: MLflow's, SQLAlchemy's or its driver's
+        raise ConnectionError(_refusal(uri, error)) from error
+
+
+def _refusal(uri: str, error: Exception) -> str:
+    return f"MLflow's store {without_password(uri)}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+    """Decorator: turn a MlflowException (a password that is refused, say) into a ConnectionError of one line."""
+
+    @wraps(call)
+    def wrapped(uri: str, /, *arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return call(uri, *arguments, **named)
+        except MlflowException as error:
+            raise ConnectionError(_refusal(uri, error)) from error
+
+    return wrapped
+
+
+def prepare_store(uri: str) -> None:
+    """Open a store that is a file and create its tables where there are none: this takes seconds, which can be spent
+    while something else starts. Raises ConnectionError if it cannot be opened."""
+    if uri.startswith("sqlite:"):
+        connect(uri)
+
+
+def server_answers(uri: str) -> bool:
+    """Whether there is a server at `uri`; a database needs none."""
+    if not uri.startswith("http"):
+        return True
+    try:
+        return http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=5).ok
+    except (MlflowException, OSError):
+        return False
+
+
+def await_server(uri: str, patience_s: float) -> None:
+    """Wait until the server answers. Raises ConnectionError after `patience_s` seconds."""
+    deadline = time.monotonic() + patience_s
+    warned, shown = False, without_password(uri)
+    while not server_answers(uri):
+        if time.monotonic() > deadline:
+            raise ConnectionError(
+                f"the MLflow server {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another, "
+                "or unset it to use the file mlflow.db"
+            )
+        if not warned:
+            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
+            warned = True
+        time.sleep(min(2.0, patience_s))
+
+
+def without_password(uri: str) -> str:
+    """An address without the name and password in it, to be shown."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
+    """The id of the experiment, which is created if there is none. Raises ValueError if it was deleted."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
+        folder = (root.resolve() / "mlartifacts").as_uri() if local else None
+        try:
+            return client.create_experiment(name, artifact_location=folder)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return open_experiment(client, name, root)  # which another process has made at the same moment
+    if experiment.lifecycle_stage != "active":
+        raise ValueError(
+            f"tracking.experiment is {name!r}, which was deleted in MLflow: restore it there or name another"
+        )
+    return experiment.experiment_id
+
+
+def find_run(client: MlflowClient, experiment_id: str, run_key: str) -> Run | None:
+    runs = client.search_runs([experiment_id], f"tags.run_key = '{run_key}'", max_results=1)
+    return runs[0] if runs else None
+
+
+def require_run(client: MlflowClient, run_id: str) -> Run:
+    """Raises ValueError if there is no such run, or it was deleted."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(f"{client.tracking_uri} has no run {run_id} ({error.error_code})") from None
+    if run.info.lifecycle_stage != "active":
+        raise ValueError(f"run {run_id} was deleted in {client.tracking_uri}: restore it there")
+    return run

@@ -1,0 +1,35 @@
+"""The MLflow store: prepared, waited for, refused."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipeline.common.storage import tracking_uri
+from pipeline.tracking.runs import reconcile
+from pipeline.tracking.store import prepare_store, without_password
+
+
+def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> None:
+    prepare_store(f"sqlite:///{tmp_path / 'new.db'}")
+    with closing(sqlite3.connect(tmp_path / "new.db")) as database:
+        assert database.execute("select count(*) from runs").fetchone() == (0,)
+    (tmp_path / "broken.db").write_text("no database" * 1000)
+    broken = f"sqlite:///{tmp_path / 'broken.db'}"
+    for ask in (prepare_store, lambda uri: reconcile(uri, "transformer")):
+        with pytest.raises(ConnectionError, match=rf"^MLflow's store {broken}: .*file is not a database$"):
+            ask(broken)
+    prepare_store("http://127.0.0.1:9")  # is not asked
+
+
+def test_tracking_uri_is_absolute_because_workers_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(Path()) == f"sqlite:///{Path.cwd()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking_uri(Path()) == "http://tracker:5000"
+
+
+def test_without_password_hides_the_credentials_of_an_address() -> None:
+    assert without_password("https://us:secret@mlflow:5000/x") == "https://mlflow:5000/x"
+    assert without_password("http://mlflow:5000/@x") == "http://mlflow:5000/@x"
