@@ -1,17 +1,18 @@
-"""The download stage: the corpus that params.yaml names, as plain text in data/raw/.
+"""Fetch or generate the corpus that params.yaml names, as plain text.
 
-A public corpus (pipeline/data/catalog.py) comes from its URL or, with CORPUS_MIRROR set, from a folder or web
-address that holds the same files under the same names; every file is checked against its sha256. "files" are
-the user's own texts of data/own/, "grammar" is generated.
+    python -m pipeline.download
+    CORPUS_MIRROR=/mnt/corpora python -m pipeline.download
 
-A file from the web grows as data/downloads/NAME.part, which outlives a failed run; the next one asks the
-server for the rest (HTTP Range). This is why the fetching below is ours: pooch verifies and shows progress, but
-starts a broken file again from its first byte; mtdata verifies no checksum; SacreBLEU reads a whole archive
-into memory, and knows test sets only. Taken from them: the catalogue with checksums, a name that a file bears
-only once it is verified, and requests underneath.
+Writes data/raw/: train, valid and test, one file for each language, and corpus.json with the origin and checksum of
+every file.
+
+- A public corpus comes from its URL or, with CORPUS_MIRROR set, from a folder or web address that holds the same
+  files under the same names. Every file is checked against its SHA-256. Files from the web are kept in
+  data/downloads/; a download that was cut off continues where it ended.
+- "files" are your own texts: data/own/{train,valid,test}.{src,tgt}, plain or .gz.
+- "grammar" is generated, from download.seed.
 """
 
-import argparse
 import gzip
 import os
 import time
@@ -23,6 +24,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from pipeline.common import cli
 from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, write_json
 from pipeline.common.paths import DOWNLOADS, OWN, RAW
 from pipeline.common.settings import Download, load_settings
@@ -137,6 +139,10 @@ def _part(target: Path) -> Path:
 
 def _bytes_there(target: Path) -> int:
     return next((path.stat().st_size for path in (target, _part(target)) if path.exists()), 0)
+
+
+# pooch verifies and shows progress, but starts a broken file again from its first byte; mtdata verifies no checksum;
+# SacreBLEU reads a whole archive into memory, and knows test sets only. Hence the fetching below.
 
 
 def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
@@ -260,15 +266,9 @@ def _bar(title: str, total: int, initial: int = 0) -> tqdm:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-    try:
+    cli.parser("pipeline.download", __doc__).parse_args()
+    with cli.exit_on_error("download", interrupted="stopped; run again to continue"):
         download(load_settings().download, os.environ.get("CORPUS_MIRROR") or None)
-    except ValueError as error:
-        raise SystemExit(f"download: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"download: {error.filename}: {error.strerror}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("download: stopped; run again to continue") from None
 
 
 if __name__ == "__main__":

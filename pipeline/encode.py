@@ -1,10 +1,11 @@
-"""Second half of the stage tokenize: text becomes pieces on disk.
+"""Encode the corpus with the learned byte-pair encoding: the second half of the stage tokenize.
 
-`python -m pipeline.encode` reads data/clean/ and data/tokenizer/, writes data/encoded/ and
+    python -m pipeline.encode
+
+Reads data/clean/ and data/tokenizer/; writes data/encoded/, token ids that training maps into memory, and
 reports/tokenization.json. Memory does not grow with the corpus.
 """
 
-import argparse
 import hashlib
 import sys
 import unicodedata
@@ -22,6 +23,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from model.config import UNK
+from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.paths import CLEAN, ENCODED, REPORTS, TOKENIZER
 from pipeline.common.settings import load_settings
@@ -179,13 +181,11 @@ class _NpyWriter:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Encode data/clean/ with the encoding of data/tokenizer/.").parse_args()
-    try:
+    cli.parser("pipeline.encode", __doc__).parse_args()
+    with cli.exit_on_error("tokenize"):
         settings = load_settings()
         report = encode_corpus(CLEAN, TOKENIZER, ENCODED, settings.download.src, settings.download.tgt)
         write_json(REPORTS / "tokenization.json", report)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"tokenize: {error}") from None
 
 
 if __name__ == "__main__":

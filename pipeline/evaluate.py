@@ -1,18 +1,17 @@
-"""Stage: translate the test split by beam search (section 6.1) and score it; perplexities; MLflow.
+"""Translate the test split by beam search (section 6.1 of the paper) and score it; compute perplexities.
 
     python -m pipeline.evaluate
 
 Reads models/final, data/tokenizer, data/encoded and data/clean; writes reports/evaluation.json,
-reports/bleu_by_length.csv and reports/translations.tsv. `evaluate` and what it calls need no MLflow, and a
-disk for the exports of CTranslate2 alone.
+reports/bleu_by_length.csv and reports/translations.tsv, and adds them and the model to the training's run in MLflow.
 """
 
-import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.common import cli
 from pipeline.common.settings import load_settings
 from pipeline.inference.evaluation import run
 
@@ -44,12 +43,10 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    cli.parser("pipeline.evaluate", __doc__).parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
+    with cli.exit_on_error("evaluate"):
         print(table(run(load_settings()).metrics))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Export a trained model to CTranslate2's format, to translate without torch: from Python or C++, fast on CPUs.
 
-    python -m pipeline.export                                                 # to models/ctranslate2
+    python -m pipeline.export
     python -m pipeline.export --quantization int8 --output models/ctranslate2-int8
 
-The folder has all that it takes, the tokenizer too:
+Reads models/final and data/tokenizer; writes models/ctranslate2, a folder with all that translation needs:
 
     import ctranslate2, sentencepiece
     tokenizer = sentencepiece.SentencePieceProcessor("models/ctranslate2/spm.model")
@@ -17,10 +17,10 @@ Where model.max_length is below 1,024, add max_input_length with its value, and 
 evaluate stage translates by such an export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
 """
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder
 from pipeline.common.paths import CTRANSLATE2, FINAL, TOKENIZER
 from pipeline.data.dataset import load_tokenizer
@@ -32,13 +32,11 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser("pipeline.export", __doc__)
     parser.add_argument("--model", type=Path, default=FINAL, metavar="FOLDER", help=f"a trained model ({FINAL})")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="FOLDER", help=f"its own ({TOKENIZER})")
     parser.add_argument(
-        "--output", type=Path, default=CTRANSLATE2, metavar="FOLDER", help=f"made anew ({CTRANSLATE2})"
+        "--output", type=Path, default=CTRANSLATE2, metavar="FOLDER", help=f"replaced if it exists ({CTRANSLATE2})"
     )
     parser.add_argument(
         "--quantization",
@@ -47,10 +45,8 @@ def main() -> None:
         help="int8: a quarter of the size and faster; some translations differ (default: float32)",
     )
     arguments = parser.parse_args()
-    try:
+    with cli.exit_on_error("export"):
         export(arguments.model, arguments.tokenizer, arguments.output, arguments.quantization)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"export: {error}") from None
     size = (arguments.output / "model.bin").stat().st_size
     print(f"{arguments.output}: {arguments.quantization}, {size / 1e6:.1f} MB; --help says how to translate with it")
 

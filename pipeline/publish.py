@@ -1,18 +1,17 @@
-"""Put the encoded corpus where all nodes of a cluster can read it; each copies it to its own disk, once.
+"""Copy the encoded corpus to where all nodes of a cluster can read it; each node copies it to its own disk, once.
 
-    python -m pipeline.publish          to the folder or store that RUN_STORAGE names
+    RUN_STORAGE=s3://bucket/runs python -m pipeline.publish
 
-What training, search and scoring read goes to <RUN_STORAGE>/data/<name>-<digest>/: pieces, tokenizer, and the texts
-of the validation and test splits. A corpus with other contents gets another digest, so that a run in progress keeps
-its own; <RUN_STORAGE>/data/<name>.json says which one is the newest.
+Reads data/encoded, data/tokenizer and, of data/clean, the validation and test splits; writes them to
+<RUN_STORAGE>/data/<name>-<digest>/. A corpus with other contents gets another digest, so that a run in progress
+keeps its own; <RUN_STORAGE>/data/<name>.json names the newest.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.common import cli
 from pipeline.common.atomic_io import SUMS, sums_text, write_json, write_text
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, load_settings
@@ -51,18 +50,15 @@ def _files(settings: Settings, root: Path) -> list[Path]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    cli.parser("pipeline.publish", __doc__).parse_args()
     root = Path().resolve()
-    try:
+    with cli.exit_on_error("publish"):
         storage = run_storage(root)
         if storage == root:
             raise ValueError(
                 f"{RUN_STORAGE_ENV} is not set: name a folder that all nodes see, or a URI such as s3://bucket/runs"
             )
         print(publish(load_settings(), root, storage))
-    except (ValueError, OSError) as error:
-        print(f"publish: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

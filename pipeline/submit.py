@@ -1,13 +1,14 @@
-"""Run training or a sweep on a Ray cluster, from anywhere that reaches its dashboard: `ray job submit`, filled in.
+"""Run training or a sweep on a Ray cluster, from anywhere that reaches its dashboard.
 
     python -m pipeline.submit train
     python -m pipeline.submit sweep --env OMP_NUM_THREADS=4
 
-The job gets this folder without what .rayignore and .gitignore name, RUN_STORAGE and MLFLOW_TRACKING_URI as they
-are here or as options say, and the Git commit. It runs `python -m pipeline.train` or `python -m sweeps.run` on the
-cluster's head; its log is shown here until it ends, and Ctrl-C ends the showing alone. Submitted again, it goes on
-from where it was. Afterwards the same command without submission, with the same RUN_STORAGE and MLFLOW_TRACKING_URI,
-brings the results here: `dvc repro` finds the training done.
+It is `ray job submit`, filled in: the job gets this folder without what .rayignore and .gitignore name, RUN_STORAGE
+and MLFLOW_TRACKING_URI as they are here or as options name them, and the Git commit. It runs
+`python -m pipeline.train` or `python -m sweeps.run` on the cluster's head. Its log is shown here until it ends;
+Ctrl-C ends the log, not the job. Submitted again, it goes on from where it was. Afterwards the same command without
+submission, with the same RUN_STORAGE and MLFLOW_TRACKING_URI, brings the results here: `dvc repro` finds the
+training done.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.cluster.ray_cluster import TELEMETRY, TOKENS, is_local_store
+from pipeline.common import cli
 from pipeline.common.settings import load_settings
 from pipeline.common.storage import RUN_STORAGE_ENV, is_absolute
 from pipeline.tracking.provenance import git_tags
@@ -115,10 +117,10 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser("pipeline.submit", __doc__)
     parser.add_argument("what", choices=ENTRYPOINTS, help="what to run")
     parser.add_argument("--address", help=f"of the dashboard (RAY_API_SERVER_ADDRESS, else {DEFAULT_ADDRESS})")
-    parser.add_argument("--storage", metavar="URI", help=f"where data and checkpoints lie ({RUN_STORAGE_ENV})")
+    parser.add_argument("--storage", metavar="URI", help=f"for data and checkpoints ({RUN_STORAGE_ENV})")
     parser.add_argument("--tracking-uri", metavar="URL", help="of the MLflow server (MLFLOW_TRACKING_URI)")
     parser.add_argument(
         "--env",
@@ -132,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     root = Path().resolve()
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    try:
+    with cli.exit_on_error("submit"):
         load_settings(root)
         variables = environment(
             root,
@@ -142,9 +144,6 @@ def main() -> None:
         )
         client = connect(address)
         job = submit(client, arguments.what, root, variables)
-    except (ValueError, OSError) as error:
-        print(f"submit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     print(
         f"submit: {job} runs {ENTRYPOINTS[arguments.what]}\n"
         f"  log:  ray job logs --address {address} --follow {job}\n"
@@ -155,20 +154,16 @@ def main() -> None:
     )
     if arguments.no_wait:
         return
-    try:
-        status = follow(client, job)
-    except KeyboardInterrupt:
-        print(f"submit: {job} goes on", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # of `| head`, say
-        raise
-    except Exception as error:  # of Ray's HTTP library, of several kinds
-        print(
-            f"submit: the cluster at {address} does not answer any more ({type(error).__name__}): see whether {job} "
-            "still runs; if the head died, start it and submit it again: it goes on from its last checkpoint",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+    with cli.exit_on_error("submit", interrupted=f"{job} goes on"):
+        try:
+            status = follow(client, job)
+        except BrokenPipeError:  # of `| head`, say
+            raise
+        except Exception as error:  # of Ray's HTTP library, of several kinds
+            raise ConnectionError(
+                f"the cluster at {address} does not answer any more ({type(error).__name__}): see whether {job} "
+                "still runs; if the head died, start it and submit it again: it goes on from its last checkpoint"
+            ) from None
     print(f"submit: {job} {status.value.lower()}", file=sys.stderr)
     raise SystemExit(0 if status == JobStatus.SUCCEEDED else 1)
 

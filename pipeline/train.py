@@ -1,13 +1,16 @@
-"""Stage: train the Transformer with Ray Train, on one worker or many, on CPUs or GPUs.
+"""Train the Transformer with Ray Train, on one worker or many, on CPUs or GPUs.
 
     python -m pipeline.train
+    RAY_ADDRESS=head:6379 RUN_STORAGE=s3://bucket/runs python -m pipeline.train
 
-With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine.
-A run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
-from its last checkpoint in checkpoints/; with other settings, data or code it starts anew.
+Reads data/encoded/; writes models/final, the average of the last checkpoints, reports/train.json and the curves
+reports/training_curve.csv and validation_curve.csv; draws the curves in MLflow (MLFLOW_TRACKING_URI).
+
+With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine. A
+run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
+from its last checkpoint in checkpoints/; with other settings, data or code a new run begins.
 """
 
-import argparse
 import csv
 import io
 import time
@@ -18,8 +21,8 @@ from typing import Any
 
 from pipeline.cluster.ray_cluster import preflight, ray_cluster
 from pipeline.cluster.training_run import TrainingError, training
+from pipeline.common import cli
 from pipeline.common.atomic_io import write_json, write_text
-from pipeline.common.cli import end_with_dvc
 from pipeline.common.paths import FINAL, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import run_storage, tracking_uri
@@ -70,16 +73,11 @@ def _csv(rows: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    end_with_dvc()
-    try:
+    cli.parser("pipeline.train", __doc__).parse_args()
+    cli.end_with_dvc()
+    interrupted = "interrupted; the same command goes on from the last checkpoint"
+    with cli.exit_on_error("train", TrainingError, interrupted=interrupted):
         train(load_settings())
-    except (ValueError, OSError, TrainingError) as error:
-        _say(str(error))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last checkpoint")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

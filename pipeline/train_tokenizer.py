@@ -1,9 +1,10 @@
-"""First half of the stage tokenize: one byte-pair encoding over both languages (section 5.1).
+"""Learn one byte-pair encoding of both languages (section 5.1 of the paper): the first half of the stage tokenize.
 
-`python -m pipeline.train_tokenizer` reads data/clean/train.* and writes data/tokenizer/.
+    python -m pipeline.train_tokenizer
+
+Reads data/clean/train.*; writes data/tokenizer/spm.model, of SentencePiece, and spm.vocab, its list of tokens.
 """
 
-import argparse
 import io
 import re
 import sys
@@ -15,6 +16,7 @@ from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor, Sente
 from tqdm import tqdm
 
 from model.config import BOS, EOS, PAD, UNK
+from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder
 from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import load_settings
@@ -108,13 +110,11 @@ def _explain(message: str, vocab_size: int) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Learn the joint byte-pair encoding of data/clean/train.*").parse_args()
-    try:
+    cli.parser("pipeline.train_tokenizer", __doc__).parse_args()
+    with cli.exit_on_error("tokenize"):
         settings = load_settings()
         src, tgt = (CLEAN / f"train.{code}" for code in (settings.download.src, settings.download.tgt))
         train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size, settings.tokenize.lowercase)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"tokenize: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""The validate stage: data/raw/ -> data/clean/, and reports/validation.json with what was found.
+"""Check the corpus sentence by sentence, drop bad pairs from it and count them.
 
-A hard fault stops the stage with file and line: a file that is missing or empty, sides of different length,
-broken UTF-8. A soft fault is of one pair, and is counted under the first reason of REASONS that holds:
+    python -m pipeline.validate
+
+Reads data/raw/; writes data/clean/, with faults.tsv, which lists every faulty pair, and reports/validation.json.
+
+A hard fault stops the stage with file and line: a file that is missing or empty, two sides of different length,
+broken UTF-8. A soft fault is of one pair, and is counted under the first reason that holds:
+
 - in train the pair is dropped;
 - in valid it is dropped if a side is empty or too long, which training could not batch, and else kept;
 - in test it is kept, so that BLEU compares with everybody's on that test set.
-If more than max_dropped_share of a split is faulty, kept or not, the stage stops with the counts: that is more
-likely a wrong file. data/clean/faults.tsv lists every faulty pair.
 
-A leak is a training pair whose source sentence also stands in test or valid; it leaves train. Equal means equal
-after NFKC and lower-casing. The source alone decides, for it is the question: with another answer it would still
-be a lesson for the test. Short common sentences ("Thank you .") are no exception: to drop them costs training
-next to nothing, to keep them would let the test ask for what was learned by heart.
+If more than validate.max_dropped_share of a split is faulty, kept or not, the stage stops with the counts: that is
+more likely a wrong file.
+
+A leak is a training pair whose source sentence is also in test or valid; it is dropped from train. Equal means
+equal after NFKC and lower-casing. The source alone decides: with another translation it would still be a lesson for
+the test. Short common sentences ("Thank you .") are no exception: to drop them costs training next to nothing, to
+keep them would let the test ask for what was learned by heart.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +33,7 @@ from pandera.config import ValidationDepth, config_context
 from pandera.errors import SchemaErrors
 from tqdm import tqdm
 
+from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.paths import CLEAN, RAW, REPORTS
 from pipeline.common.settings import Download, Validate, load_settings
@@ -328,14 +334,10 @@ def _list_faults(listing: TextIO, split: str, chunk: pl.DataFrame, faults: pl.Da
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-    try:
+    cli.parser("pipeline.validate", __doc__).parse_args()
+    with cli.exit_on_error("validate"):
         settings = load_settings()
         report = validate(settings.download, settings.validate)
-    except ValueError as error:
-        raise SystemExit(f"validate: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"validate: {error.filename}: {error.strerror}") from None
     for split, found in report.items():
         counts = ", ".join(f"{reason} {number:,}" for reason, number in found["faults"].items() if number)
         print(f"{split}: {found['pairs']:,} of {found['pairs_in']:,} pairs kept; faults: {counts or 'none'}")

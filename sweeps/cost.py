@@ -1,10 +1,12 @@
-"""What a sweep will cost, before it starts: FLOPs by the model's arithmetic, hours and money by a device's rate.
+"""Estimate what a sweep will cost before it starts: FLOPs, hours and money, row by row.
 
-python -m sweeps.cost                on this machine, at the rate that is measured here
-python -m sweeps.cost --devices 8    on eight devices; params.yaml can state their rate and their price
+    python -m sweeps.cost                on this machine, at the rate that is measured here
+    python -m sweeps.cost --devices 8    on eight devices
+
+Reads params.yaml, whose section `sweep` can state the devices' rate and price, and data/encoded; prints a table and
+writes nothing. FLOPs follow from the sizes of model and batches; trials that are done already are left out.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torch
 from model.flops import training_flops
 from model.loss import label_smoothed_loss
 from model.transformer import Transformer
+from pipeline.common import cli
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
@@ -167,7 +170,7 @@ def _duration(hours: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser("sweeps.cost", __doc__)
     parser.add_argument(
         "--devices", type=int, metavar="N", help="how many compute at once (default: all of this machine)"
     )
@@ -175,7 +178,7 @@ def main() -> None:
     if arguments.devices is not None and arguments.devices < 1:
         parser.error(f"--devices is {arguments.devices}: a number from 1 up is needed")
     gpus = torch.cuda.device_count()
-    try:
+    with cli.exit_on_error("cost"):
         sweep = load_sweep(Path().resolve())
         gpu = sweep.base.hardware.device == "gpu" or (sweep.base.hardware.device == "auto" and gpus > 0)
         if gpu and not gpus and not sweep.base.sweep.flops_per_second:
@@ -184,8 +187,6 @@ def main() -> None:
             )
         here = gpus if gpu else len(os.sched_getaffinity(0))
         print(text(sweep, Path().resolve(), arguments.devices or here, gpu))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"plan: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Stage: our numbers beside those of the paper's Table 3, each difference from base with its uncertainty.
+"""Put our numbers beside those of the paper's Table 3, each difference from base with its uncertainty.
 
     python -m sweeps.report
 
-Reads data/sweep (trials.json, references.txt, the translations), writes reports/table3.md, .html, .csv, .png and
+Reads data/sweep (trials.json, references.txt, the translations); writes reports/table3.md, .html, .csv, .png and
 .json, and adds them to the sweep's run in MLflow. Where trials failed, or base did, the table says so and holds the
 rest.
 """
 
-import argparse
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.common import cli
 from pipeline.common.atomic_io import write_bytes, write_json, write_text
 from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
@@ -87,11 +87,9 @@ def _changed(lines: Sequence[Line]) -> list[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    try:
+    cli.parser("sweeps.report", __doc__).parse_args()
+    with cli.exit_on_error("report"):
         run()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"report: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Stage: run the rows of Table 3 that params.yaml asks for, each with every seed, by Ray Tune over Ray Train.
+"""Run the rows of Table 3 that params.yaml asks for, each with every seed, by Ray Tune over Ray Train.
 
     python -m sweeps.run
 
-A trial is the train stage's own function, then the evaluate stage's own function. What it comes to stands in the
-folder of its checkpoints, named after all that decides it. So the same command goes on after `kill -9`: finished
-trials are kept, others continue from their checkpoints, failed ones are tried again, and rows or seeds that were
-added run. Results go to data/sweep; `python -m sweeps.report` makes the table. With RAY_ADDRESS set, or inside
-`ray job submit`, it uses that cluster.
+Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which `python -m sweeps.report` makes the
+table.
+
+A trial is what the train stage and then the evaluate stage do. Its result is kept with its checkpoints, in a folder
+that is named after all that decides it. So the same command goes on after `kill -9`: finished trials are kept,
+others continue from their checkpoints, failed ones are tried again, and rows or seeds that were added run. With
+RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster.
 """
 
-import argparse
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -45,8 +45,8 @@ from pipeline.cluster.ray_cluster import (
     this_node_resource,
 )
 from pipeline.cluster.training_run import TrainingError, training
+from pipeline.common import cli
 from pipeline.common.atomic_io import interval_of, replace_folder, write_json, write_text
-from pipeline.common.cli import end_with_dvc
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.settings import Settings, flatten, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
@@ -421,15 +421,10 @@ def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    end_with_dvc()
-    try:
+    cli.parser("sweeps.run", __doc__).parse_args()
+    cli.end_with_dvc()
+    with cli.exit_on_error("sweep", interrupted="interrupted; the same command goes on where this one was"):
         run(Path().resolve())
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"sweep: {error}") from None
-    except KeyboardInterrupt:
-        print("sweep: interrupted; the same command goes on where this one was", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

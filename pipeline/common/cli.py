@@ -1,9 +1,41 @@
-"""Command-line conventions: --help, error lines, exit codes."""
+"""Command-line conventions of every `python -m ...`: its --help, its error line, its exit code."""
 
+import argparse
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is the module's docstring: purpose, example, what is read and written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+@contextmanager
+def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+    """End the process with a line `name: message` on stderr: with exit code 1 for what a user can mend (ValueError,
+    OSError and `more`), with 130 after Ctrl-C. Any other exception is a bug and keeps its traceback."""
+    mendable: tuple[type[Exception], ...] = (ValueError, OSError, *more)
+    try:
+        yield
+    except mendable as error:
+        print(f"{name}: {_message(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the error's number
+    return str(error)
 
 
 def end_with_dvc() -> None:

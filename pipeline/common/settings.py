@@ -1,11 +1,10 @@
 """What to run: params.yaml and the presets of conf/ that it names, as typed and checked sections.
 
 Every value stands in exactly one file, so no edit is shadowed by another: params.yaml names a preset of
-conf/data, conf/model and conf/hardware, and holds what belongs to none of them. `python -m pipeline.common.settings`
+conf/data, conf/model and conf/hardware, and holds what belongs to none of them. `python -m pipeline.settings`
 prints all values with the file that each comes from.
 """
 
-import argparse
 import math
 import re
 import types
@@ -393,26 +392,3 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[f"{prefix}{field.name}"] = value
     return flat
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print every setting that a run here would use, and its file.")
-    parser.parse_args()
-    try:
-        settings = load_settings()
-    except ValueError as error:
-        raise SystemExit(f"settings: {error}") from None
-    names = {kind: getattr(settings, f"{kind}_name") for kind in PRESETS}
-    origin = {
-        section: "params.yaml" if kind == "params" else f"conf/{kind}/{names[kind]}.yaml"
-        for kind, sections in SECTIONS.items()
-        for section in sections
-    }
-    for key, value in flatten(settings).items():
-        if key.endswith("_name"):
-            key = key.removesuffix("_name")
-        print(f"{key:32} {value!s:16} {origin.get(key.split('.')[0] if '.' in key else '', 'params.yaml')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -196,7 +196,7 @@ def test_faults_are_named_and_leave_nothing_behind(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["clean"]
 
 
-def test_the_command_writes_folder_and_report(corpus, tmp_path, monkeypatch, request):
+def test_the_command_writes_folder_and_report(corpus, tmp_path, monkeypatch, request, capsys):
     for name in ("conf", "params.yaml"):
         (tmp_path / name).symlink_to(request.config.rootpath / name)
     (tmp_path / "data").symlink_to(corpus)
@@ -207,7 +207,9 @@ def test_the_command_writes_folder_and_report(corpus, tmp_path, monkeypatch, req
     assert json.loads((tmp_path / "reports/tokenization.json").read_text())["vocab_size"] == 379
     (corpus / "tokenizer/spm.model").rename(corpus / "spm.model")
     try:
-        with pytest.raises(SystemExit, match=r"^tokenize: data/tokenizer/spm\.model does not exist"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
             stage.main()
+        assert capsys.readouterr().err.startswith("tokenize: data/tokenizer/spm.model does not exist")
     finally:
         (corpus / "spm.model").rename(corpus / "tokenizer/spm.model")

@@ -148,10 +148,11 @@ def test_sentencepiece_stays_silent(tmp_path, capfd):
 
 
 @pytest.mark.usefixtures("project")
-def test_the_command_says_in_one_line_what_is_wrong(monkeypatch):
+def test_the_command_says_in_one_line_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train_tokenizer"])
-    with pytest.raises(SystemExit, match=r"^tokenize: data/clean/train\.en does not exist: run the validate stage"):
+    with pytest.raises(SystemExit):
         stage.main()
+    assert capsys.readouterr().err.startswith("tokenize: data/clean/train.en does not exist: run the validate stage")
 
 
 @pytest.fixture

@@ -371,7 +371,7 @@ def test_every_setting_is_read_by_the_code():
 
 
 def test_the_settings_are_printed_with_their_files(root):
-    command = [sys.executable, "-m", "pipeline.common.settings"]
+    command = [sys.executable, "-m", "pipeline.settings"]
     printed = subprocess.run(
         command, cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True
     ).stdout
@@ -385,7 +385,7 @@ def test_the_settings_are_printed_with_their_files(root):
 def test_a_fault_is_one_line_and_exit_code_1(root):
     edit(root, "params", "evaluate", "beam", 0)
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.common.settings"],
+        [sys.executable, "-m", "pipeline.settings"],
         cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
