@@ -1,4 +1,4 @@
-"""The comparisons, each a function that gives the lines of its table."""
+"""The comparisons: each is a function that returns the Markdown lines of its part."""
 
 import csv
 import datetime
@@ -16,19 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import OPERATORS, ROOT, THREADS, Side, flops_per_token, multiply_rates, paired, run, say, script
-from turns import Runner, slower_by
+
+from tools.benchmarks.harness import (
+    OPERATORS,
+    ROOT,
+    THREADS,
+    System,
+    flops_per_token,
+    log,
+    module,
+    multiply_rates,
+    paired,
+    run,
+)
+from tools.benchmarks.turns import Runner, slower_by
 
 VOCAB_SIZE = 10_000
 WMT_VOCAB_SIZE = 37_000  # section 5.1
 CTRANSLATE2 = (("float32", 2, 1), ("float32", 2, 2), ("float32", 1, 1), ("int8", 2, 1), ("int8", 1, 1))
-"""Weights, translators that share the threads, patience."""
+"""Precision of the weights, translators that share the threads, patience."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`folder` keeps what is made; `peers` is the Python that has the others; `data` is Multi30k's, encoded; `text`
-    has the two sides of a corpus for the data stages."""
+    """What the comparisons share.
+
+    `folder` keeps what is made; `peers` is the Python that has the other toolkits; `data` is Multi30k's, encoded;
+    `text` is source and target of a corpus for the data stages.
+    """
 
     folder: Path
     peers: Path
@@ -43,7 +58,7 @@ class Setting:
 
 
 def training(setting: Setting) -> list[str]:
-    """Tokens a second of ours, of MarianMTModel and of torch.nn.Transformer."""
+    """Tokens per second of ours, MarianMTModel and torch.nn.Transformer."""
     ceiling, found = _ceiling()
     lines = [
         f"**Training**, steps of about 4,096 target tokens, single precision. {found}",
@@ -54,27 +69,27 @@ def training(setting: Setting) -> list[str]:
     profiles = []
     for preset, steps, rounds in (("tiny", 10, setting.rounds), ("base", 1, max(3, setting.rounds - 2))):
         config = _config(preset)
-        common = ("--corpus", setting.encoded, "--sizes", json.dumps(vars(config)), "--steps", steps)
-        common += ("--threads", THREADS)
-        ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *common))
+        common: list[object] = ["--corpus", setting.encoded, "--sizes", json.dumps(vars(config)), "--steps", steps]
+        common += ["--threads", THREADS]
+        ours = System(f"{preset}, ours", module("training", sys.executable, "ours", *common))
         others = [
-            Side(f"{preset}, {name}", script("training.py", setting.peers, side, *common))
-            for side, name in (("marian", "transformers' MarianMTModel"), ("torch", "torch.nn.Transformer"))
+            System(f"{preset}, {name}", module("training", setting.peers, peer, *common))
+            for peer, name in (("marian", "transformers' MarianMTModel"), ("torch", "torch.nn.Transformer"))
         ]
         paired([ours, *others], rounds, profile=True)
         profiles.append(_profile(ours))
         flops = flops_per_token(config, setting.encoded)
-        for side in (ours, *others):
-            rate = side.median("tokens_per_s")
-            ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
+        for system in (ours, *others):
+            rate = system.median("tokens_per_s")
+            ratio = "" if system is ours else ours.ratio(system, "tokens_per_s")
             speed, share = f"{rate * flops / 1e9:.0f}", f"{rate * flops / ceiling:.0%}"
-            padding, peak = f"{side.median('padding'):.1%}", f"{side.peak_bytes / 1e9:.2f} GB"
-            lines.append(f"| {' | '.join((side.name, f'{rate:,.0f}', padding, speed, share, ratio, peak))} |")
+            padding, peak = f"{system.median('padding'):.1%}", f"{system.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((system.name, f'{rate:,.0f}', padding, speed, share, ratio, peak))} |")
     return [*lines, "", *profiles]
 
 
 def decoding(setting: Setting) -> list[str]:
-    """Sentences a second of ours, of MarianMTModel.generate and of CTranslate2, from the same weights."""
+    """Sentences per second of ours, MarianMTModel.generate and CTranslate2, from the same weights."""
     ceiling, found = _ceiling()
     lines = [
         "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, two "
@@ -89,32 +104,32 @@ def decoding(setting: Setting) -> list[str]:
     profiles = []
     for preset, sentences, rounds in (("tiny", 1000, setting.rounds), ("base", 128, max(3, setting.rounds - 2))):
         model = _model(setting, preset)
-        common = ("--model", model, "--encoded", setting.encoded, "--sentences", sentences, "--threads", THREADS)
-        common += ("--cap",) if preset == "base" else ()
-        ours = Side(f"{preset}, ours", script("decoding.py", sys.executable, "ours", *common))
-        generate = script("decoding.py", setting.peers, "generate", *common)
-        others = [Side(f"{preset}, transformers' generate", generate)]
-        for side, workers, patience in CTRANSLATE2:
-            name = f"{preset}, CTranslate2 {side}, {workers} x {THREADS // workers} threads"
+        common: list[object] = ["--model", model, "--encoded", setting.encoded, "--sentences", sentences]
+        common += ["--threads", THREADS, *(["--cap"] if preset == "base" else [])]
+        ours = System(f"{preset}, ours", module("decoding", sys.executable, "ours", *common))
+        generate = module("decoding", setting.peers, "generate", *common)
+        others = [System(f"{preset}, transformers' generate", generate)]
+        for weights, workers, patience in CTRANSLATE2:
+            name = f"{preset}, CTranslate2 {weights}, {workers} x {THREADS // workers} threads"
             name += ", patience 2" if patience == 2 else ""
-            options = ("--workers", workers, "--patience", patience, *common)
-            others.append(Side(name, script("decoding.py", sys.executable, side, *options)))
+            search = ("--workers", workers, "--patience", patience)
+            others.append(System(name, module("decoding", sys.executable, weights, *search, *common)))
         if preset == "tiny":
-            options = ("--tokenizer", setting.data / "tokenizer", *common)
-            engine = script("decoding.py", sys.executable, "engine", *options)
-            others.append(Side(f"{preset}, evaluate.engine ctranslate2, its export included", engine))
+            tokenizer = ("--tokenizer", setting.data / "tokenizer")
+            engine = module("decoding", sys.executable, "engine", *tokenizer, *common)
+            others.append(System(f"{preset}, evaluate.engine ctranslate2, its export included", engine))
         paired([ours, *others], rounds, profile=True)
         profiles.append(_profile(ours))
-        for side in (ours, *others):
-            ratio = "" if side is ours else ours.ratio(side, "sentences_per_s")
-            rates = (f"{side.median('sentences_per_s'):,.1f}", f"{side.median('tokens_per_s'):,.0f}")
-            share, peak = f"{side.median('flops_per_s') / ceiling:.0%}", f"{side.peak_bytes / 1e9:.2f} GB"
-            lines.append(f"| {' | '.join((side.name, *rates, share, ratio, peak))} |")
+        for system in (ours, *others):
+            ratio = "" if system is ours else ours.ratio(system, "sentences_per_s")
+            rates = (f"{system.median('sentences_per_s'):,.1f}", f"{system.median('tokens_per_s'):,.0f}")
+            share, peak = f"{system.median('flops_per_s') / ceiling:.0%}", f"{system.peak_bytes / 1e9:.2f} GB"
+            lines.append(f"| {' | '.join((system.name, *rates, share, ratio, peak))} |")
     return [*lines, "", *profiles]
 
 
 def data(setting: Setting) -> list[str]:
-    """The stages from text to pieces, beside SentencePiece alone; the plan of an epoch."""
+    """Time of the stages from text to tokens, compared with SentencePiece alone; time of an epoch's plan."""
     project = setting.folder / "data"
     _clear(project)
     new_project(project, data="files", model="mini")
@@ -133,26 +148,26 @@ def data(setting: Setting) -> list[str]:
     edit(project / "conf/data/files.yaml", "tokenize.vocab_size", vocab_size)
     rows = []
     for stage in ("download", "validate", "train_tokenizer", "encode"):
-        say(stage)
+        log(stage)
         rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
     rows.append(("download to encoded", sum(took for _, took, _ in rows), max(peak for *_, peak in rows)))
     names = {"encode": "pieces by encode", "sentencepiece": "pieces by SentencePiece alone", "decode": "text again"}
-    sides = [
-        Side(name, script("preparation.py", sys.executable, side, "--data", project / "data"))
-        for side, name in names.items()
+    systems = [
+        System(name, module("preparation", sys.executable, what, "--data", project / "data"))
+        for what, name in names.items()
     ]
-    paired(sides, 3 if setting.pairs <= 500_000 else 1)
-    rows += [(side.name, side.median("seconds"), side.peak_bytes) for side in sides]
-    shares = [side.median("cores_s") / sides[0].median("cores_s") for side in sides]
+    paired(systems, 3 if setting.pairs <= 500_000 else 1)
+    rows += [(system.name, system.median("seconds"), system.peak_bytes) for system in systems]
+    shares = [system.median("cores_s") / systems[0].median("cores_s") for system in systems]
     lines += [
         f"| {name} | {took:.1f} | {setting.pairs / took:,.0f} | {peak / 1e9:.2f} GB |" for name, took, peak in rows
     ]
-    plan = Side("plan", script("preparation.py", sys.executable, "plan"))
+    plan = System("plan", module("preparation", sys.executable, "plan"))
     paired([plan], 1)
     (block,) = plan.blocks
     lines += [
         "",
-        f"Encode over SentencePiece alone, pairs a second: {sides[0].ratio(sides[1], 'pairs_per_s')}. Of its "
+        f"Encode over SentencePiece alone, pairs a second: {systems[0].ratio(systems[1], 'pairs_per_s')}. Of its "
         f"processor time, {shares[1]:.0%} is SentencePiece's for the pieces, {shares[2]:.0%} for the text again, by "
         f"which each sentence is compared, and {1 - shares[1] - shares[2]:.0%} reads, compares, counts and writes.",
         f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
@@ -162,27 +177,26 @@ def data(setting: Setting) -> list[str]:
 
 
 def _write_pairs(raw: Path, own: Path, num_pairs: int) -> None:
-    """Two sentences make about the length of WMT's."""
+    """Write pairs of two random sentences each, which have about the length of WMT's."""
     rng = random.Random(1)
     for split in ("train", "valid", "test"):
-        sides = [(raw / f"{split}.{code}").read_text(encoding="utf-8").splitlines() for code in ("en", "de")]
-        number = num_pairs if split == "train" else len(sides[0])
-        chosen = [rng.choices(range(len(sides[0])), k=2) for _ in range(number)]
-        for lines, code in zip(sides, ("en", "de"), strict=True):
+        texts = [(raw / f"{split}.{code}").read_text(encoding="utf-8").splitlines() for code in ("en", "de")]
+        number = num_pairs if split == "train" else len(texts[0])
+        chosen = [rng.choices(range(len(texts[0])), k=2) for _ in range(number)]
+        for lines, code in zip(texts, ("en", "de"), strict=True):
             text = "".join(f"{lines[i]} {lines[j]}\n" for i, j in chosen)
             (own / f"{split}.{code}").write_text(text, encoding="utf-8")
 
 
 def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
-    """The pairs of `text` again and again, each with its number in front, or the copies would be left out as
-    duplicates."""
-    sides = []
+    """Write the pairs of `text` again and again, each with its number in front: copies are dropped as duplicates."""
+    texts = []
     for path in text:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
-            sides.append(file.read().removesuffix("\n").split("\n"))
+            texts.append(file.read().removesuffix("\n").split("\n"))
     held_out = 2000
-    for lines, code in zip(sides, ("en", "de"), strict=True):
+    for lines, code in zip(texts, ("en", "de"), strict=True):
         for split, first in (("valid", -held_out), ("test", -2 * held_out)):
             chosen = lines[first : first + held_out or None]
             (own / f"{split}.{code}").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
@@ -191,7 +205,7 @@ def _write_copies(text: tuple[Path, Path], own: Path, num_pairs: int) -> None:
 
 
 def start(setting: Setting) -> list[str]:
-    """How long it takes until the first step is done."""
+    """Time from the command to the first step."""
     project = _tiny_on_multi30k(setting)
     starts: dict[str, list[float]] = {"a new project": [], "one that has MLflow's store": []}
     parts = []  # of the second
@@ -199,7 +213,7 @@ def start(setting: Setting) -> list[str]:
     for number in range(3):
         _forget(project)
         for where, seconds in starts.items():
-            say(f"round {number + 1} of 3: two steps in {where}")
+            log(f"round {number + 1} of 3: two steps in {where}")
             _clear(project / "checkpoints")
             began = time.time()
             run([sys.executable, "-m", "pipeline.train"], project)
@@ -221,18 +235,19 @@ def start(setting: Setting) -> list[str]:
 
 
 def orchestration(setting: Setting) -> list[str]:
-    """What Ray Train, MLflow and checkpoints add; two workers; nothing to do."""
+    """What Ray Train, MLflow and checkpoints add to a step; speed-up by two workers; time of `dvc repro` without
+    work."""
     project = _tiny_on_multi30k(setting)
     slower = []
     _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
-        say(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
+        log(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
         _forget(project)
         whole = Runner([sys.executable, "-m", "pipeline.train"], project, "checkpoints/*/progress.json")
         alone = project / "bare"
         _clear(alone)
         alone.mkdir()
-        command = script("orchestration.py", sys.executable, "--project", project, "--progress", alone / "told.json")
+        command = module("orchestration", sys.executable, "--project", project, "--progress", alone / "told.json")
         bare = Runner(command, alone, "told.json")
         with whole.started(25), bare.started(3):  # after the first point of the curve, for which MLflow is imported
             slower.append(slower_by(whole, bare, turns=24, turn_s=5))
@@ -255,7 +270,7 @@ def orchestration(setting: Setting) -> list[str]:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(setting.rounds):
         for workers, found in rates.items():
-            say(f"round {number + 1} of {setting.rounds}: base on {workers} workers of one thread")
+            log(f"round {number + 1} of {setting.rounds}: base on {workers} workers of one thread")
             edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
             _clear(project / "checkpoints")  # or one worker's run would be two's as well
             run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
@@ -272,7 +287,7 @@ def orchestration(setting: Setting) -> list[str]:
     _lengths(project, "nano", max_steps=20, checkpoint_every=20)
     for command in (["git", "init", "-q"], ["git", "add", "."], ["git", *WHO, "commit", "-qm", "benchmark"]):
         run(command, project)
-    say("dvc repro evaluate, and again")
+    log("dvc repro evaluate, and again")
     dvc = [Path(sys.executable).parent / "dvc", "repro", "evaluate"]
     run(dvc, project)
     nothing = [run(dvc, project)[0] for _ in range(3)]
@@ -291,7 +306,7 @@ WHO = ("-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost")
 
 
 def new_project(root: Path, **presets: str) -> None:
-    """What the stages need, in a folder of its own; `presets` as in params.yaml."""
+    """Copy what the stages need into a folder of its own; `presets` as in params.yaml."""
     root.mkdir(parents=True, exist_ok=True)
     for name in ("conf", "model", "pipeline", "sweeps", ".dvc"):
         ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
@@ -315,7 +330,7 @@ def edit(path: Path, key: str, value: Any) -> None:
 
 
 def _tiny_on_multi30k(setting: Setting) -> Path:
-    """A project to train tiny on Multi30k in."""
+    """Make a project that trains tiny on Multi30k."""
     project = setting.folder / "orchestration"
     _clear(project)
     new_project(project, data="multi30k", model="tiny")
@@ -324,7 +339,7 @@ def _tiny_on_multi30k(setting: Setting) -> Path:
 
 
 def _ray_began() -> float:
-    """When the last Ray of this machine started, by the name of its folder: session_DATE_TIME_MICROSECONDS_PID."""
+    """When the last Ray of this machine started, from its folder's name, session_DATE_TIME_MICROSECONDS_PID."""
     name = Path("/tmp/ray/session_latest").readlink().name
     moment, _, _ = name.removeprefix("session_").rpartition("_")
     return datetime.datetime.strptime(moment, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
@@ -336,15 +351,15 @@ def _lengths(project: Path, preset: str, max_steps: int, checkpoint_every: int) 
 
 
 def _forget(project: Path) -> None:
-    """The runs."""
+    """Delete the runs."""
     _clear(*(project / name for name in ("checkpoints", "mlflow.db", "mlartifacts", "models")))
 
 
-def _profile(side: Side) -> str:
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in side.shares.items() if name != OPERATORS)
+def _profile(system: System) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in system.shares.items() if name != OPERATORS)
     return (
-        f"- {side.name}: {side.shares[OPERATORS]:.0%} of the threads' time in operators, the rest between them and "
-        f"waiting. Of the operators' time: {shares}."
+        f"- {system.name}: {system.shares[OPERATORS]:.0%} of the threads' time in operators, the rest between them "
+        f"and waiting. Of the operators' time: {shares}."
     )
 
 
@@ -363,7 +378,7 @@ def _config(preset: str) -> Any:
 
 
 def _ceiling() -> tuple[float, str]:
-    """FLOP/s of large products, and the sentence that says so."""
+    """FLOP/s of large products, and a sentence about it for the table."""
     rates = multiply_rates(THREADS)
     found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in rates.items())
     return max(rates.values()), (
@@ -372,12 +387,12 @@ def _ceiling() -> tuple[float, str]:
 
 
 def _model(setting: Setting, preset: str) -> Path:
-    """Weights to decode by, and their export."""
+    """Make the weights for the search, and their exports."""
     folder = setting.folder / "models" / preset
     if not (folder / "config.json").is_file():
-        say(f"{preset}: makes the weights, once")
+        log(f"{preset}: makes the weights, once")
         options = (preset, "--folder", folder, "--data", setting.data)
-        run(script("weights.py", sys.executable, *options), setting.folder)
+        run(module("weights", sys.executable, *options), setting.folder)
     for kind in ("float32", "int8"):
         output = folder / f"ctranslate2-{kind}"
         if not (output / "model.bin").is_file():

@@ -1,8 +1,9 @@
-"""Decoding: sentences a second by beam search of ours and of others', from the same weights and pieces.
+"""Decoding: sentences per second by beam search of ours and of other toolkits, from the same weights and tokens.
 
-Beam 4 over sentences of the test split. With --cap every output runs to its source + 10 pieces: for random weights,
-so that the work is the same for all. Others get batches of 64 sentences of similar length. With --cap, since they
-have one limit for a batch, the sentences are of a few lengths, 64 of each.
+Beam 4 over sentences of the test split. With --cap every output runs to its source's length + 10: for random weights,
+so that the work is the same for all. The others get batches of 64 sentences of similar length. With --cap, since they
+have one limit for a batch, the sentences are of a few lengths, 64 of each. Runs in the environment of the other
+toolkits too: at module level, import nothing but numpy, torch and training.py.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import serve
-from training import BOS, EOS, PAD, marian
+
+from tools.benchmarks.harness import serve
+from tools.benchmarks.training import BOS, EOS, PAD, marian
 
 BEAM, ALPHA, FREE_EXTRA, CAP_EXTRA, BATCH = 4, 0.6, 50, 10, 64
 Search = Callable[[], "Outputs"]
@@ -25,14 +27,14 @@ Outputs = list[list[int]]
 
 
 class Numbers:
-    """In a tokenizer's place: the pieces themselves."""
+    """Stands in for a tokenizer: the text is the tokens as numbers."""
 
-    def decode(self, pieces: list[int]) -> str:
-        return " ".join(map(str, pieces))
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
 
 
 class Tokenizer(Numbers):
-    """The one of a folder for everything else, which an export needs."""
+    """As Numbers, and everything else from a folder's tokenizer: an export needs it."""
 
     def __init__(self, folder: Path) -> None:
         from pipeline.data.dataset import load_tokenizer
@@ -44,8 +46,8 @@ class Tokenizer(Numbers):
 
 
 def ours(model: Path, sources: Outputs, cap: bool, tokenizer: Path | None = None) -> Search:
-    """pipeline/inference/translate.py, with the batches of params.yaml; with a tokenizer evaluate.engine ctranslate2,
-    pipeline/inference/ctranslate2_engine.py, its export included each time."""
+    """pipeline/inference/translate.py with the batches of params.yaml; with a tokenizer, evaluate.engine ctranslate2
+    (pipeline/inference/ctranslate2_engine.py), its export included each time."""
     from pipeline.common.settings import load_settings
     from pipeline.inference.ctranslate2_engine import translate_ctranslate2
     from pipeline.inference.translate import translate
@@ -101,8 +103,10 @@ def generate(model: Path, sources: Outputs, cap: bool) -> Search:
 def ctranslate2(
     model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int, patience: float
 ) -> Search:
-    """CTranslate2 on what `python -m pipeline.export` makes, with `threads` threads in all; evaluate.engine has it
-    search with a `patience` of 2."""
+    """CTranslate2 on the output of `python -m pipeline.export`, with `threads` threads in all.
+
+    evaluate.engine searches with a `patience` of 2.
+    """
     import ctranslate2 as ct2
 
     translator = ct2.Translator(
@@ -137,7 +141,10 @@ def ctranslate2(
 
 
 def timed(search: Search, sizes: dict[str, Any], sources: Outputs) -> dict[str, float]:
-    """FLOPs are those of BEAM hypotheses as long as the output: a search may need more, and none needs less."""
+    """Run a search and return its rates.
+
+    FLOPs are those of BEAM hypotheses as long as the output: a search may need more, and none needs less.
+    """
     from model.config import TransformerConfig
     from model.flops import forward_flops
 
@@ -156,7 +163,7 @@ def timed(search: Search, sizes: dict[str, Any], sources: Outputs) -> dict[str, 
 
 
 def chosen(sources: Outputs, number: int, cap: bool) -> Outputs:
-    """`number` of them, evenly from all lengths: a few are like all; with `cap`, BATCH each of a few lengths."""
+    """`number` of the sources, evenly from all lengths; with `cap`, BATCH each of a few lengths."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     if not cap:
         return [sources[order[i * len(order) // number]] for i in range(number)]
@@ -210,7 +217,7 @@ def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["ours", "engine", "generate", "float32", "int8"])
+    parser.add_argument("system", choices=["ours", "engine", "generate", "float32", "int8"])
     parser.add_argument("--model", type=Path, required=True, help="of save_model; in it ctranslate2-float32, -int8")
     parser.add_argument("--tokenizer", type=Path, help="data/tokenizer, for the engine")
     parser.add_argument("--encoded", type=Path, required=True, help="data/encoded")
@@ -225,13 +232,13 @@ def main() -> None:
     sources = [ids[start:end].tolist() for start, end in pairwise(offsets)]
     sources = chosen(sources, arguments.sentences, arguments.cap)
     model, cap = arguments.model, arguments.cap
-    if arguments.side in ("float32", "int8"):
-        options = (arguments.side, arguments.workers, arguments.threads, arguments.patience)
-        search = ctranslate2(model / f"ctranslate2-{arguments.side}", sources, cap, *options)
-    elif arguments.side == "engine":
+    if arguments.system in ("float32", "int8"):
+        options = (arguments.system, arguments.workers, arguments.threads, arguments.patience)
+        search = ctranslate2(model / f"ctranslate2-{arguments.system}", sources, cap, *options)
+    elif arguments.system == "engine":
         search = ours(model, sources, cap, arguments.tokenizer)
     else:
-        search = (ours if arguments.side == "ours" else generate)(model, sources, cap)
+        search = (ours if arguments.system == "ours" else generate)(model, sources, cap)
     sizes = json.loads((model / "config.json").read_text())
     serve(lambda: timed(search, sizes, sources))
 

@@ -1,9 +1,9 @@
-"""Training on a GPU, base and big, with the paper's steps of 25,000 + 25,000 tokens: how fast, how near to the card.
+"""Measure training of base and big on a GPU, with the paper's steps of 25,000 + 25,000 tokens.
 
-    python tools/benchmarks/gpu.py
-    python tools/benchmarks/gpu.py --device cpu --presets tiny --batch-tokens 500 --steps 1     # does it run?
+    python -m tools.benchmarks.gpu
+    python -m tools.benchmarks.gpu --device cpu --presets tiny --batch-tokens 500 --steps 1     # does it run?
 
-Needs torch, numpy and PyYAML alone. Ours and torch.nn.Transformer train in turn, with bf16 autocast, on random pieces
+Needs torch, numpy and PyYAML alone. Ours and torch.nn.Transformer train in turn, with bf16 autocast, on random tokens
 with lengths like those of WMT 2014 English-German; ours with torch.compile and conf/hardware/gpu.yaml. Prints tokens
 a second, the share of the card's own rate at a product of 8192 x 8192 x 8192, memory, and the hours to the paper's
 number of steps.
@@ -17,22 +17,24 @@ from tempfile import TemporaryDirectory
 
 import torch
 import yaml
-from harness import ROOT, Side, flops_per_token, multiply_rate, paired, script, write_corpus
-
-sys.path.insert(0, str(ROOT))
 
 from pipeline.common.settings import load_settings
+from tools.benchmarks.harness import ROOT, System, flops_per_token, module, multiply_rate, paired, write_corpus
 
 VOCAB_SIZE, PAIRS = 37_000, 200_000  # section 5.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--presets", nargs="+", default=["base", "big"], help="of conf/model (base big)")
-    parser.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens of a step (25,000)")
-    parser.add_argument("--steps", type=int, default=50, help="of a block (50)")
-    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument("--presets", nargs="+", default=["base", "big"], help="presets of conf/model (base big)")
+    parser.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens of a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of a block (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of both systems (%(default)s)")
     arguments = parser.parse_args()
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -51,24 +53,24 @@ def main() -> None:
         for preset in arguments.presets:
             settings = load_settings(ROOT, model=preset)
             config = settings.model.config(VOCAB_SIZE)
-            options = ("--corpus", corpus, "--sizes", json.dumps(vars(config)), "--steps", arguments.steps)
-            options += ("--threads", torch.get_num_threads(), "--device", device, "--bf16")
-            options += ("--batch-tokens", arguments.batch_tokens)
-            own = (
+            options: list[object] = ["--corpus", corpus, "--sizes", json.dumps(vars(config)), "--device", device]
+            options += ["--bf16", "--threads", torch.get_num_threads(), "--steps", arguments.steps]
+            options += ["--batch-tokens", arguments.batch_tokens]
+            own: list[object] = [
                 "--compile",
                 "--micro-batch-tokens",
                 max(512, micro_batch_tokens * arguments.batch_tokens // 25_000),
-            )
-            ours = Side(f"{preset}, ours", script("training.py", sys.executable, "ours", *options, *own))
-            peer = Side(f"{preset}, torch.nn.Transformer", script("training.py", sys.executable, "torch", *options))
+            ]
+            ours = System(f"{preset}, ours", module("training", sys.executable, "ours", *options, *own))
+            peer = System(f"{preset}, torch.nn.Transformer", module("training", sys.executable, "torch", *options))
             paired([ours, peer], arguments.rounds, profile=True)
             flops = flops_per_token(config, corpus)
-            for side in (ours, peer):
-                rate = side.median("tokens_per_s")
+            for system in (ours, peer):
+                rate = system.median("tokens_per_s")
                 hours = settings.train.max_steps * settings.train.batch_tokens / rate / 3600
                 speed, share = f"{rate * flops / 1e12:.3g}", f"{rate * flops / ceiling:.0%}"
-                ratio = "" if side is ours else ours.ratio(side, "tokens_per_s")
-                cells = (side.name, f"{rate:,.0f}", speed, share, ratio, f"{side.peak_bytes / 1e9:.1f} GB")
+                ratio = "" if system is ours else ours.ratio(system, "tokens_per_s")
+                cells = (system.name, f"{rate:,.0f}", speed, share, ratio, f"{system.peak_bytes / 1e9:.1f} GB")
                 print(f"| {' | '.join(cells)} | {hours:.2f} |", flush=True)
             shares = ", ".join(f"{kernel[:60]} {share:.0%}" for kernel, share in ours.shares.items())
             profiles.append(f"- {ours.name}, where the time goes: {shares}.")
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def _multiply_rate(device: torch.device) -> float:
-    """FLOP/s, bf16: the ceiling of training."""
+    """FLOP/s of a large product in bf16: the ceiling of training."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in "ab")
     return multiply_rate(lambda: a @ b, size)

@@ -1,9 +1,9 @@
-"""Paired measurements: each side of a comparison is a process that works when it is told to, one at a time.
+"""Paired measurements: each system is a process of its own, and they work in interleaved blocks, one at a time.
 
-A side prints a line when it is ready, then works a block for every line that it reads, and prints what it measured.
-The rounds go through all sides in turn, so that what else the machine does falls on each alike; a ratio is taken
-inside each round, and given as median, smallest and largest. The sides of others import this, too: it needs
-nothing but Python.
+A system prints a line when it is ready, then works a block for each line that it reads, and prints its measurements.
+A round has one block of each system, so background load affects all equally; a ratio is taken inside each round and
+given as median, smallest and largest. Systems in the environment of other toolkits import this module too: at import
+it needs nothing but Python.
 """
 
 import json
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 THREADS = 2
 OPERATORS = "all operators"
 LAUNCHER = """import resource, subprocess, sys
@@ -29,53 +29,60 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
 
 
 @dataclass
-class Side:
-    """One of those that are compared: `command` starts it."""
+class System:
+    """One of the programs that are compared: `command` starts it."""
 
     name: str
     command: list[str]
-    blocks: list[dict[str, float]] = field(default_factory=list)  # what it measured, round by round
+    blocks: list[dict[str, float]] = field(default_factory=list)  # its measurements, one a round
     peak_bytes: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)  # see `_profile`, if it was asked for
 
     def median(self, key: str) -> float:
         return statistics.median(block[key] for block in self.blocks)
 
-    def ratio(self, other: "Side", key: str) -> str:
+    def ratio(self, other: "System", key: str) -> str:
         """This one over the other, inside each round."""
         ratios = [ours[key] / theirs[key] for ours, theirs in zip(self.blocks, other.blocks, strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def script(name: str, python: str | Path, *options: object) -> list[str]:
-    """The command of a side that is a script of this folder."""
-    return [str(python), str(HERE / name), *map(str, options)]
+def module(name: str, python: str | Path, *options: object) -> list[str]:
+    """The command that runs a module of this package; `environment` makes it importable."""
+    return [str(python), "-m", f"{__package__}.{name}", *map(str, options)]
 
 
-def paired(sides: Sequence[Side], rounds: int, profile: bool = False) -> None:
-    """Fill in what the sides measure, with `profile` also where the first one's time goes. Raises RuntimeError if one
-    dies."""
+def environment(**more: str) -> dict[str, str]:
+    """Variables for a process that imports this project, in whatever folder it works."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def paired(systems: Sequence[System], rounds: int, profile: bool = False) -> None:
+    """Run all systems and fill in what they measure; `profile` adds where the first one's time goes.
+
+    Raises RuntimeError if one dies.
+    """
     with ExitStack() as stack:
         running = []
-        for side in sides:
-            say(f"{side.name}: starts and warms up")
-            running.append(stack.enter_context(_started(side)))
-            _answer(side, running[-1])
+        for system in systems:
+            log(f"{system.name}: starts and warms up")
+            running.append(stack.enter_context(_started(system)))
+            _answer(system, running[-1])
         for number in range(rounds):
-            for side, process in zip(sides, running, strict=True):
-                say(f"round {number + 1} of {rounds}: {side.name}")
-                side.blocks.append(_ask(side, process, "block"))
-        for side, process in zip(sides, running, strict=True):
-            side.peak_bytes = _ask(side, process, "peak")["peak_bytes"]
+            for system, process in zip(systems, running, strict=True):
+                log(f"round {number + 1} of {rounds}: {system.name}")
+                system.blocks.append(_ask(system, process, "block"))
+        for system, process in zip(systems, running, strict=True):
+            system.peak_bytes = _ask(system, process, "peak")["peak_bytes"]
         if profile:
-            sides[0].shares = _ask(sides[0], running[0], "profile")
+            systems[0].shares = _ask(systems[0], running[0], "profile")
 
 
 @contextmanager
-def _started(side: Side) -> Iterator["subprocess.Popen[str]"]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(THREADS)}
+def _started(system: System) -> Iterator["subprocess.Popen[str]"]:
+    variables = environment(PYTHONWARNINGS="ignore", OMP_NUM_THREADS=str(THREADS))
     with subprocess.Popen(
-        side.command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        system.command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         try:
             yield process
@@ -83,23 +90,23 @@ def _started(side: Side) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-def _ask(side: Side, process: "subprocess.Popen[str]", word: str) -> dict[str, float]:
+def _ask(system: System, process: "subprocess.Popen[str]", word: str) -> dict[str, float]:
     assert process.stdin is not None
     process.stdin.write(f"{word}\n")
     process.stdin.flush()
-    return _answer(side, process)
+    return _answer(system, process)
 
 
-def _answer(side: Side, process: "subprocess.Popen[str]") -> dict[str, Any]:
+def _answer(system: System, process: "subprocess.Popen[str]") -> dict[str, Any]:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise RuntimeError(f"{side.name} ended with exit code {process.wait()}: {' '.join(side.command)}")
+    raise RuntimeError(f"{system.name} ended with exit code {process.wait()}: {' '.join(system.command)}")
 
 
 def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
-    """The side's end: a block to warm up, then one for each line that comes."""
+    """Answer the measuring process over stdin and stdout: a block to warm up, then one for each line."""
     if warm_up:
         block()
     print("{}", flush=True)
@@ -109,7 +116,7 @@ def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
 
 
 def _peak() -> dict[str, float]:
-    """The card's if it is used, else the process's."""
+    """Peak memory of the GPU if it is used, else of the process."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
@@ -136,14 +143,17 @@ def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
     return {OPERATORS: total / 1e6 / took / (1 if device == "CUDA" else torch.get_num_threads())} | shares
 
 
-def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[float, float]:
-    """Seconds and peak bytes (of the largest process below it) of a command. Raises RuntimeError with the end of
-    its output if it fails."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    with (folder / "log.txt").open("wb") as log:
+def run(command: Sequence[object], folder: Path, **variables: str) -> tuple[float, float]:
+    """Run a command in `folder`: its seconds, and peak bytes of the largest process below it.
+
+    Raises RuntimeError with the end of its output if it fails.
+    """
+    launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
+    with (folder / "log.txt").open("wb") as output:
         started = time.perf_counter()
-        launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
-        process = subprocess.run(launched, env=variables, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.run(
+            launched, env=environment(**variables), cwd=folder, stdout=subprocess.PIPE, stderr=output, text=True
+        )
         took = time.perf_counter() - started
     code, peak_kb = map(int, process.stdout.split())
     if code:
@@ -152,29 +162,31 @@ def run(command: Sequence[object], folder: Path, **environment: str) -> tuple[fl
 
 
 def failed(command: Sequence[object], code: int, log: Path) -> RuntimeError:
-    """To raise, for a command that failed."""
+    """The error for a command that failed, with the end of its output."""
     return RuntimeError(
         f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
     )
 
 
 def multiply_rates(threads: int) -> dict[str, float]:
-    """FLOP/s of a matrix multiply, 2048 x 2048 x 2048 in single precision, by each library that torch has: the best
-    is the ceiling of all training and search."""
+    """FLOP/s of a matrix product, 2048 x 2048 x 2048 in single precision, by each library that torch has.
+
+    The best of them is the ceiling of all training and search.
+    """
     import torch
 
-    from model.cpu.matmul import ONEDNN, product
+    from model.cpu.matmul import ONEDNN, matmul_nt
 
     torch.set_num_threads(threads)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     rates = {"MKL": multiply_rate(lambda: a @ b, 2048)}
     if ONEDNN:
-        rates["oneDNN"] = multiply_rate(lambda: product(a, b), 2048)
+        rates["oneDNN"] = multiply_rate(lambda: matmul_nt(a, b), 2048)
     return rates
 
 
 def multiply_rate(multiply: Callable[[], Any], size: int) -> float:
-    """FLOP/s, in the median call, of a product of two square matrices."""
+    """FLOP/s of a product of two square matrices, in the median of the calls."""
     times = []
     for _ in range(30):
         started = time.perf_counter()
@@ -184,7 +196,7 @@ def multiply_rate(multiply: Callable[[], Any], size: int) -> float:
 
 
 def flops_per_token(config: Any, encoded: Path) -> float:
-    """Of training, a target token, without padding: what the corpus needs, whatever a toolkit makes of it."""
+    """FLOPs of training per target token without padding: what the corpus needs, whatever a toolkit does."""
     from model.flops import training_flops
     from pipeline.data.dataset import EncodedSplit
 
@@ -194,14 +206,14 @@ def flops_per_token(config: Any, encoded: Path) -> float:
 
 
 def vectors() -> str:
-    """What of a CPU's width torch uses: AVX2, AVX512."""
+    """The vector instructions that torch uses here: AVX2, AVX512."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
 
 
 def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
-    """Of both sides, by chance, like those of WMT 2014: 24 pieces in the median, similar in a pair."""
+    """Random lengths of source and target like those of WMT 2014: 24 tokens in the median, similar in a pair."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -211,20 +223,20 @@ def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
 
 
 def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
-    """An encoded one of random pieces."""
+    """Write an encoded training split of random tokens."""
     import numpy as np
 
     from pipeline.data.dataset import SIDES, encoded_paths
 
     rng = np.random.default_rng(0)
     for side, lengths in zip(SIDES, sentence_lengths(num_pairs), strict=True):
-        ids, offsets = encoded_paths(folder, "train", side)
+        tokens, offsets = encoded_paths(folder, "train", side)
         np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
-        np.save(ids, rng.integers(4, vocab_size, lengths.sum(), dtype=np.uint16))
+        np.save(tokens, rng.integers(4, vocab_size, lengths.sum(), dtype=np.uint16))
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """The machine in words: cores, processor, Python, load."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -236,5 +248,5 @@ def machine() -> str:
     )
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)

@@ -1,5 +1,7 @@
-"""The bare loop: pipeline/training/trainer.py on the settings of a project, without Ray, MLflow and checkpoints. It
-tells its steps in a file, as a run under Ray does."""
+"""The bare loop: pipeline/training/trainer.py on the settings of a project, without Ray, MLflow and checkpoints.
+
+It reports its steps in a file, as a run under Ray does.
+"""
 
 import argparse
 from dataclasses import replace
@@ -7,19 +9,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from harness import THREADS
 
 from pipeline.cluster.progress import Reporter
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import load_settings
 from pipeline.training.loop import State
 from pipeline.training.trainer import train_rank
+from tools.benchmarks.harness import THREADS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--project", type=Path, required=True)
-    parser.add_argument("--progress", type=Path, required=True, help="the file to tell the steps in")
+    parser.add_argument("--progress", type=Path, required=True, help="the file to report the steps in")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     settings = load_settings(arguments.project)

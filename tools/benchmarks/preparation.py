@@ -1,5 +1,5 @@
-"""Pieces by the stage encode and by SentencePiece alone, over the same text, and text from the pieces; and the plan
-of 4.5 million pairs."""
+"""Encoding of one text by the stage encode and by SentencePiece alone, decoding of its tokens, and the batch plan of
+4.5 million pairs."""
 
 import argparse
 import time
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-from harness import sentence_lengths, serve
 
 from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.data.batching import BatchPlan, Position
 from pipeline.data.dataset import SPLITS, EncodedSplit, load_tokenizer
 from pipeline.encode import encode_corpus
+from tools.benchmarks.harness import sentence_lengths, serve
 
 PAIRS = 4_500_000  # WMT 2014 English-German
 CHUNK = 20_000  # lines
@@ -34,7 +35,7 @@ def encode(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
-    """Its own rate: lines in, numbers out, nothing kept."""
+    """SentencePiece's own rate: lines in, tokens out, nothing kept."""
     tokenizer = load_tokenizer(data / TOKENIZER.name)
     num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
 
@@ -48,7 +49,7 @@ def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def decode(data: Path) -> Callable[[], dict[str, float]]:
-    """Of all pieces, as encode does to compare: the time without what it takes to read them."""
+    """Decode all tokens, as encode does to compare, without the time to read them."""
     tokenizer = load_tokenizer(data / TOKENIZER.name)
     splits = [EncodedSplit.open(data / "encoded", split) for split in SPLITS]
 
@@ -57,8 +58,8 @@ def decode(data: Path) -> Callable[[], dict[str, float]]:
         for split in splits:
             for text in (split.src, split.tgt):
                 for start in range(0, len(text), CHUNK):
-                    pieces = [text[i].astype(np.int32) for i in range(start, min(start + CHUNK, len(text)))]
-                    rates.append(_rates(len(pieces), partial(tokenizer.decode, pieces)))
+                    tokens: Any = [text[i].astype(np.int32) for i in range(start, min(start + CHUNK, len(text)))]
+                    rates.append(_rates(len(tokens), partial(tokenizer.decode, tokens)))
         return {key: sum(rate[key] for rate in rates) for key in ("seconds", "cores_s")}
 
     return block
@@ -88,13 +89,13 @@ def _rates(num_pairs: int, work: Callable[[], object]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=["encode", "sentencepiece", "decode", "plan"])
+    parser.add_argument("system", choices=["encode", "sentencepiece", "decode", "plan"])
     parser.add_argument("--data", type=Path, help="data/, encoded")
     arguments = parser.parse_args()
-    if arguments.side == "plan":
+    if arguments.system == "plan":
         serve(plan, warm_up=False)
     else:
-        serve({"encode": encode, "sentencepiece": sentencepiece, "decode": decode}[arguments.side](arguments.data))
+        serve({"encode": encode, "sentencepiece": sentencepiece, "decode": decode}[arguments.system](arguments.data))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The constants of tools/cost_model.py, measured on this machine in about a minute, one line for each.
+"""Measure the constants of tools/cost_model.py on this machine, in about a minute, and print a line for each.
 
-    python tools/benchmarks/scale_constants.py
+    python -m tools.benchmarks.scale_constants
 
-Every rate is a median, and stands beside what it was measured on. Nothing outside this machine is needed.
+Every rate is a median, printed with what it was measured on. Nothing outside this machine is needed.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script finds its own folder alone
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,14 +37,14 @@ from model.loss import CHUNK_LOGITS
 from model.transformer import Transformer
 from pipeline.common.settings import load_settings
 from pipeline.data.batching import BatchPlan, MicroBatch, collate
-from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
+from pipeline.data.dataset import EncodedSplit
 from pipeline.tracking.metric_writer import MAX_METRICS_PER_CALL
 from pipeline.tracking.store import server_answers
 from pipeline.training import checkpoint
 from pipeline.training.loop import Recipe, Replicas, State, Step, adam, train_step
-from tools.cost_model import LENGTH, VOCAB_SIZE
+from tools.benchmarks.harness import ROOT, write_corpus
+from tools.cost_model import VOCAB_SIZE
 
-ROOT = Path(__file__).parents[2]
 PAIRS = 500_000
 POINT = {"train_loss": 4.2, "learning_rate": 7e-4, "grad_norm": 1.1, "tokens_per_second": 13_000.0}
 """A point as pipeline/training/loop.py reports it."""
@@ -70,7 +68,7 @@ def base() -> Transformer:
 
 
 def checkpoints() -> None:
-    """Through save and load, with checksums and fsync; what is read comes from the disk, not from memory."""
+    """Bytes per second of save and load, with checksums and fsync; reads come from the disk, not from memory."""
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     for p in model.parameters():
@@ -103,7 +101,7 @@ def _reduce(rank: int, store: str, numel: int, result: str) -> None:
 
 
 def all_reduce() -> None:
-    """The bytes that each of two processes sends, 2 (n - 1) / n of the gradients, over the time it takes."""
+    """Bytes per second that each of two processes sends, 2 (n - 1) / n of the gradients, in an all-reduce by gloo."""
     numel = sum(p.numel() for p in base().parameters())
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +135,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def mlflow_writes() -> None:
-    """Calls as MetricWriter makes them, a question to /health and a log_batch, by several runs at once."""
+    """Time of the server for the calls of MetricWriter, a GET of /health and a log_batch, from several runs at
+    once."""
     with tempfile.TemporaryDirectory() as folder, mlflow_server(Path(folder)) as uri:
         clients = [MlflowClient(uri) for _ in range(CLIENTS)]
         experiment = clients[0].create_experiment("scale")
@@ -152,7 +151,7 @@ def mlflow_writes() -> None:
                 clients[number].log_batch(runs[number], metrics=metrics)
 
         def in_all(calls: int, points: int, first: int) -> float:
-            """Seconds a call takes of the server, with all clients at it."""
+            """Seconds of the server per call while all clients call it."""
             with ThreadPoolExecutor(CLIENTS) as pool:
                 numbers = range(CLIENTS)
                 took = seconds(lambda: list(pool.map(lambda number: deliver(number, calls, points, first), numbers)))
@@ -168,23 +167,16 @@ def mlflow_writes() -> None:
 
 
 def data() -> None:
-    """Pieces by chance, of lengths like a real corpus's: about LENGTH with end of sentence, a long tail."""
-    rng = np.random.default_rng(0)
-    topic = rng.normal(0, 0.55, PAIRS)  # both sides of a pair are of similar length
+    """Time to plan an epoch, and target tokens per second of collate, of random tokens with a corpus's lengths."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for side in SIDES:
-            spread = np.exp(topic + rng.normal(0, 0.15, PAIRS))
-            lengths = np.clip((LENGTH - 1) / np.exp((0.55**2 + 0.15**2) / 2) * spread, 1, 250).astype(np.int64)
-            ids_path, offsets_path = encoded_paths(folder, "train", side)
-            np.save(ids_path, rng.integers(EOS + 1, VOCAB_SIZE, lengths.sum()).astype(np.uint16))
-            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
+        write_corpus(folder, PAIRS, VOCAB_SIZE)
         split = EncodedSplit.open(folder, "train")
         src, tgt = split.src.lengths, split.tgt.lengths
         sizes = {"batch_tokens": 25_000, "max_length": 1024, "seed": 1}
         made = seconds(lambda: BatchPlan(src, tgt, micro_batch_tokens=3600, **sizes))
         plan = BatchPlan(src, tgt, micro_batch_tokens=3600, **sizes)
-        epochs = statistics.median(seconds(lambda epoch=epoch: plan.steps(epoch)) for epoch in range(3))
+        epochs = statistics.median(seconds(partial(plan.steps, epoch)) for epoch in range(3))
         show(
             "epoch_plan_s_per_million", epochs / PAIRS * 1e6, f"{PAIRS:,} pairs; the plan itself, once: {made:.2f} s"
         )
@@ -203,7 +195,7 @@ def _collate_all(split: EncodedSplit, batches: list[np.ndarray]) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Operators that compute, as a GPU would launch them; views launch nothing."""
+    """Counts the operators that compute, as a GPU would launch them; views launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,9 +207,9 @@ class Counter(TorchDispatchMode):
 
 
 def launches() -> None:
-    """Of one micro-batch with its step: at two sizes, for the loss makes its logits chunk by chunk."""
+    """Operators of one micro-batch with its step, at two sizes, for the loss makes its logits chunk by chunk."""
     transformer.MAX_UNFUSED_QUERIES = 0  # attention and dropout as on a GPU
-    transformer.dropout = F.dropout
+    transformer.dropout = F.dropout  # type: ignore[assignment]
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     rows = CHUNK_LOGITS // VOCAB_SIZE
@@ -236,8 +228,8 @@ def launches() -> None:
     )
     replicas, counts = Replicas(model, recipe), []
     for chunks in (1, 1, 3):  # the first makes Adam's moments, and does not count
-        pieces = torch.full((1, rows * chunks), EOS + 1)
-        batch = MicroBatch(pieces, pieces, pieces, pieces.numel())
+        tokens = torch.full((1, rows * chunks), EOS + 1)
+        batch = MicroBatch(tokens, tokens, tokens, tokens.numel())
         step = Step((0, 1), [(0, batch)], batch.num_tgt_tokens)
         with Counter() as counter:
             train_step(replicas, optimizer, step, 0.0, recipe, State())
@@ -250,8 +242,11 @@ def launches() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    argparse.ArgumentParser(
+        prog="python -m tools.benchmarks.scale_constants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     cpus = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     print(

@@ -1,8 +1,9 @@
-"""Training: target tokens a second (padding not counted) of ours and of others', on the same pieces.
+"""Training: target tokens per second (without padding) of ours and of other toolkits, on the same tokens.
 
-The same sizes, dropout, label smoothing, Adam, and about as many target tokens a step. transformers' MarianMTModel
-and torch's own modules run in the plain loop that their documentation shows, over batches of pairs of similar length
-with at most that many positions on a side. torch.nn.Transformer drops attention weights too.
+Sizes, dropout, label smoothing and Adam are the same, and about as many target tokens a step. transformers'
+MarianMTModel and torch's own modules run in the plain loop that their documentation shows, over batches of pairs of
+similar length with at most so many positions in source and in target. torch.nn.Transformer also drops attention
+weights. Runs in the environment of the other toolkits too: at module level, import nothing but numpy and torch.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import serve
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tools.benchmarks.harness import serve
 
 PAD, BOS, EOS = 0, 2, 3
 SMOOTHING, RATE = 0.1, 1e-4
@@ -28,7 +30,7 @@ Block = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class Work:
-    """A block of it; `sizes` are those of TransformerConfig."""
+    """What one block trains; `sizes` are those of TransformerConfig."""
 
     corpus: Path
     sizes: dict[str, Any]
@@ -80,7 +82,7 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
 
 
 def plain_loop(model: nn.Module, work: Work) -> Block:
-    """`model` gives the logits for a padded batch of source and target pieces."""
+    """Train `model`, which maps padded source and target tokens to logits."""
     model.to(work.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS, eps=EPS)
     batches = _batches(work.corpus, work.batch_tokens)
@@ -105,19 +107,19 @@ def plain_loop(model: nn.Module, work: Work) -> Block:
 
 
 def _timed(step: Callable[[], tuple[int, int]], steps: int) -> dict[str, float]:
-    """A step gives its target tokens, without padding and with it."""
+    """Time steps, each of which returns its number of target tokens without and with padding."""
     started = time.perf_counter()
     tokens, positions = map(sum, zip(*(step() for _ in range(steps)), strict=True))
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "padding": 1 - tokens / positions}
 
 
 def _batches(corpus: Path, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sorted by length, cut at so many padded positions, in a random order: what the toolkits do."""
+    """Pairs sorted by length, cut at so many padded positions, in a random order: what the toolkits do."""
     sides = []
     for side in ("src", "tgt"):
-        ids, offsets = (np.load(corpus / f"train.{side}.{what}.npy") for what in ("ids", "offsets"))
-        pieces = np.split(ids.astype(np.int64), offsets[1:-1])
-        sides.append([torch.from_numpy(np.append(sentence, EOS)) for sentence in pieces])
+        tokens, offsets = (np.load(corpus / f"train.{side}.{what}.npy") for what in ("ids", "offsets"))
+        sentences = np.split(tokens.astype(np.int64), offsets[1:-1])
+        sides.append([torch.from_numpy(np.append(sentence, EOS)) for sentence in sentences])
     longest = [max(len(src), len(tgt)) for src, tgt in zip(*sides, strict=True)]
     batches: list[list[int]] = [[]]
     width = 0
@@ -179,6 +181,8 @@ def marian(sizes: dict[str, Any]) -> Any:
 class TorchTransformer(nn.Module):
     """torch.nn.Transformer between an embedding with sinusoids and the projection that shares its weights."""
 
+    positions: Tensor
+
     def __init__(self, sizes: dict[str, Any]) -> None:
         super().__init__()
         d_model, layers = sizes["d_model"], sizes["num_layers"]
@@ -209,7 +213,7 @@ class TorchTransformer(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["ours", "marian", "torch"])
+    parser.add_argument("system", choices=["ours", "marian", "torch"])
     parser.add_argument("--corpus", type=Path, required=True, help="data/encoded")
     parser.add_argument("--sizes", type=json.loads, required=True, help="TransformerConfig, as JSON")
     parser.add_argument("--steps", type=int, required=True, help="of a block")
@@ -224,10 +228,10 @@ def main() -> None:
     torch.manual_seed(1)
     sizes = arguments.sizes
     work = Work(arguments.corpus, sizes, arguments.steps, arguments.batch_tokens, arguments.device, arguments.bf16)
-    if arguments.side == "ours":
+    if arguments.system == "ours":
         block = ours(work, arguments.micro_batch_tokens, arguments.compile)
     else:
-        block = plain_loop(Marian(sizes) if arguments.side == "marian" else TorchTransformer(sizes), work)
+        block = plain_loop(Marian(sizes) if arguments.system == "marian" else TorchTransformer(sizes), work)
     serve(block)
 
 

@@ -1,37 +1,43 @@
-"""Whole training runs, with all their processes, in turns: while one works, the other is stopped."""
+"""Compare two training runs, each with all its processes, in turns: while one works, the other is stopped."""
 
-import os
 import signal
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from harness import ROOT, THREADS, failed
 
-MICRO_BATCHES, BESIDE = "the threads at micro-batches", "other threads of their process"
+from tools.benchmarks.harness import THREADS, environment, failed
+
+MICRO_BATCHES, OTHER_THREADS = "the threads at micro-batches", "other threads of their process"
 
 
 @dataclass
 class Runner:
-    """A training run that is stopped and continued with all its processes. `told` is the pattern of the file, below
-    `folder`, in which it tells its steps as pipeline/cluster/progress.py does."""
+    """A training run that is stopped and continued with all its processes.
+
+    `progress` is the pattern of the file, below `folder`, in which it reports its steps as
+    pipeline/cluster/progress.py does.
+    """
 
     command: list[str]
     folder: Path
-    told: str
+    progress: str
     awake_s: float = 0.0
-    reached: list[tuple[int, float]] = field(default_factory=list)  # steps, and awake_s when they were done
+    reached: list[tuple[int, float]] = field(default_factory=list)  # a step, and awake_s when it was done
     used_s: dict[tuple[int, int], float] = field(default_factory=dict)  # of a core before the first turn, by thread
 
     @contextmanager
     def started(self, steps: int) -> Iterator[None]:
-        """Asleep after its first steps; killed in the end. Raises RuntimeError if it ends by itself before."""
+        """Start it and stop it after its first steps; kill it in the end.
+
+        Raises RuntimeError if it ends by itself before.
+        """
         log = self.folder / "log.txt"
-        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
+        variables = environment(OMP_NUM_THREADS=str(THREADS))
         with log.open("wb") as file:
             process = psutil.Popen(self.command, env=variables, cwd=self.folder, stdout=file, stderr=file)
         try:
@@ -57,35 +63,38 @@ class Runner:
         self._send(signal.SIGSTOP)
         ended = time.time()
         self.awake_s += ended - began
-        (file,) = self.folder.glob(self.told)
+        (file,) = self.folder.glob(self.progress)
         if (written := file.stat().st_mtime) > began:
             self.reached.append((self._step(), self.awake_s - (ended - written)))
 
     def threads(self) -> dict[tuple[int, int], float]:
-        """Seconds of a core that each has used, by process and thread."""
-        found = {}
+        """Processor seconds that each thread has used, by process and thread."""
+        found: dict[tuple[int, int], float] = {}
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 found |= {(process.pid, t.id): t.user_time + t.system_time for t in process.threads()}
         return found
 
     def shares(self) -> dict[str, float]:
-        """Of THREADS cores, since `used_s` and while awake, who took what: the busiest threads of the process that
-        trains, as many, which are those at micro-batches; its others, the one among them that updates weights; and
-        each other process, the largest first."""
+        """Shares of the time of THREADS cores since `used_s`, while awake.
+
+        First the THREADS busiest threads of the process that trains, which work at micro-batches; then its other
+        threads, the one that updates weights among them; then each other process, the largest first.
+        """
         used = {thread: seconds - self.used_s.get(thread, 0.0) for thread, seconds in self.threads().items()}
         trains = max(used, key=used.__getitem__)[0]
         own = sorted((seconds for (process, _), seconds in used.items() if process == trains), reverse=True)
-        others: Counter[str] = Counter()
+        others: defaultdict[str, float] = defaultdict(float)
         for (process, _), seconds in used.items():
             if process != trains:
                 with suppress(psutil.NoSuchProcess):
                     others[self._name(process)] += seconds
-        taken = {MICRO_BATCHES: sum(own[:THREADS]), BESIDE: sum(own[THREADS:])} | dict(others.most_common())
+        taken = {MICRO_BATCHES: sum(own[:THREADS]), OTHER_THREADS: sum(own[THREADS:])}
+        taken |= sorted(others.items(), key=lambda item: -item[1])
         return {who: seconds / self.awake_s / THREADS for who, seconds in taken.items()}
 
     def seconds(self, first: int, last: int) -> float:
-        """From one step to another; between those that were seen, at an even pace."""
+        """Awake seconds from one step to another, interpolated between the steps that were seen."""
         import numpy as np
 
         steps, times = zip(*self.reached, strict=True)
@@ -94,13 +103,13 @@ class Runner:
     def _step(self) -> int:
         from pipeline.cluster import progress
 
-        return max((progress.step(file) for file in self.folder.glob(self.told)), default=0)
+        return max((progress.step(file) for file in self.folder.glob(self.progress)), default=0)
 
     def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
 
     def _name(self, pid: int) -> str:
-        """Python's by their script."""
+        """The name of a process; Python's is that of its script."""
         process = psutil.Process(pid)
         if process == self.process:
             return "the driver"
@@ -114,8 +123,10 @@ class Runner:
 
 
 def slower_by(runner: Runner, bare: Runner, turns: int, turn_s: float) -> float:
-    """How much longer its steps take than the same ones of `bare`, as a share. They work in turns of a few seconds,
-    in which the other sleeps."""
+    """How much longer the steps of `runner` take than the same steps of `bare`, as a share.
+
+    They work in turns of `turn_s` seconds, in which the other is stopped.
+    """
     for number in range(turns):
         for one in (runner, bare) if number % 2 else (bare, runner):
             one.work(turn_s)

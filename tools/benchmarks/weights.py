@@ -1,5 +1,6 @@
-"""Weights for the benchmarks: of tiny after four epochs without dropout, enough for sentences that come to an
-end; of base by chance. As pipeline/train.py leaves them.
+"""Make the weights that the search is measured with, in the format of pipeline/train.py.
+
+Tiny is trained for four epochs without dropout, enough for translations that end; base has random weights.
 """
 
 import argparse
@@ -7,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import ROOT, THREADS
 
 from model.transformer import Transformer
 from pipeline.common.paths import ENCODED
@@ -15,8 +15,9 @@ from pipeline.common.settings import load_settings
 from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.trainer import train_rank
+from tools.benchmarks.harness import ROOT, THREADS
 
-STEPS = 420  # of 4,096 target pieces: four epochs
+STEPS = 420  # of 4,096 target tokens: four epochs
 
 
 def main() -> None:
@@ -30,12 +31,20 @@ def main() -> None:
     settings = load_settings(ROOT, model=arguments.preset)
     config = settings.model.config(CorpusInfo.open(encoded).vocab_size)
     if arguments.preset == "tiny":
-        quick = {"warmup_steps": STEPS // 2, "lr_scale": 0.5}  # a peak of 0.003
-        train = replace(settings.train, max_steps=STEPS, checkpoint_every=STEPS, **quick)
-        nothing = {"report": lambda metrics, step: None, "progress": lambda state, loss: None, "say": print}
+        train = replace(settings.train, max_steps=STEPS, checkpoint_every=STEPS)
+        train = replace(train, warmup_steps=STEPS // 2, lr_scale=0.5)  # a peak of 0.003
         run_folder = arguments.folder / "checkpoints"
-        settings = replace(settings, train=train, model=replace(settings.model, dropout=0.0))
-        train_rank(settings, encoded, run_folder, rank=0, num_ranks=1, device=torch.device("cpu"), **nothing)
+        train_rank(
+            replace(settings, train=train, model=replace(settings.model, dropout=0.0)),
+            encoded,
+            run_folder,
+            rank=0,
+            num_ranks=1,
+            device=torch.device("cpu"),
+            report=lambda metrics, step: None,
+            progress=lambda state, loss: None,
+            say=print,
+        )
         weights, _ = checkpoint.average(run_folder, 1, print)
     else:
         torch.manual_seed(1)
