@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from pipeline import export
 from pipeline.inference.ctranslate2_export import write_export
 from pipeline.training.checkpoint import save_model
-from tests.pipeline.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
+from tests.support.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 TOKENIZER = random_tokenizer()
 PIECES = [TOKENIZER.id_to_piece(i) for i in range(VOCAB)]

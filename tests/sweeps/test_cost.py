@@ -21,7 +21,7 @@ from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
 from sweeps import cost as plan
 from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, text
 from sweeps.trials import EVALUATION_CODE, Sweep, load_sweep
-from tests.sweeps.settings_files import copy_settings, edit
+from tests.support.settings_files import copy_settings, edit
 
 VOCAB = 29
 PAIRS = {"train": 97, "valid": 3, "test": 3}

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.common.settings import load_settings
 from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
-from tests.sweeps.settings_files import REPOSITORY, copy_settings, edit
+from tests.support.settings_files import REPOSITORY, copy_settings, edit
 
 CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/training/loop.py")
 

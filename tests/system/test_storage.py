@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.training import checkpoint
-from tests.system.stores import S3
+from tests.support.stores import S3
 
 pytestmark = pytest.mark.host
 

@@ -20,7 +20,7 @@ from pipeline.common.settings import Settings, load_settings
 from pipeline.tracking.metric_writer import MetricWriter
 from pipeline.tracking.results import SEARCH_SETTINGS, log_evaluation, log_model
 from pipeline.tracking.runs import finish_run, open_run, run_params
-from tests.system.stores import POSTGRES_PROGRAMS, S3, Postgres, mlflow_server
+from tests.support.stores import POSTGRES_PROGRAMS, S3, Postgres, mlflow_server
 
 pytestmark = pytest.mark.host
 

@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
 from pipeline.inference.ctranslate2_engine import PATIENCE, Search, batches_of_one_length, translate_ctranslate2
 from pipeline.inference.translate import translate
-from tests.pipeline.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
+from tests.support.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 TOKENIZER = random_tokenizer()
 LONGEST = MAX_LENGTH - 1

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from pipeline.common.settings import Settings
 from pipeline.tracking.metric_writer import MetricWriter
 from pipeline.tracking.runs import finish_run, open_run
-from tests.system.stores import free_port, mlflow_server
+from tests.support.stores import free_port, mlflow_server
 
 
 def curve(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
