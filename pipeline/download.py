@@ -15,7 +15,6 @@ every file.
 
 import gzip
 import os
-import time
 import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -27,13 +26,14 @@ from tqdm import tqdm
 from pipeline.common import cli
 from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, write_json
 from pipeline.common.paths import DOWNLOADS, OWN, RAW
+from pipeline.common.retry import retry
 from pipeline.common.settings import Download, load_settings
 from pipeline.data import grammar
 from pipeline.data.catalog import CORPORA, RemoteFile
 
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = (10, 30)  # to connect, and between two pieces of an answer
-RETRY_WAITS_S = (1, 2, 4, 8)
+RETRY_PAUSES_S = (1, 2, 4, 8)
 BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be another one in a moment
 
 
@@ -169,19 +169,21 @@ def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
 
 
 def _fetch_part(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
-    for wait_s in (*RETRY_WAITS_S, None):
-        try:
-            return _request_rest(url, file, part, bar)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            if wait_s is None or not _may_pass(error):
-                have = part.stat().st_size if part.exists() else 0
-                raise ValueError(
-                    f"{url} cannot be fetched: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
-                    f"Run again to continue, or set CORPUS_MIRROR to a source of {file.path}"
-                ) from None
-            bar.set_postfix_str(f"{file.path}: {_reason(error)}, next try in {wait_s} s")
-            time.sleep(wait_s)
-            bar.set_postfix_str(file.path)
+    def request() -> None:
+        bar.set_postfix_str(file.path)
+        _request_rest(url, file, part, bar)
+
+    def log(error: Exception, pause_s: float) -> None:
+        bar.set_postfix_str(f"{file.path}: {_reason(error)}, next try in {pause_s} s")
+
+    try:
+        retry(request, RETRY_PAUSES_S, _may_pass, log)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        have = part.stat().st_size if part.exists() else 0
+        raise ValueError(
+            f"{url} cannot be fetched: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
+            f"Run again to continue, or set CORPUS_MIRROR to a source of {file.path}"
+        ) from None
 
 
 def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 
+from pipeline.common.retry import every, retry
+
 if TYPE_CHECKING:
     from upath import UPath
 
@@ -124,16 +126,17 @@ def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object
 
 
 def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[str], object]) -> T:
-    """What `action` returns; when a store cannot be reached, tried again for PATIENCE_S seconds."""
+    """What `action` returns. While the store of `folder` cannot be reached, it is called again for PATIENCE_S
+    seconds; errors of a disk are raised at once."""
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if isinstance(folder, Path) or time.monotonic() > deadline:
-                raise
-            say(f"{error}; trying again for {max(0, deadline - time.monotonic()):.0f} s")
-            time.sleep(10)
+
+    def log(error: Exception, _: float) -> None:
+        say(f"{error}; trying again for {max(0, deadline - time.monotonic()):.0f} s")
+
+    def may_pass(error: Exception) -> bool:
+        return isinstance(error, OSError) and not isinstance(folder, Path)
+
+    return retry(action, every(10, PATIENCE_S), may_pass, log)
 
 
 def remove(folder: AnyPath) -> None:

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,6 +13,8 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+
+from pipeline.common.retry import every, retry
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -68,18 +69,18 @@ def server_answers(uri: str) -> bool:
 
 def await_server(uri: str, patience_s: float) -> None:
     """Wait until the server answers. Raises ConnectionError after `patience_s` seconds."""
-    deadline = time.monotonic() + patience_s
-    warned, shown = False, without_password(uri)
-    while not server_answers(uri):
-        if time.monotonic() > deadline:
+    shown = without_password(uri)
+
+    def ask() -> None:
+        if not server_answers(uri):
             raise ConnectionError(
                 f"the MLflow server {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another, "
                 "or unset it to use the file mlflow.db"
             )
-        if not warned:
-            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
-            warned = True
-        time.sleep(min(2.0, patience_s))
+
+    if not server_answers(uri):
+        logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
+        retry(ask, every(min(2.0, patience_s), patience_s), lambda error: isinstance(error, ConnectionError))
 
 
 def without_password(uri: str) -> str:

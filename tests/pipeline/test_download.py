@@ -91,7 +91,7 @@ def server():
 def project(tmp_path, monkeypatch):
     """An empty project whose catalogue has one corpus, "toy"; no wait between tries."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "RETRY_WAITS_S", (0, 0))
+    monkeypatch.setattr(stage, "RETRY_PAUSES_S", (0, 0))
     monkeypatch.setattr(stage, "CORPORA", catalogue("http://127.0.0.1:9"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path
