@@ -12,13 +12,12 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import psutil
@@ -27,13 +26,16 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from tools import local_cluster
+
 pytestmark = [
     pytest.mark.host,
     pytest.mark.skipif(
         os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
     ),
 ]
-SCRIPT = str(Path(__file__).parents[2] / "tools/local_cluster.py")
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tools.local_cluster"]
 CHECKPOINT_EVERY, STEPS = 10, 200
 LONG = 50_000
 """Steps that nobody waits for: the run is stopped."""
@@ -47,7 +49,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shared = folder, folder / "shared"
-        self.variables = os.environ | {"LOCAL_CLUSTER_DIR": str(folder)}
+        self.variables = os.environ | {"LOCAL_CLUSTER_DIR": str(folder), "PYTHONPATH": str(REPOSITORY)}
 
     @cached_property
     def network(self) -> str:
@@ -55,13 +57,13 @@ class Cluster:
         return re.search(r"http://(\d+\.\d+\.\d+)\.", self.environment["MLFLOW_TRACKING_URI"]).group(1)
 
     def __call__(self, *words: str) -> str:
-        done = subprocess.run([SCRIPT, *words], env=self.variables, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([*COMMAND, *words], env=self.variables, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     @property
     def environment(self) -> dict[str, str]:
-        """What `tools/local_cluster.py env` exports."""
+        """What `python -m tools.local_cluster env` exports."""
         return dict(line.removeprefix("export ").split("=", 1) for line in self("env").splitlines())
 
     def workers(self) -> dict[str, list[psutil.Process]]:
@@ -263,16 +265,13 @@ def assert_close_early(run: Run, undisturbed: Run, step: int = 20) -> None:
 
 def test_another_cluster_has_names_and_addresses_of_its_own_and_ends_alone(cluster, tmp_path, monkeypatch):
     cluster.heal()
-    monkeypatch.setenv("LOCAL_CLUSTER_DIR", str(tmp_path / "another"))
-    loader = SourceFileLoader("local_cluster", SCRIPT)
-    another = module_from_spec(spec_from_loader(loader.name, loader))
-    loader.exec_module(another)
-    another.STATE.mkdir()
-    another._make_bridge()
-    another._make_host("head")
-    network, namespace = another._gateway().rpartition(".")[0], Path("/run/netns", another._netns("head"))
+    monkeypatch.setattr(local_cluster, "STATE", tmp_path)
+    local_cluster.make_bridge()
+    local_cluster.make_host("head")
+    network = local_cluster.gateway().rpartition(".")[0]
+    namespace = Path("/run/netns", local_cluster.netns_name("head"))
     assert namespace.exists()
-    another.down()
+    local_cluster.down()
     assert network != cluster.network
     assert not namespace.exists()
     assert cluster("status").count("Ray alive") == 3
@@ -446,7 +445,7 @@ def refused(cluster: Cluster, root: Path, **changes: str) -> str:
     storage = Path(environment["RUN_STORAGE"] or root)
     before = {*storage.glob("checkpoints/*"), *storage.glob(".probe*")}
     words = [f"{name}={value}" for name, value in environment.items() if value]
-    command = [SCRIPT, "exec", "head", "env", *words, "python", "-m", "pipeline.train"]
+    command = [*COMMAND, "exec", "head", "env", *words, "python", "-m", "pipeline.train"]
     done = subprocess.run(command, cwd=root, env=cluster.variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from tools.benchmarks.decoding import BATCH, CAP_EXTRA, chosen, timed
 from tools.benchmarks.harness import (
     OPERATORS,
     ROOT,
+    CommandError,
     System,
     environment,
     flops_per_token,
@@ -118,7 +119,7 @@ def test_systems_of_other_toolkits_import_torch_and_numpy_alone(name: str):
 
 def test_paired_names_a_system_that_dies_with_its_command():
     system = System("the third", [sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(RuntimeError, match=r"the third ended with exit code 3: .*SystemExit"):
+    with pytest.raises(CommandError, match=r"the third ended with exit code 3: .*SystemExit"):
         paired([system], rounds=1)
 
 
@@ -196,7 +197,7 @@ def test_slower_by_compares_the_same_steps_by_awake_time():
 
 def test_runner_that_ends_before_its_turn_is_an_error_with_its_output(tmp_path: Path):
     runner = Runner([sys.executable, "-c", "raise SystemExit('no data')"], tmp_path, "progress.json")
-    with pytest.raises(RuntimeError, match=r"ended with exit code 1:\nno data"), runner.started(steps=1):
+    with pytest.raises(CommandError, match=r"ended with exit code 1:\nno data"), runner.started(steps=1):
         pass
 
 

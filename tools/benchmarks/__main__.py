@@ -7,7 +7,6 @@ The other toolkits run in an environment of their own, which the first call make
 text is Multi30k, from the web or from the folder CORPUS_MIRROR. What is made stays in .benchmarks/ for the next time.
 """
 
-import argparse
 import datetime
 import os
 import shutil
@@ -15,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.common.cli import exit_on_error, parser
 from tools.benchmarks.cases import CASES, Setting, new_project
-from tools.benchmarks.harness import ROOT, THREADS, log, machine, run
+from tools.benchmarks.harness import ROOT, THREADS, CommandError, log, machine, run
 
 PEERS = Path(__file__).with_name("peers.txt")
 DOCUMENT, BEGIN, END = ROOT / "docs/performance.md", "<!-- begin -->\n", "<!-- end -->\n"
@@ -24,36 +24,40 @@ NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "tru
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[*CASES, []], metavar="PART", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="of each comparison (%(default)s)")
-    parser.add_argument(
+    options = parser("tools.benchmarks", __doc__)
+    options.add_argument("parts", nargs="*", choices=[*CASES, []], metavar="PART", help=", ".join(CASES))
+    options.add_argument("--rounds", type=int, default=5, help="of each comparison (%(default)s)")
+    options.add_argument(
         "--pairs", type=int, default=300_000, help="sentence pairs of the data stages' corpus (%(default)s)"
     )
-    parser.add_argument(
+    options.add_argument(
         "--text",
         nargs=2,
         type=Path,
         metavar=("SRC", "TGT"),
         help="its two files, one sentence a line (.gz too), repeated to --pairs",
     )
-    arguments = parser.parse_args()
+    arguments = options.parse_args()
+    with exit_on_error("benchmarks", CommandError):
+        measure(arguments.parts, arguments.rounds, arguments.pairs, arguments.text)
+
+
+def measure(parts: list[str], rounds: int, pairs: int, text: list[Path] | None) -> None:
+    """Print the tables of the parts; of all parts, if none is named, also into DOCUMENT."""
     for name, value in NO_TELEMETRY.items():
         os.environ.setdefault(name, value)
     folder = ROOT / ".benchmarks"
     folder.mkdir(exist_ok=True)
-    text = tuple(arguments.text) if arguments.text else None
-    setting = Setting(folder, _peers(folder), _corpus(folder), arguments.rounds, arguments.pairs, text)
+    source_and_target = (text[0], text[1]) if text else None
+    setting = Setting(folder, _peers(folder), _corpus(folder), rounds, pairs, source_and_target)
     table = f"{datetime.date.today()}; {machine()}; {THREADS} threads.\n"
     print(table)
-    for name in arguments.parts or CASES:
+    for name in parts or CASES:
         log(f"{name} ...")
         part = "\n".join([*CASES[name](setting), ""])
         print(part, flush=True)  # a later part that fails loses nothing
         table += f"\n{part}"
-    if not arguments.parts:
+    if not parts:
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
         DOCUMENT.write_text(before + BEGIN + table + END + after, encoding="utf-8")

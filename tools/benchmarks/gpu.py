@@ -9,7 +9,6 @@ a second, the share of the card's own rate at a product of 8192 x 8192 x 8192, m
 number of steps.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,27 +17,38 @@ from tempfile import TemporaryDirectory
 import torch
 import yaml
 
+from pipeline.common.cli import exit_on_error, parser
 from pipeline.common.settings import load_settings
-from tools.benchmarks.harness import ROOT, System, flops_per_token, module, multiply_rate, paired, write_corpus
+from tools.benchmarks.harness import (
+    ROOT,
+    CommandError,
+    System,
+    flops_per_token,
+    module,
+    multiply_rate,
+    paired,
+    write_corpus,
+)
 
 VOCAB_SIZE, PAIRS = 37_000, 200_000  # section 5.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--presets", nargs="+", default=["base", "big"], help="presets of conf/model (base big)")
-    parser.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens of a step (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="of a block (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of both systems (%(default)s)")
-    arguments = parser.parse_args()
-    device = arguments.device
+    options = parser("tools.benchmarks.gpu", __doc__)
+    options.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    options.add_argument("--presets", nargs="+", default=["base", "big"], help="presets of conf/model (base big)")
+    options.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens of a step (%(default)s)")
+    options.add_argument("--steps", type=int, default=50, help="of a block (%(default)s)")
+    options.add_argument("--rounds", type=int, default=5, help="of both systems (%(default)s)")
+    arguments = options.parse_args()
+    with exit_on_error("gpu", CommandError):
+        measure(**vars(arguments))
+
+
+def measure(device: torch.device, presets: list[str], batch_tokens: int, steps: int, rounds: int) -> None:
+    """Print the table, a row of each system as soon as it is measured."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("gpu: torch finds no GPU; --device cpu tries the paths")
+        raise ValueError("torch finds no GPU; --device cpu tries the paths")
     ceiling = _multiply_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     print(f"{name}, torch {torch.__version__}: a product in bf16 runs at {ceiling / 1e12:.3g} TFLOP/s.\n")
@@ -50,20 +60,20 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         corpus = Path(folder)
         write_corpus(corpus, PAIRS, VOCAB_SIZE)
-        for preset in arguments.presets:
+        for preset in presets:
             settings = load_settings(ROOT, model=preset)
             config = settings.model.config(VOCAB_SIZE)
-            options: list[object] = ["--corpus", corpus, "--sizes", json.dumps(vars(config)), "--device", device]
-            options += ["--bf16", "--threads", torch.get_num_threads(), "--steps", arguments.steps]
-            options += ["--batch-tokens", arguments.batch_tokens]
+            shared: list[object] = ["--corpus", corpus, "--sizes", json.dumps(vars(config)), "--device", device]
+            shared += ["--bf16", "--threads", torch.get_num_threads(), "--steps", steps]
+            shared += ["--batch-tokens", batch_tokens]
             own: list[object] = [
                 "--compile",
                 "--micro-batch-tokens",
-                max(512, micro_batch_tokens * arguments.batch_tokens // 25_000),
+                max(512, micro_batch_tokens * batch_tokens // 25_000),
             ]
-            ours = System(f"{preset}, ours", module("training", sys.executable, "ours", *options, *own))
-            peer = System(f"{preset}, torch.nn.Transformer", module("training", sys.executable, "torch", *options))
-            paired([ours, peer], arguments.rounds, profile=True)
+            ours = System(f"{preset}, ours", module("training", sys.executable, "ours", *shared, *own))
+            peer = System(f"{preset}, torch.nn.Transformer", module("training", sys.executable, "torch", *shared))
+            paired([ours, peer], rounds, profile=True)
             flops = flops_per_token(config, corpus)
             for system in (ours, peer):
                 rate = system.median("tokens_per_s")

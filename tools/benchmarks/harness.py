@@ -28,6 +28,10 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
 """Runs a command as the child of a small process: a child's peak counts what it was forked from."""
 
 
+class CommandError(RuntimeError):
+    """A command of the benchmarks ended with an error."""
+
+
 @dataclass
 class System:
     """One of the programs that are compared: `command` starts it."""
@@ -60,7 +64,7 @@ def environment(**more: str) -> dict[str, str]:
 def paired(systems: Sequence[System], rounds: int, profile: bool = False) -> None:
     """Run all systems and fill in what they measure; `profile` adds where the first one's time goes.
 
-    Raises RuntimeError if one dies.
+    Raises CommandError if one dies.
     """
     with ExitStack() as stack:
         running = []
@@ -102,7 +106,7 @@ def _answer(system: System, process: "subprocess.Popen[str]") -> dict[str, Any]:
     for line in process.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise RuntimeError(f"{system.name} ended with exit code {process.wait()}: {' '.join(system.command)}")
+    raise CommandError(f"{system.name} ended with exit code {process.wait()}: {' '.join(system.command)}")
 
 
 def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
@@ -146,7 +150,7 @@ def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
 def run(command: Sequence[object], folder: Path, **variables: str) -> tuple[float, float]:
     """Run a command in `folder`: its seconds, and peak bytes of the largest process below it.
 
-    Raises RuntimeError with the end of its output if it fails.
+    Raises CommandError with the end of its output if it fails.
     """
     launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
     with (folder / "log.txt").open("wb") as output:
@@ -161,9 +165,9 @@ def run(command: Sequence[object], folder: Path, **variables: str) -> tuple[floa
     return took, peak_kb * 1024
 
 
-def failed(command: Sequence[object], code: int, log: Path) -> RuntimeError:
+def failed(command: Sequence[object], code: int, log: Path) -> CommandError:
     """The error for a command that failed, with the end of its output."""
-    return RuntimeError(
+    return CommandError(
         f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
     )
 

@@ -5,7 +5,6 @@
 Every rate is a median, printed with what it was measured on. Nothing outside this machine is needed.
 """
 
-import argparse
 import os
 import platform
 import socket
@@ -35,6 +34,7 @@ from model import transformer
 from model.config import EOS
 from model.loss import CHUNK_LOGITS
 from model.transformer import Transformer
+from pipeline.common.cli import exit_on_error, parser
 from pipeline.common.settings import load_settings
 from pipeline.data.batching import BatchPlan, MicroBatch, collate
 from pipeline.data.dataset import EncodedSplit
@@ -126,7 +126,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         deadline = time.monotonic() + 60
         while not server_answers(uri):
             if time.monotonic() > deadline or process.poll() is not None:
-                raise SystemExit(f"the MLflow server does not start: {(folder / 'log').read_text()[-500:]}")
+                raise OSError(f"the MLflow server does not start: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.2)
         yield uri
     finally:
@@ -242,11 +242,7 @@ def launches() -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m tools.benchmarks.scale_constants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parser("tools.benchmarks.scale_constants", __doc__).parse_args()
     cpus = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     print(
@@ -254,8 +250,9 @@ def main() -> None:
         end="",
     )
     print(f"load of others {load:.1f}")
-    for measure in (launches, data, all_reduce, checkpoints, mlflow_writes):
-        measure()
+    with exit_on_error("scale_constants"):
+        for measure in (launches, data, all_reduce, checkpoints, mlflow_writes):
+            measure()
 
 
 if __name__ == "__main__":

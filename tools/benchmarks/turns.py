@@ -34,7 +34,7 @@ class Runner:
     def started(self, steps: int) -> Iterator[None]:
         """Start it and stop it after its first steps; kill it in the end.
 
-        Raises RuntimeError if it ends by itself before.
+        Raises CommandError if it ends by itself before.
         """
         log = self.folder / "log.txt"
         variables = environment(OMP_NUM_THREADS=str(THREADS))
