@@ -1,7 +1,7 @@
-"""Batches by token count, of similar length, from a seeded plan (section 5.1).
+"""Batches of sentence pairs by token count, of similar length, from a seeded plan (section 5.1).
 
 The plan is a pure function of the lengths, the seed and the epoch: every worker computes the same one, and
-a pair of integers says where in it a run stands.
+a pair of integers tells where in it a run is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.config import BOS, EOS, PAD
-from pipeline.data.dataset import EncodedSplit, EncodedText
+from pipeline.data.bucketing import cut, pad, smallest_budget
+from pipeline.data.dataset import EncodedSplit
 
 MIN_MICRO_BATCHES = 4
 """The fewest of a step. Each has sentences of about one length, and models learn less from a step of few lengths
@@ -31,17 +32,22 @@ class Position:
 class BatchPlan:
     """Which sentence pairs each optimiser step sees.
 
-    A step has about `batch_tokens` target tokens (padding not counted), in micro-batches of similar length
-    that pass through the model one by one, or one in each thread. A micro-batch has at most `micro_batch_tokens`
-    source and as many target positions, padding counted; all are made as much smaller as it takes for a step to
-    be MIN_MICRO_BATCHES or more of them (fewer, if the longest pair needs more than such a part of a step), a number
-    that is `easily_shared` by workers and threads. So no step is much smaller or larger than the others. Chance says
-    which ones share a step. Every pair comes once an epoch, but those longer than `max_length` positions on a side:
-    `num_skipped` counts them. A step has `most_micro_batches` at most, each of at most `budget` positions a side; the
-    longest pair has `longest`.
+    A step is a list of micro-batches, which pass through the model one by one, or one in each thread or worker, and
+    whose gradients are added. How the plan is made:
 
-    `src_lengths` and `tgt_lengths` are pieces without end of sentence, which is counted here (+1 each).
-    Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
+    1. Pairs longer than `max_length` are left out (`num_skipped`); the others are sorted by length, which is here the
+       longer of source and target.
+    2. An epoch has as many steps as make `batch_tokens` target tokens a step, padding not counted.
+    3. A step has MIN_MICRO_BATCHES or more micro-batches, more if `micro_batch_tokens` is too small for that, and a
+       number that is `easily_shared` by threads and workers.
+    4. The sorted pairs are cut into that number times steps of nearly equal micro-batches: `budget`, the positions
+       that one may have in the source and in the target, padding counted, is the smallest that does it. All steps
+       have about the same size and number of micro-batches, at most `most_micro_batches`.
+    5. Each epoch mixes the pairs of equal length, cuts them at the same places and deals the micro-batches out to
+       steps by chance. Every pair comes once an epoch.
+
+    `src_lengths` and `tgt_lengths` are tokens without end of sentence, which is counted here (+1 each); the longest
+    pair has `longest`. Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
     """
 
     def __init__(
@@ -55,30 +61,38 @@ class BatchPlan:
         seed: int,
     ) -> None:
         self.seed = seed
-        self._src = np.asarray(src_lengths, dtype=np.int32) + 1
-        self._tgt = np.asarray(tgt_lengths, dtype=np.int32) + 1
-        longest = np.maximum(self._src, self._tgt)
-        # By the longer side, which alone decides where a micro-batch is full: the cuts hold for every epoch.
-        self._pairs = _by_length(longest, max_length, micro_batch_tokens)
-        self.num_skipped = len(longest) - len(self._pairs)
-        self._longest = longest[self._pairs]
-        self.longest = int(self._longest[-1])
+        self._src, self._tgt, longer = _positions(src_lengths, tgt_lengths)
+        self._pairs = _by_length(longer, max_length, micro_batch_tokens)
+        self.num_skipped = len(longer) - len(self._pairs)
+        self._lengths = longer[self._pairs]  # ascending
+        self.longest = int(self._lengths[-1])
+
         num_steps = max(1, round(int(self._tgt[self._pairs].sum()) / batch_tokens))
-        needed = -(-len(_cut(self._longest, micro_batch_tokens)) // num_steps)
-        wanted = MIN_MICRO_BATCHES
-        while wanted > 1 and not self._fit(wanted * num_steps):  # or steps would have different numbers of them
-            wanted //= 2
-        per_step = easily_shared(max(needed, wanted))
-        self.budget = _budget(self._longest, per_step * num_steps, micro_batch_tokens)
-        self._starts = _cut(self._longest, self.budget)
+        num_micro_batches = num_steps * self._micro_batches_per_step(num_steps, micro_batch_tokens)
+        self.budget = smallest_budget(
+            self._lengths, num_micro_batches, lowest=self.longest, highest=micro_batch_tokens
+        )
+        self._starts = cut(self._lengths, self.budget)
         self.num_steps = min(num_steps, len(self._starts))
         self.most_micro_batches = -(-len(self._starts) // self.num_steps)
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
-    def _fit(self, parts: int) -> bool:
-        """Whether a cut can make so many, none smaller than the longest pair. If the pairs fill them, it can; else
-        the cut itself has to tell, which takes seconds for millions of pairs."""
-        return parts * self.longest <= int(self._longest.sum()) or parts <= len(_cut(self._longest, self.longest))
+    def _micro_batches_per_step(self, num_steps: int, micro_batch_tokens: int) -> int:
+        """As many as `micro_batch_tokens` needs, and MIN_MICRO_BATCHES or the largest half of it that fits."""
+        needed = -(-len(cut(self._lengths, micro_batch_tokens)) // num_steps)
+        wanted = MIN_MICRO_BATCHES
+        while wanted > 1 and not self._can_be_cut_into(wanted * num_steps):
+            wanted //= 2
+        return easily_shared(max(needed, wanted))
+
+    def _can_be_cut_into(self, num_micro_batches: int) -> bool:
+        """Whether so many can all have room for the longest pair; if not, steps would differ in their number.
+
+        If the pairs fill so many, they can; else only the cut can tell, which takes seconds for millions of pairs.
+        """
+        if num_micro_batches * self.longest <= int(self._lengths.sum()):
+            return True
+        return num_micro_batches <= len(cut(self._lengths, self.longest))
 
     def steps(self, epoch: int) -> list[list[np.ndarray]]:
         """The epoch's steps, each a list of micro-batches, each an array of sentence indices."""
@@ -88,10 +102,10 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
-        # Among pairs whose longer sides are equal, neighbours are alike in the shorter side too, give or take
-        # one piece: chance mixes them, and costs a percent of padding.
-        shape = _shape(self._src, self._tgt, self._longest, self._pairs)
-        order = np.lexsort((shape + rng.uniform(-1, 1, len(shape)), self._longest))
+        # Among pairs of equal length, neighbours are alike in the shorter sentence too, give or take one token:
+        # chance mixes them, and costs a percent of padding.
+        shape = _shape(self._src, self._tgt, self._lengths, self._pairs)
+        order = np.lexsort((shape + rng.uniform(-1, 1, len(shape)), self._lengths))
         micro_batches = np.split(self._pairs[order], self._starts[1:])
         shuffled = [micro_batches[i] for i in rng.permutation(len(micro_batches))]
         bounds = [len(shuffled) * i // self.num_steps for i in range(self.num_steps + 1)]
@@ -112,7 +126,7 @@ class BatchPlan:
         return sum(int(self._tgt[indices].sum()) for indices in step)
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Of all positions that the epoch passes through the model, both sides, the share that is padding."""
+        """The share of padding in all positions, source and target, that the epoch passes through the model."""
         tokens = positions = 0
         for indices in (indices for step in self.steps(epoch) for indices in step):
             for lengths in (self._src[indices], self._tgt[indices]):
@@ -126,11 +140,10 @@ def batches_to_read(
 ) -> list[np.ndarray]:
     """Micro-batches of a split that is only read, as large as they may be, the shortest sentences first. Sizes,
     pairs that are left out and errors are as in BatchPlan."""
-    src, tgt = (np.asarray(lengths, dtype=np.int32) + 1 for lengths in (src_lengths, tgt_lengths))
-    longest = np.maximum(src, tgt)
-    pairs = _by_length(longest, max_length, micro_batch_tokens)
-    order = np.lexsort((_shape(src, tgt, longest[pairs], pairs), longest[pairs]))
-    return np.split(pairs[order], _cut(longest[pairs], micro_batch_tokens)[1:])
+    src, tgt, longer = _positions(src_lengths, tgt_lengths)
+    pairs = _by_length(longer, max_length, micro_batch_tokens)
+    order = np.lexsort((_shape(src, tgt, longer[pairs], pairs), longer[pairs]))
+    return np.split(pairs[order], cut(longer[pairs], micro_batch_tokens)[1:])
 
 
 def easily_shared(number: int) -> int:
@@ -140,78 +153,49 @@ def easily_shared(number: int) -> int:
     return -(-number // unit) * unit
 
 
-def _by_length(longest: np.ndarray, max_length: int, micro_batch_tokens: int) -> np.ndarray:
-    """The pairs within `max_length`, ascending. Raises ValueError."""
-    pairs = np.flatnonzero(longest <= max_length)
+def _positions(src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair, EOS counted: those of the source, of the target and of the longer of the two."""
+    src, tgt = (np.asarray(lengths, dtype=np.int32) + 1 for lengths in (src_lengths, tgt_lengths))
+    return src, tgt, np.maximum(src, tgt)
+
+
+def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> np.ndarray:
+    """Indices of the pairs within `max_length`, by ascending length. Raises ValueError."""
+    pairs = np.flatnonzero(longer <= max_length)
     if not len(pairs):
-        raise ValueError(f"none of {len(longest)} sentence pairs has at most max_length ({max_length}) pieces")
-    pairs = pairs[np.argsort(longest[pairs], kind="stable")]
+        raise ValueError(f"none of {len(longer)} sentence pairs has at most max_length ({max_length}) pieces")
+    pairs = pairs[np.argsort(longer[pairs], kind="stable")]
     worst = pairs[-1]
-    if longest[worst] > micro_batch_tokens:
+    if longer[worst] > micro_batch_tokens:
         raise ValueError(
-            f"the sentence pair of line {worst + 1} has {longest[worst]} pieces on one side: more than "
+            f"the sentence pair of line {worst + 1} has {longer[worst]} pieces on one side: more than "
             f"micro_batch_tokens ({micro_batch_tokens}); raise it, or lower max_length"
         )
     return pairs
 
 
-def _shape(src: np.ndarray, tgt: np.ndarray, longest: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """What to sort pairs by whose longer sides are equal. Every other length runs backwards, so that a micro-batch
-    that spans two lengths finds pairs that are alike there as well."""
-    return (src - tgt)[pairs] * (1 - 2 * (longest % 2))
-
-
-def _cut(longest: np.ndarray, budget: int) -> list[int]:
-    """Starts of parts of ascending lengths, each of at most `budget` positions when padded."""
-    starts = []
-    start = 0
-    while start < len(longest):
-        starts.append(start)
-        lengths = longest[start : start + budget // int(longest[start])]
-        positions = lengths * np.arange(1, len(lengths) + 1, dtype=np.int64)
-        start += int(np.searchsorted(positions, budget, side="right"))
-    return starts
-
-
-def _budget(longest: np.ndarray, parts: int, most: int) -> int:
-    """The smallest, up to `most`, that makes at most `parts`: all are nearly full."""
-    low, high = int(longest[-1]), most  # more budget never makes more parts: search by halves
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(longest, middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def _shape(src: np.ndarray, tgt: np.ndarray, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """What to sort pairs of equal length by. Every other length runs backwards, so that a micro-batch that spans two
+    lengths finds pairs that are alike there as well."""
+    return (src - tgt)[pairs] * (1 - 2 * (lengths % 2))
 
 
 @dataclass
 class MicroBatch:
-    """Padded sentence pairs, int64. The decoder reads `tgt_in` and is to say `tgt_out` (Figure 1)."""
+    """Padded sentence pairs, int64. The decoder reads `tgt_in` and predicts `tgt_out` (Figure 1)."""
 
     src: Tensor  # [sentences, S], ends in EOS
-    tgt_in: Tensor  # [sentences, T], BOS and the pieces
-    tgt_out: Tensor  # [sentences, T], the pieces and EOS
+    tgt_in: Tensor  # [sentences, T], BOS and the tokens
+    tgt_out: Tensor  # [sentences, T], the tokens and EOS
     num_tgt_tokens: int  # of tgt_out, padding not counted
 
 
 def collate(split: EncodedSplit, indices: np.ndarray) -> MicroBatch:
     """The sentence pairs of these indices, in this order."""
-    src, _ = _pad(split.src, indices)
-    tgt, num_tgt_tokens = _pad(split.tgt, indices)
-    tgt_in = np.full_like(tgt, PAD)
+    src = pad(*split.src.gather(indices))
+    tokens, lengths = split.tgt.gather(indices)
+    tgt_out = pad(tokens, lengths)
+    tgt_in = torch.full_like(tgt_out, PAD)
     tgt_in[:, 0] = BOS
-    tgt_in[:, 1:] = np.where(tgt[:, :-1] == EOS, PAD, tgt[:, :-1])
-    return MicroBatch(torch.from_numpy(src), torch.from_numpy(tgt_in), torch.from_numpy(tgt), num_tgt_tokens)
-
-
-def _pad(text: EncodedText, indices: np.ndarray) -> tuple[np.ndarray, int]:
-    """[sentences, longest + 1] of pieces, EOS, PAD; and the number that are not PAD."""
-    starts = text.offsets[indices]
-    lengths = text.offsets[indices + 1] - starts
-    padded = np.full((len(indices), int(lengths.max()) + 1), PAD, dtype=np.int64)
-    rows = np.repeat(np.arange(len(indices)), lengths)
-    columns = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    padded[rows, columns] = text.ids[np.repeat(starts, lengths) + columns]
-    padded[np.arange(len(indices)), lengths] = EOS
-    return padded, int(lengths.sum()) + len(indices)
+    tgt_in[:, 1:] = tgt_out[:, :-1].masked_fill(tgt_out[:, :-1] == EOS, PAD)
+    return MicroBatch(src, tgt_in, tgt_out, len(tokens) + len(lengths))

@@ -80,9 +80,16 @@ class EncodedText:
             raise IndexError(f"sentence {index}: there are {len(self)}")
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of these sentences end to end, and the length of each."""
+        starts = self.offsets[indices]
+        lengths = self.offsets[indices + 1] - starts
+        ends = np.cumsum(lengths)
+        return self.ids[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)], lengths
+
     @property
     def lengths(self) -> np.ndarray:
-        """Pieces of each sentence, int64, end of sentence not counted."""
+        """Tokens of each sentence, int64, end of sentence not counted."""
         return np.diff(self.offsets)
 
 

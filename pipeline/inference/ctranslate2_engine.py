@@ -1,7 +1,7 @@
 """What pipeline/inference/translate.py does, by CTranslate2: on CPUs, faster, by its own beam search."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ from model.config import BOS, EOS, PAD
 from model.decoding import Hypothesis, length_penalty
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
+from pipeline.data.bucketing import search_batches_of_one_length
 from pipeline.data.dataset import EncodedText
 from pipeline.inference.ctranslate2_export import Quantization, write_export
-from pipeline.inference.translate import Pieces, Translation, as_text, batches_by_length, translate
+from pipeline.inference.translate import Pieces, Translation, as_text, translate
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -49,7 +50,7 @@ def translate_ctranslate2(
     batch_tokens = max(1, settings.batch_tokens // threads)
     batches = [
         indices
-        for indices in batches_of_one_length(lengths, batch_tokens, settings.max_extra)
+        for indices in search_batches_of_one_length(lengths, batch_tokens, settings.max_extra)
         if lengths[indices[0]] > 0
     ]
 
@@ -137,9 +138,3 @@ class Search:
         tokens = [self.ids[piece] for piece in output]
         finished = tokens[-1] == EOS
         return Hypothesis(tokens[:-1] if finished else tokens, log_prob, score, finished)
-
-
-def batches_of_one_length(lengths: np.ndarray, batch_tokens: int, max_extra: int) -> Iterator[np.ndarray]:
-    """Those of `batches_by_length`, cut where the length changes."""
-    for indices in batches_by_length(lengths, batch_tokens, max_extra):
-        yield from np.split(indices, np.flatnonzero(np.diff(lengths[indices])) + 1)

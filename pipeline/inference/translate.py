@@ -1,22 +1,19 @@
 """Pieces to text by beam search (section 6.1), in batches: what evaluation and a served model share."""
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from model.config import EOS, PAD
 from model.decoding import Hypothesis, beam_search
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
+from pipeline.data.bucketing import pad, search_batches
 from pipeline.data.dataset import EncodedText
 
 if TYPE_CHECKING:
@@ -57,10 +54,11 @@ def translate(
     translations: list[Translation | None] = [None] * len(sources)
     num_workers = torch.get_num_threads() if device.type == "cpu" else 1
     batch_tokens, least = max(1, settings.batch_tokens // num_workers), LEAST_WORK // model.config.d_model
-    batches = list(batches_by_length(lengths, batch_tokens, settings.max_extra, num_workers, least))
+    batches = search_batches(lengths, batch_tokens, settings.max_extra, num_workers, least)
 
     def search(indices: np.ndarray) -> list[list[Hypothesis]]:
-        src = _pad([sources[i][: lengths[i]] for i in indices])
+        tokens = [np.asarray(sources[i][: lengths[i]], dtype=np.int64) for i in indices]
+        src = pad(np.concatenate(tokens), lengths[indices])
         max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
         with torch.inference_mode():
             decoder = model.start(src.to(device))
@@ -91,41 +89,3 @@ def workers_of_one_thread(num_workers: int) -> Iterator[ThreadPoolExecutor]:
 def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
     """On one line, though byte pieces can spell a line break."""
     return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)
-
-
-def batches_by_length(
-    lengths: np.ndarray, batch_tokens: int, max_extra: int, num_workers: int = 1, least_tokens: int = 1
-) -> Iterator[np.ndarray]:
-    """Indices of sentences of similar length, longest first, at most `batch_tokens` positions when padded, EOS
-    counted. A single sentence may be longer. `lengths` are without EOS.
-
-    A sentence counts as a quarter of `max_extra` positions at least, by which outputs may be longer than sources. So
-    outputs of up to that length have at most 5 * batch_tokens positions together, however short the sentences are.
-
-    There are as many batches as fill whole rounds of the workers, and they are as small as that allows: none waits
-    long for the last. For that alone they are not made smaller than `least_tokens` on average.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    widths = np.maximum(lengths[order] + 1, -(-max_extra // 4))
-    fewest = len(_starts(widths, batch_tokens))
-    rounds = -(-fewest // num_workers)
-    most = max(fewest, min(rounds * num_workers, int(widths.sum()) // max(1, least_tokens)))
-    budget = bisect_left(range(batch_tokens), True, key=lambda tokens: len(_starts(widths, tokens)) <= most)
-    yield from (order[start:end] for start, end in pairwise([*_starts(widths, budget), len(order)]))
-
-
-def _starts(widths: np.ndarray, batch_tokens: int) -> list[int]:
-    """Where batches of at most `batch_tokens` positions begin; `widths` [sentences] fall."""
-    starts, next_start = [], 0
-    while next_start < len(widths):
-        starts.append(next_start)
-        next_start += max(1, batch_tokens // int(widths[next_start]))
-    return starts
-
-
-def _pad(sentences: Sequence[Pieces]) -> Tensor:
-    padded = torch.full((len(sentences), max(map(len, sentences)) + 1), PAD)
-    for row, sentence in zip(padded, sentences, strict=True):
-        row[: len(sentence)] = torch.from_numpy(np.asarray(sentence, dtype=np.int64))
-        row[len(sentence)] = EOS
-    return padded

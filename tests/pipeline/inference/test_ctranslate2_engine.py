@@ -13,7 +13,7 @@ from model.config import BOS, EOS, PAD, UNK, Positions
 from model.decoding import Hypothesis
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
-from pipeline.inference.ctranslate2_engine import PATIENCE, Search, batches_of_one_length, translate_ctranslate2
+from pipeline.inference.ctranslate2_engine import PATIENCE, Search, translate_ctranslate2
 from pipeline.inference.translate import translate
 from tests.support.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
@@ -172,12 +172,3 @@ def test_progress_is_counted_in_sentences(capsys):
     assert "6/6" in shown
     translate_ctranslate2(model, TOKENIZER, sources, SETTINGS, progress=False)
     assert capsys.readouterr().err == ""
-
-
-def test_batches_hold_every_sentence_once_and_one_length_each_within_the_budget():
-    lengths = np.random.default_rng(5).integers(0, 37, 203)
-    batches = list(batches_of_one_length(lengths, 101, max_extra=0))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(203))
-    assert all(len(set(lengths[indices])) == 1 for indices in batches)
-    assert all(len(indices) * (lengths[indices[0]] + 1) <= 101 for indices in batches)
-    assert list(batches_of_one_length(np.array([], dtype=np.int64), 101, max_extra=0)) == []

@@ -12,7 +12,7 @@ from model.config import BOS, EOS, PAD, UNK, TransformerConfig
 from model.decoding import beam_search
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
-from pipeline.inference.translate import batches_by_length, translate
+from pipeline.inference.translate import translate
 
 MAX_LENGTH = 13
 SETTINGS = Evaluate(beam=3, alpha=0.6, max_extra=2, engine="torch", batch_tokens=29, num_samples=1)
@@ -149,62 +149,3 @@ def test_progress_is_counted_in_sentences(model, tokenizer, sources, capsys):
     assert "translating: 100%" in capsys.readouterr().err
     translate(model, tokenizer, sources, SETTINGS, progress=False)
     assert capsys.readouterr().err == ""
-
-
-def test_batches_hold_every_sentence_once_longest_first_within_the_budget():
-    lengths = np.random.default_rng(5).integers(0, 37, 203)
-    batches = list(batches_by_length(lengths, 101, 0))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(203))
-    assert all(len(indices) * (lengths[indices].max() + 1) <= 101 for indices in batches)
-    longest = [lengths[indices].max() for indices in batches]
-    assert longest == sorted(longest, reverse=True)
-    padded = sum(len(indices) * (lengths[indices].max() + 1) for indices in batches)
-    assert padded < 1.1 * (lengths + 1).sum()
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
-def test_workers_get_equal_shares(num_workers: int):
-    random = np.random.default_rng(num_workers)
-    for num_sentences in (203, 1000, 3000):
-        lengths = random.integers(0, 37, num_sentences)
-        batches = list(batches_by_length(lengths, 1001, 0, num_workers))
-        assert sorted(np.concatenate(batches).tolist()) == list(range(num_sentences))
-        padded = [len(indices) * (int(lengths[indices].max()) + 1) for indices in batches]
-        assert max(padded) <= 1001
-        rounds = -(-len(batches) // num_workers)
-        assert sum(padded) > 0.95 * max(padded) * num_workers * rounds
-        fewest = len(list(batches_by_length(lengths, 1001, 0)))
-        assert (rounds - 1) * num_workers < fewest  # no round more than needed
-
-
-@pytest.mark.parametrize("max_extra", [3, 7, 50])
-def test_short_sentences_have_room_for_longer_outputs(max_extra: int):
-    for longest in (1, 5, 60):
-        lengths = np.random.default_rng(longest).integers(0, longest + 1, 2000)
-        batches = list(batches_by_length(lengths, 1000, max_extra))
-        assert sorted(np.concatenate(batches).tolist()) == list(range(2000))
-        assert max(len(indices) * (lengths[indices].max() + 1) for indices in batches) <= 1000
-        positions = [int((lengths[indices] + max_extra + 1).sum()) for indices in batches]
-        assert max(positions) <= 5 * 1000
-        assert longest > 1 or max(positions) > 2 * 1000  # no smaller than they have to be
-
-
-def test_few_sentences_are_shared_out_though_one_batch_has_room_for_them():
-    assert [batch.tolist() for batch in batches_by_length(np.array([7, 7, 7, 7]), 100, 0, 2)] == [[0, 1], [2, 3]]
-    assert [batch.tolist() for batch in batches_by_length(np.array([7]), 100, 0, 2)] == [[0]]
-    assert list(batches_by_length(np.array([], dtype=np.int64), 100, 0, 2)) == []
-
-
-def test_too_few_sentences_are_not_shared_out():
-    lengths = np.array([7, 7, 7, 7])
-    for least_tokens, expected in ((16, [[0, 1], [2, 3]]), (17, [[0, 1, 2, 3]])):
-        assert [batch.tolist() for batch in batches_by_length(lengths, 100, 0, 2, least_tokens)] == expected
-    # but no batch is larger than it may be
-    assert [batch.tolist() for batch in batches_by_length(lengths, 16, 0, 2, 100)] == [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_sentence_longer_than_the_budget_stands_alone(num_workers: int):
-    lengths = np.array([3, 50, 2])
-    assert [batch.tolist() for batch in batches_by_length(lengths, 10, 0, num_workers)] == [[1], [0, 2]]
-    assert [batch.tolist() for batch in batches_by_length(lengths, 1, 0, num_workers)] == [[1], [0], [2]]
