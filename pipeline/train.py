@@ -11,8 +11,6 @@ run is named after all that decides its weights: settings, data and code. Killed
 from its last checkpoint in checkpoints/; with other settings, data or code a new run begins.
 """
 
-import csv
-import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,7 +20,7 @@ from typing import Any
 from pipeline.cluster.ray_cluster import preflight, ray_cluster
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common import cli
-from pipeline.common.atomic_io import write_json, write_text
+from pipeline.common.atomic_io import write_csv, write_json
 from pipeline.common.paths import FINAL, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import run_storage, tracking_uri
@@ -53,7 +51,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
             for name in ("training", "validation"):
-                write_text(root / REPORTS / f"{name}_curve.csv", _csv(getattr(run.state, f"{name}_curve")))
+                write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
     _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
 
@@ -62,14 +60,6 @@ def _open_store(uri: str) -> None:
     from pipeline.tracking.store import prepare_store  # MLflow takes seconds to import
 
     prepare_store(uri)
-
-
-def _csv(rows: list[dict[str, float]]) -> str:
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return lines.getvalue()
 
 
 def main() -> None:

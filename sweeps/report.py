@@ -7,14 +7,12 @@ Reads data/sweep (trials.json, references.txt, the translations); writes reports
 rest.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.common import cli
-from pipeline.common.atomic_io import write_bytes, write_json, write_text
+from pipeline.common.atomic_io import write_bytes, write_csv, write_json, write_text
 from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
 from pipeline.tracking.results import log_report
@@ -25,15 +23,6 @@ from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown,
 
 METRICS = ("test_bleu", "valid_averaged_ppl")
 """What the table is about, by the names in MLflow."""
-
-
-def write_csv(target: Path, lines: Sequence[Line]) -> None:
-    text = io.StringIO()
-    rows = [values(line) for line in lines]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(target, text.getvalue())
 
 
 def write_report(folder: Path, reports: Path, progress: bool = True) -> list[Path]:
@@ -50,7 +39,7 @@ def write_files(sweep: Mapping[str, Any], lines: Sequence[Line], reports: Path) 
     parts, png = document(sweep, lines), figure(sweep, lines)
     write_text(page, markdown(parts, image.name))
     write_text(site, html_page(parts, png))
-    write_csv(sheet, lines)
+    write_csv(sheet, [values(line) for line in lines])
     write_bytes(image, png)
     rows = {
         line.id: {

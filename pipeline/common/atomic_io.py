@@ -1,16 +1,18 @@
 """Outputs that are there whole or not at all: written under a temporary name, renamed when complete. A store renames
 nothing, but takes a file as a whole."""
 
+import csv
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,21 @@ def write_bytes(target: AnyPath, content: bytes) -> None:
 
 def write_json(target: AnyPath, values: Any) -> None:
     write_text(target, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(target: AnyPath, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(target, csv_text(rows))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A header and a line for each row; all rows have the columns of the first. Empty if there is none."""
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from model.perplexity import cross_entropy, perplexity
 from model.transformer import Transformer
-from pipeline.common.atomic_io import write_json, write_text
+from pipeline.common.atomic_io import write_csv, write_json, write_text
 from pipeline.common.paths import CLEAN, ENCODED, FINAL, REPORTS, TOKENIZER
 from pipeline.common.settings import Evaluate, Settings
 from pipeline.common.storage import tracking_uri
@@ -173,9 +173,7 @@ def write_reports(evaluation: Evaluation, test: Split, folder: Path) -> list[Pat
     """Returns the files written."""
     paths = [folder / name for name in ("evaluation.json", "bleu_by_length.csv", "translations.tsv")]
     write_json(paths[0], evaluation.metrics)
-    rows = [",".join(evaluation.by_length[0])]
-    rows += [",".join(str(value) for value in row.values()) for row in evaluation.by_length]
-    write_text(paths[1], "\n".join(rows) + "\n")
+    write_csv(paths[1], evaluation.by_length)
     lines = ["source\treference\ttranslation\tscore"]
     for source, reference, best in zip(test.sources, test.references, evaluation.translations, strict=True):
         columns = (" ".join(text.split()) for text in (source, reference, best.text))  # no tab within one

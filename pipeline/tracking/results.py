@@ -1,7 +1,5 @@
 """What evaluation and reports add to a run: scores, tables, files, and the model for others to load."""
 
-import csv
-import io
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
 
-from pipeline.common.atomic_io import sha256_of
+from pipeline.common.atomic_io import csv_text, sha256_of
 from pipeline.common.settings import Settings
 from pipeline.tracking.runs import finish_run, open_run
 from pipeline.tracking.store import (
@@ -74,11 +72,7 @@ def log_evaluation(
         run_id = run.info.run_id
     for file in files:
         client.log_artifact(run_id, str(file), "evaluation")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(samples[0]) if samples else [])
-    writer.writeheader()
-    writer.writerows(samples)
-    client.log_text(run_id, table.getvalue(), "evaluation/samples.csv")  # MLflow shows CSV as a table
+    client.log_text(run_id, csv_text(samples), "evaluation/samples.csv")  # MLflow shows CSV as a table
 
     model_id = run.data.tags.get("model_id")
     now_ms = time.time_ns() // 1_000_000

@@ -10,7 +10,15 @@ import pytest
 from upath import UPath
 
 from pipeline.common import atomic_io
-from pipeline.common.atomic_io import PeriodicJsonFile, interval_of, replace_folder, write_json, write_text
+from pipeline.common.atomic_io import (
+    PeriodicJsonFile,
+    csv_text,
+    interval_of,
+    replace_folder,
+    write_csv,
+    write_json,
+    write_text,
+)
 
 FULL_DISK = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no /dev/full")
@@ -125,6 +133,16 @@ def test_text_stays_as_it_was_when_writing_fails(tmp_path):
         write_text(target, "half \ud800")
     assert target.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_csv_quotes_what_needs_it_and_leaves_none_empty(tmp_path):
+    rows = [{"row": "base, or so", "bleu": 25.8}, {"bleu": None, "row": 'the "big" one'}]
+    write_csv(tmp_path / "a.csv", rows)
+    assert (tmp_path / "a.csv").read_bytes() == b'row,bleu\n"base, or so",25.8\n"the ""big"" one",\n'
+
+
+def test_csv_text_of_no_row_is_empty():
+    assert csv_text([]) == ""
 
 
 def test_json_comes_back(tmp_path):
