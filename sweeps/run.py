@@ -46,8 +46,9 @@ from pipeline.cluster.ray_cluster import (
 )
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common import cli
-from pipeline.common.atomic_io import interval_of, replace_folder, write_json, write_text
+from pipeline.common.atomic_io import replace_folder, write_json, write_text
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
+from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data, fetch

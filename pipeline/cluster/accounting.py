@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from pipeline.common.atomic_io import PeriodicJsonFile
+from pipeline.common.periodic import PeriodicJsonFile
 from pipeline.common.storage import AnyPath, as_os_error
 
 INTERVAL_S = 2.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.common.atomic_io import PeriodicJsonFile, interval_of
+from pipeline.common.periodic import PeriodicJsonFile, interval_of
 from pipeline.common.storage import AnyPath, as_os_error
 
 INTERVAL_S = 0.5

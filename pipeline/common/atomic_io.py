@@ -10,20 +10,14 @@ import json
 import os
 import shutil
 import socket
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.storage import AnyPath, as_os_error, copy_file, temporary_folder
 
 SUMS = "SHA256SUMS"
-STORE_PAUSE_S = 30.0
-"""After a store could not be reached."""
-STORE_FACTOR = 10
-"""A store takes longer for a file, and money."""
 
 
 @contextmanager
@@ -125,55 +119,6 @@ def read_sums(folder: AnyPath) -> dict[str, str]:
     """{name: digest} of the folder's SHA256SUMS. Raises OSError, and ValueError for other content."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in map(str.split, lines)}
-
-
-def interval_of(path: AnyPath, on_disk_s: float) -> float:
-    """How long to wait between two writings of a small file, or two looks at it."""
-    return on_disk_s if isinstance(path, Path) else STORE_FACTOR * on_disk_s
-
-
-class PeriodicJsonFile:
-    """A small JSON file that is written again and again, for others to look at. A full disk stops nobody for it, nor
-    does a store: to that it goes from a thread of its own, the newest values alone."""
-
-    def __init__(self, path: AnyPath, on_disk_s: float) -> None:
-        self.path = path
-        self._interval_s, self._written = interval_of(path, on_disk_s), 0.0
-        self._newest: Any = None
-        self._wake, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"writes {path.name}", daemon=True)
-        if not isinstance(path, Path):
-            self._thread.start()
-
-    def is_due(self) -> bool:
-        """Whether the last `write` is longer ago than `interval_of` says."""
-        return time.monotonic() - self._written > self._interval_s
-
-    def write(self, values: Any) -> None:
-        if isinstance(self.path, Path):
-            with suppress(OSError):
-                write_json(self.path, values)
-        else:
-            self._newest = values
-            self._wake.set()
-        self._written = time.monotonic()
-
-    def close(self) -> None:
-        """Wait for the last values to arrive, for a while."""
-        self._closing.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(STORE_PAUSE_S)
-
-    def _run(self) -> None:
-        while not self._closing.is_set() or self._wake.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                if self._newest is not None:
-                    write_json(self.path, self._newest)
-            except OSError:
-                self._closing.wait(STORE_PAUSE_S)
 
 
 @contextmanager

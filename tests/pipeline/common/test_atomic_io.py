@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import socket
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,7 @@ from upath import UPath
 
 from pipeline.common import atomic_io
 from pipeline.common.atomic_io import (
-    PeriodicJsonFile,
     csv_text,
-    interval_of,
     replace_folder,
     write_csv,
     write_json,
@@ -120,13 +116,13 @@ def test_replace_folder_names_the_target_on_a_full_disk_and_leaves_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_is_utf8_with_unix_line_ends_in_folders_made_for_it(tmp_path):
+def test_write_text_is_utf8_with_unix_line_ends_in_folders_made_for_it(tmp_path):
     write_text(tmp_path / "reports" / "a.txt", "ä\nb\n")
     assert (tmp_path / "reports" / "a.txt").read_bytes() == b"\xc3\xa4\nb\n"
     assert [file.name for file in (tmp_path / "reports").iterdir()] == ["a.txt"]
 
 
-def test_text_stays_as_it_was_when_writing_fails(tmp_path):
+def test_write_text_leaves_what_was_there_when_writing_fails(tmp_path):
     target = tmp_path / "a.txt"
     write_text(target, "whole")
     with pytest.raises(UnicodeEncodeError):
@@ -145,54 +141,10 @@ def test_csv_text_of_no_row_is_empty():
     assert csv_text([]) == ""
 
 
-def test_json_comes_back(tmp_path):
+def test_write_json_comes_back(tmp_path):
     values = {"train": {"pairs": 29_000, "origin": "Größe"}}
     write_json(tmp_path / "a.json", values)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
-
-
-def test_a_live_file_in_a_store_has_the_newest_values_at_the_end_and_holds_nobody_up(monkeypatch):
-    path = UPath("memory://files/live.json")
-    held = threading.Event()
-    written = []
-
-    def slowly(target, values):
-        held.wait(10)
-        written.append(values)
-        target.write_text(json.dumps(values))
-
-    monkeypatch.setattr(atomic_io, "write_json", slowly)
-    live = PeriodicJsonFile(path, 1.0)
-    began = time.monotonic()
-    for number in range(1, 8):
-        live.write({"step": number})
-    assert time.monotonic() - began < 5
-    held.set()
-    live.close()
-    assert json.loads(path.read_text()) == {"step": 7}
-    assert len(written) < 4
-
-
-def test_a_store_that_is_away_for_a_while_gets_the_newest_values_afterwards(monkeypatch):
-    path = UPath("memory://files/away.json")
-    monkeypatch.setattr(atomic_io, "STORE_PAUSE_S", 0.05)
-    faults = [OSError("away"), OSError("away")]
-
-    def sometimes(target, values):
-        if faults:
-            raise faults.pop()
-        target.write_text(json.dumps(values))
-
-    monkeypatch.setattr(atomic_io, "write_json", sometimes)
-    live = PeriodicJsonFile(path, 1.0)
-    for number in (3, 5, 7):
-        live.write(number)
-        time.sleep(0.2)
-    assert json.loads(path.read_text()) == 7
-
-
-def test_a_file_in_a_store_is_written_and_read_less_often(tmp_path):
-    assert (interval_of(tmp_path, 0.5), interval_of(UPath("memory://files"), 0.5)) == (0.5, 5.0)
 
 
 def test_replace_folder_replaces_a_link_and_leaves_what_it_points_to(tmp_path):
