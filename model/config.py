@@ -1,10 +1,13 @@
 """The sizes of a Transformer, and every check of them."""
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 """The first four entries of every vocabulary: padding, unknown, begin and end of sentence."""
+
+MAX_RELATIVE_DISTANCE = 16
+"""Relative positions: offsets beyond this share one vector (Shaw et al. 2018, section 3.2; k of their base model)."""
 
 Positions = Literal["sinusoidal", "learned", "none", "relative", "rotary", "alibi"]
 Norm = Literal["post", "pre"]
@@ -30,10 +33,10 @@ class TransformerConfig:
     max_length: int  # positions of one sentence, end-of-sentence counted
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}: a whole number from 1 up is needed")
+        for name, kind in get_type_hints(type(self)).items():  # resolved, even if annotations are strings
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}: a whole number from 1 up is needed")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}: a number from 0 up to, not including, 1 is needed")
         for name, allowed in (("positions", get_args(Positions)), ("norm", get_args(Norm))):

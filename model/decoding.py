@@ -1,4 +1,4 @@
-"""Greedy and beam search (section 6.1) over anything that turns pieces into logits."""
+"""Beam search (section 6.1) over anything that turns tokens into logits; greedy search is beam 1."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,32 +10,31 @@ from torch.nn import functional as F
 from model.config import BOS, EOS, PAD
 
 HYPOTHESES_PER_CHUNK, HYPOTHESES_PER_CHUNK_GPU = 128, 4096
-"""Rows whose logits are in memory at once: in a CPU's cache if they can; on a GPU every part costs the start of its
-operators."""
+"""Rows whose logits are in memory at once: on a CPU few enough for its cache; on a GPU each chunk costs launches."""
 BLOCK = 64
 """The vocabulary is searched in blocks of so many pieces: most are passed over by their maximum alone."""
 
 
 class Decoder(Protocol):
-    """A batch of sentences under translation. Each has the same number of rows, next to one another.
+    """A batch of sentences being translated, each with the same number of rows, next to one another.
 
-    A row is a hypothesis that is still growing; the decoder remembers what was fed to it.
+    A row is a hypothesis that still grows; the decoder keeps the tokens fed to it. See kv_cache.BeamKVCache.
     """
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed each row its next piece [rows]; give what `logits` needs to know of it [rows, any].
+        """Feed each row its next token [rows]; return what `logits` needs to know of it [rows, any].
 
-        The first call has one row a sentence, all BOS.
+        The first call has one row per sentence, and feeds BOS.
         """
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of the piece after, for some of the rows that `step` has given: [some rows, any] -> [some rows, vocab]."""
+        """Logits of the next token, for some of the rows that `step` returned: [some, any] -> [some, vocab]."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Let new row i continue what old row `rows[i]` has read; the rows of a sentence stay with it."""
+        """Let new row i continue old row `rows[i]`; the rows of a sentence stay with it, their number may change."""
 
-    def keep(self, sentences: Tensor) -> None:
-        """Go on with these sentences alone (positions in the present batch), in this order."""
+    def select_sentences(self, sentences: Tensor) -> None:
+        """Continue with these sentences alone (indices into the present batch), in this order."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Hypothesis:
     """One output. `score` is log_prob / length_penalty, by which hypotheses are ranked."""
 
     tokens: list[int]  # without BOS and EOS
-    log_prob: float  # sum over the pieces in nats, EOS included if finished
+    log_prob: float  # sum over the tokens in nats, EOS included if finished
     score: float
-    finished: bool  # False: cut off at the longest length before it ended
+    finished: bool  # False: cut off at its maximum length
 
 
 def length_penalty(length: Tensor | int, alpha: float) -> Tensor:
@@ -59,16 +58,16 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The `num_best` (default: `beam`) best finished hypotheses of every sentence, best first.
 
-    `max_lengths` [sentences]: the most pieces an output may have, EOS not counted. Each step considers the
-    2 * beam most probable continuations of a sentence: those that end are finished, the best `beam` of the
-    others live on, so an ending costs the search no place. With beam 1 one continuation is considered, which
-    is greedy search whatever alpha. PAD and BOS are never chosen. A sentence without a finished hypothesis
-    gives those that reached its longest length, by log_prob.
+    `max_lengths` [sentences]: the maximum length of an output, EOS not counted. Each step considers the 2 * beam most
+    probable continuations of a sentence: those that end are finished, the best `beam` of the others live on, so an
+    ending takes no place in the beam. With beam 1 one continuation is considered, which is greedy search whatever
+    alpha. PAD and BOS are never chosen. A sentence without a finished hypothesis returns those that reached its
+    maximum length, by log_prob.
 
-    A sentence leaves the batch as soon as its result is settled: a live log_prob can only fall, so no live
-    hypothesis can come to score above log_prob / lp(max_length + 1). This changes no result, and a smaller
-    `num_best` only means an earlier end. Of finished hypotheses with equal scores the first found comes
-    first; of equal continuations torch.topk chooses, looking at nothing but that sentence.
+    A sentence leaves the batch as soon as its result is settled: a live log_prob can only fall, so no live hypothesis
+    can score above log_prob / lp(max_length + 1). This changes no result; a smaller `num_best` only ends earlier. Of
+    finished hypotheses with equal scores the first found comes first; of equal continuations torch.topk chooses,
+    which sees that sentence alone.
 
     Raises ValueError for a beam or num_best below 1, an alpha or length below 0, logits that are not finite.
     """
@@ -76,7 +75,8 @@ def beam_search(
     for name, value, least in (("beam", beam, 1), ("num_best", num_best, 1), ("alpha", alpha, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}: {least} or more is needed")
-    _check_lengths(max_lengths)
+    if len(max_lengths) and int(max_lengths.min()) < 0:
+        raise ValueError(f"max_lengths holds {int(max_lengths.min())}: 0 or more is needed")
     results: list[list[Hypothesis]] = [[] for _ in max_lengths]
     if not results:
         return results
@@ -108,9 +108,9 @@ def beam_search(
         bound = new_log_prob[:, 0] / length_penalty(max_lengths[sentences] + 1, alpha)
         settled = done_score[:, -1] >= bound  # -inf >= -inf when nothing is alive
         for i in settled.nonzero().flatten().tolist():
-            found = _finished(done_tokens[i], done_log_prob[i], done_score[i])
+            finished = _finished(done_tokens[i], done_log_prob[i], done_score[i])
             unfinished = _unfinished(tokens[i], log_prob[i], alpha)
-            results[int(sentences[i])] = found or unfinished[:num_best]
+            results[int(sentences[i])] = finished or unfinished[:num_best]
 
         # The living: first the sentences that stay, then in each the best `beam` hypotheses.
         stay = (~settled).nonzero().flatten()
@@ -119,7 +119,7 @@ def beam_search(
         if len(stay) < num_sentences:  # the last take the places of those that leave, and few have to move
             left = settled[: len(stay)]
             stay = torch.arange(len(stay), device=stay.device).masked_scatter(left, stay[stay >= len(stay)])
-            decoder.keep(stay)
+            decoder.select_sentences(stay)
         sentences = sentences[stay]
         done_tokens, done_log_prob, done_score = done_tokens[stay], done_log_prob[stay], done_score[stay]
         order = order[stay, :beam]
@@ -129,43 +129,6 @@ def beam_search(
         first_row = num_live * torch.arange(len(stay), device=max_lengths.device)
         decoder.reorder((first_row[:, None] + _pick(parent[stay], order)).flatten())
     return results
-
-
-@torch.inference_mode()
-def greedy_search(decoder: Decoder, max_lengths: Tensor, *, alpha: float = 0) -> list[Hypothesis]:
-    """The most probable next piece, step by step, until EOS: beam_search with beam 1, in its plainest form.
-
-    alpha serves the hypotheses' `score` alone.
-    """
-    _check_lengths(max_lengths)
-    results = [Hypothesis([], 0.0, 0.0, False) for _ in max_lengths]
-    outputs: list[list[int]] = [[] for _ in max_lengths]
-    sentences = list(range(len(results)))  # those still in the batch
-    limits = max_lengths.tolist()
-    log_prob = torch.zeros(len(results), device=max_lengths.device)
-    last = torch.full_like(max_lengths, BOS)
-    while sentences:
-        new_log_prob, _, token = (x[:, 0] for x in _continue(decoder, decoder.step(last), log_prob[:, None], 1))
-        stay = []
-        for i, (sentence, piece) in enumerate(zip(sentences, token.tolist(), strict=True)):
-            output = outputs[sentence]
-            if piece == EOS or len(output) == limits[sentence]:
-                total = float((new_log_prob if piece == EOS else log_prob)[i])
-                penalty = float(length_penalty(len(output) + (piece == EOS), alpha))
-                results[sentence] = Hypothesis(output, total, total / penalty, piece == EOS)
-            else:
-                output.append(piece)
-                stay.append(i)
-        if 0 < len(stay) < len(sentences):
-            decoder.keep(torch.tensor(stay, device=max_lengths.device))
-        sentences = [sentences[i] for i in stay]
-        log_prob, last = new_log_prob[stay], token[stay]
-    return results
-
-
-def _check_lengths(max_lengths: Tensor) -> None:
-    if len(max_lengths) and int(max_lengths.min()) < 0:
-        raise ValueError(f"max_lengths holds {int(max_lengths.min())}: 0 or more is needed")
 
 
 def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """What the model computes, from the sizes alone."""
 
-from model.config import TransformerConfig
-from model.transformer import MAX_RELATIVE_DISTANCE
+from model.config import MAX_RELATIVE_DISTANCE, TransformerConfig
 
 
 def training_flops(config: TransformerConfig, batch: int, src: int, tgt: int) -> int:

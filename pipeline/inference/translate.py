@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from model.decoding import Hypothesis, beam_search
+from model.kv_cache import BeamKVCache
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
 from pipeline.data.bucketing import pad, search_batches
@@ -61,7 +62,7 @@ def translate(
         src = pad(np.concatenate(tokens), lengths[indices])
         max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
         with torch.inference_mode():
-            decoder = model.start(src.to(device))
+            decoder = BeamKVCache(model, src.to(device))
         return beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
 
     with (

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.cpu import dropout
 from model.loss import label_smoothed_loss
 from model.perplexity import Batch
-from model.transformer import Transformer, dropout_random
+from model.transformer import Transformer
 
 ADVICE = (
     "lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1, or use norm pre; "
@@ -109,7 +110,9 @@ class Replicas:
     def __init__(self, model: Transformer, recipe: Recipe) -> None:
         self.all, self._recipe = [Replica(model)], recipe
         self._forward = torch.compile(model, dynamic=True) if recipe.compile else None
-        self._threads = ThreadPoolExecutor(MAX_REPLICAS, initializer=_own_dropout)  # each starts when it is wanted
+        self._threads = ThreadPoolExecutor(
+            MAX_REPLICAS, initializer=dropout.use_own_generator
+        )  # each starts when it is wanted
 
     @property
     def gradient(self) -> Tensor:
@@ -175,10 +178,6 @@ def number_of_replicas(num_threads: int, num_micro_batches: int) -> int:
 def busy_share(num_micro_batches: int, takers: int) -> float:
     """Of the time of those that take micro-batches in turn, until the one that has most is done."""
     return num_micro_batches / (takers * -(-num_micro_batches // takers))
-
-
-def _own_dropout() -> None:
-    dropout_random.generator = torch.Generator()
 
 
 def train(
@@ -273,5 +272,4 @@ def seed_dropout(device: torch.device, *parts: Any) -> None:
     32 bits alone)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     # torch.manual_seed notes down who called it, for GPUs, which takes longer than to seed.
-    on_cpu = dropout_random.generator or torch.default_generator
-    (on_cpu if device.type == "cpu" else torch).manual_seed(int.from_bytes(digest, "little") >> 1)
+    (dropout.generator() if device.type == "cpu" else torch).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,33 +1,39 @@
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from model.config import TransformerConfig
+import model.config
+from tests.factories import config
 
 PRESETS = Path(__file__).parents[2] / "conf/model"
-SMALL: dict[str, Any] = {
-    "vocab_size": 23, "num_layers": 2, "d_model": 26, "d_ff": 17, "num_heads": 3, "d_k": 10, "d_v": 7,
-    "dropout": 0.1, "positions": "sinusoidal", "norm": "post", "max_length": 41,
-}  # fmt: skip
 WHOLE = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v", "max_length")
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.0, "7", True, None])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_size_is_a_whole_number_from_1_up(name, value):
+def test_config_sizes_are_whole_numbers_from_1_up(name, value):
     message = f"{name} is {value!r}: a whole number from 1 up is needed"
     with pytest.raises(ValueError, match=re.escape(message)):
-        TransformerConfig(**SMALL | {name: value})
+        config(**{name: value})
+
+
+def test_config_sizes_are_checked_even_if_annotations_are_postponed():
+    source = Path(model.config.__file__).read_text(encoding="utf-8")
+    module = {"__name__": model.config.__name__}
+    exec(compile(f"from __future__ import annotations\n{source}", "config.py", "exec", dont_inherit=True), module)
+    assert isinstance(module["TransformerConfig"].__annotations__["d_model"], str)
+    with pytest.raises(ValueError, match=r"d_model is 2.0: a whole number"):
+        module["TransformerConfig"](**asdict(config()) | {"d_model": 2.0})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan"), "0.1", None, True])
-def test_dropout_is_a_share_below_1(value):
+def test_config_dropout_is_in_0_to_1(value):
     message = f"dropout is {value!r}: a number from 0 up to, not including, 1 is needed"
     with pytest.raises(ValueError, match=re.escape(message)):
-        TransformerConfig(**SMALL | {"dropout": value})
+        config(dropout=value)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +44,9 @@ def test_dropout_is_a_share_below_1(value):
         ("norm", "rms", "post, pre"),
     ],
 )
-def test_positions_and_norm_are_among_those_that_there_are(name, value, allowed):
+def test_config_positions_and_norm_are_among_the_known_ones(name, value, allowed):
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}: one of {allowed} is needed")):
-        TransformerConfig(**SMALL | {name: value})
+        config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -51,19 +57,19 @@ def test_positions_and_norm_are_among_those_that_there_are(name, value, allowed)
         ({"positions": "rotary", "d_k": 5}, "d_k is 5: rotary positions need an even number"),
     ],
 )
-def test_sizes_that_do_not_go_together_are_refused(changes, message):
+def test_config_refuses_sizes_that_do_not_fit_together(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        TransformerConfig(**SMALL | changes)
+        config(**changes)
 
 
 @pytest.mark.parametrize("positions", ["learned", "none", "relative", "alibi"])
-def test_sizes_may_be_odd_where_nothing_is_halved(positions):
-    TransformerConfig(**SMALL | {"positions": positions, "d_model": 13, "d_k": 5})
+def test_config_sizes_may_be_odd_where_nothing_is_halved(positions):
+    config(positions=positions, d_model=13, d_k=5)
 
 
-def test_a_vocabulary_must_hold_a_piece_beside_the_reserved_ones():
+def test_config_vocabulary_has_a_token_besides_the_reserved_ones():
     with pytest.raises(ValueError, match="vocab_size is 4"):
-        TransformerConfig(**SMALL | {"vocab_size": 4})
+        config(vocab_size=4)
 
 
 # Table 3: N, d_model, d_ff, h, d_k, d_v, P_drop, smoothing, steps; section 6.1: checkpoints averaged.
@@ -74,7 +80,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_base_and_big_are_the_papers(name):
+def test_presets_base_and_big_are_the_papers(name):
     preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     m, t = preset["model"], preset["train"]
     sizes = [m[key] for key in ("num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v", "dropout")]

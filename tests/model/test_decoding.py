@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from model import decoding
-from model.config import BOS, EOS, PAD, UNK, Positions, TransformerConfig
-from model.decoding import Hypothesis, beam_search, greedy_search, length_penalty
+from model.config import BOS, EOS, PAD, UNK, Positions
+from model.decoding import Hypothesis, beam_search, length_penalty
+from model.kv_cache import BeamKVCache
 from model.transformer import Transformer
+from tests.factories import build, config
 
 A, B, C = 4, 5, 6
 NextLogProbs = Callable[[int, tuple[int, ...]], list[float]]  # of a sentence's prefix
@@ -51,7 +53,7 @@ class RandomDecoder:
         assert torch.equal(rows // old_size, torch.arange(len(rows)) // new_size)  # nobody changes sentence
         self.state = self.state[rows]
 
-    def keep(self, sentences: Tensor) -> None:
+    def select_sentences(self, sentences: Tensor) -> None:
         assert 0 < len(sentences) < self.num_sentences
         self.state = self.state.view(self.num_sentences, -1, self.state.shape[1])[sentences].flatten(0, 1)
         self.num_sentences = len(sentences)
@@ -64,7 +66,7 @@ class RandomDecoder:
 
 
 class TableDecoder:
-    """Probabilities written by hand: {prefix: {next piece: probability}}; all else has none."""
+    """Probabilities written by hand: {prefix: {next token: probability}}; all else has none."""
 
     def __init__(self, table: dict[tuple[int, ...], dict[int, float]]):
         self.table = table
@@ -84,7 +86,7 @@ class TableDecoder:
     def reorder(self, rows: Tensor) -> None:
         self.prefixes = [self.prefixes[row] for row in rows.tolist()]
 
-    def keep(self, sentences: Tensor) -> None:
+    def select_sentences(self, sentences: Tensor) -> None:
         raise AssertionError("there is one sentence")
 
 
@@ -95,8 +97,8 @@ def penalty(length: int, alpha: float) -> float:
 def plain_search(
     next_log_probs: NextLogProbs, sentence: int, max_length: int, beam: int, alpha: float
 ) -> tuple[list[Output], list[Output], float]:
-    """Beam search of one sentence in plain Python that always runs to the longest length: all finished outputs,
-    those that reached the longest length, and the least difference that something hung on."""
+    """Beam search of one sentence in plain Python that always runs to the maximum length: all finished outputs,
+    those that reached the maximum length, and the least difference that something hung on."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished = []
     margin = math.inf
@@ -123,18 +125,34 @@ def plain_search(
     return finished, unfinished, margin
 
 
+def plain_greedy(next_log_probs: NextLogProbs, sentence: int, max_length: int) -> tuple[list[int], float, bool]:
+    """The most probable token, step by step: the output, its log_prob, whether it ended."""
+    output: list[int] = []
+    total = 0.0
+    while True:
+        log_probs = next_log_probs(sentence, tuple(output))
+        log_probs[PAD] = log_probs[BOS] = -math.inf
+        token = log_probs.index(max(log_probs))
+        if token == EOS:
+            return output, total + log_probs[EOS], True
+        if len(output) == max_length:
+            return output, total, False
+        output.append(token)
+        total += log_probs[token]
+
+
 def least_gap(ranked: list[Any], at: int) -> float:
     """Between the first `at` and the next one."""
     return ranked[at - 1][0] - ranked[at][0] if at < len(ranked) else math.inf
 
 
 def all_outputs(
-    next_log_probs: NextLogProbs, sentence: int, max_length: int, pieces: list[int], alpha: float
+    next_log_probs: NextLogProbs, sentence: int, max_length: int, tokens_left: list[int], alpha: float
 ) -> list[Output]:
     """(score, log_prob, tokens) of every output there can be, best first."""
     found = []
     for length in range(max_length + 1):
-        for tokens in product(pieces, repeat=length):
+        for tokens in product(tokens_left, repeat=length):
             steps = [next_log_probs(sentence, tokens[:i])[token] for i, token in enumerate((*tokens, EOS))]
             found.append((sum(steps) / penalty(length + 1, alpha), sum(steps), tokens))
     return sorted(found, reverse=True)
@@ -162,8 +180,8 @@ GARDEN_PATH: dict[tuple[int, ...], dict[int, float]] = {
 }
 
 
-def test_greedy_follows_the_garden_path_and_beam_2_does_not():
-    [greedy] = greedy_search(TableDecoder(GARDEN_PATH), torch.tensor([11]))
+def test_beam_search_2_leaves_the_garden_path_that_beam_1_follows():
+    [[greedy]] = beam_search(TableDecoder(GARDEN_PATH), torch.tensor([11]), beam=1, alpha=0)
     [[best, second]] = beam_search(TableDecoder(GARDEN_PATH), torch.tensor([11]), beam=2, alpha=0)
     assert greedy.tokens[0] == A
     assert greedy.log_prob == pytest.approx(math.log(0.6 * 0.5 * 0.5), abs=1e-6)
@@ -174,7 +192,7 @@ def test_greedy_follows_the_garden_path_and_beam_2_does_not():
     assert second.finished
 
 
-def test_a_larger_alpha_prefers_the_longer_output():
+def test_beam_search_prefers_longer_outputs_by_a_larger_alpha():
     table = {(): {EOS: 0.3, A: 0.7}, (A,): {A: 0.35, B: 0.65}, (A, B): {EOS: 0.6, C: 0.4}}
     by_alpha = {
         alpha: beam_search(TableDecoder(table), torch.tensor([11]), beam=3, alpha=alpha)[0][0] for alpha in (0.0, 1.0)
@@ -186,36 +204,26 @@ def test_a_larger_alpha_prefers_the_longer_output():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.3])
-def test_beam_1_is_greedy_search_whatever_alpha(alpha: float):
+def test_beam_search_1_is_greedy_search_whatever_alpha(alpha: float):
     for seed in range(60):
-        max_lengths = torch.tensor([13, 0, 5, 7, 1])
-        beam = beam_search(RandomDecoder(seed, 5, 11), max_lengths, beam=1, alpha=alpha)
-        greedy = greedy_search(RandomDecoder(seed, 5, 11), max_lengths, alpha=alpha)
-        assert [best.tokens for [best] in beam] == [h.tokens for h in greedy]
-        assert [best.finished for [best] in beam] == [h.finished for h in greedy]
-        for [best], h in zip(beam, greedy, strict=True):
-            assert best.log_prob == pytest.approx(h.log_prob, abs=1e-5)
-            assert best.score == pytest.approx(h.score, abs=1e-5)
-
-
-def test_greedy_search_takes_the_most_probable_piece_at_each_step():
-    for seed in range(40):
-        decoder = RandomDecoder(seed, 3, 11)
-        for i, h in enumerate(greedy_search(decoder, torch.tensor([17, 2, 5]))):
-            for length in range(len(h.tokens) + h.finished):
-                log_probs = decoder.next_log_probs(i, tuple(h.tokens[:length]))
-                log_probs[PAD] = log_probs[BOS] = -math.inf
-                assert log_probs.index(max(log_probs)) == [*h.tokens, EOS][length]
+        max_lengths = [13, 0, 5, 7, 1]
+        decoder = RandomDecoder(seed, 5, 11)
+        found = beam_search(decoder, torch.tensor(max_lengths), beam=1, alpha=alpha)
+        for i, [best] in enumerate(found):
+            tokens, log_prob, finished = plain_greedy(decoder.next_log_probs, i, max_lengths[i])
+            assert (best.tokens, best.finished) == (tokens, finished)
+            assert best.log_prob == pytest.approx(log_prob, abs=1e-5)
+            assert best.score == pytest.approx(log_prob / penalty(len(tokens) + finished, alpha), abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.9])
-def test_a_wide_beam_equals_exhaustive_search(alpha: float):
-    pieces = [UNK, A, B]
+def test_beam_search_of_a_wide_beam_equals_exhaustive_search(alpha: float):
+    tokens_left = [UNK, A, B]
     for seed in range(12):
         decoder = RandomDecoder(seed, 3, 6)
         found = beam_search(decoder, torch.tensor([4, 1, 3]), beam=240, alpha=alpha)
         for i, max_length in enumerate([4, 1, 3]):
-            expected = all_outputs(decoder.next_log_probs, i, max_length, pieces, alpha)
+            expected = all_outputs(decoder.next_log_probs, i, max_length, tokens_left, alpha)
             assert len(found[i]) == sum(3**n for n in range(max_length + 1))
             assert [h.score for h in found[i]] == pytest.approx([score for score, _, _ in expected], abs=1e-4)
             assert_same(found[i][:1], expected[:1])
@@ -223,7 +231,7 @@ def test_a_wide_beam_equals_exhaustive_search(alpha: float):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0, 3.1])
-def test_ending_early_gives_what_a_search_to_the_longest_length_gives(alpha: float):
+def test_beam_search_ends_early_with_what_a_full_search_gives(alpha: float):
     num_steps = num_most = 0
     for seed in range(80):
         beam = (2, 3, 5)[seed % 3]
@@ -243,7 +251,7 @@ def test_ending_early_gives_what_a_search_to_the_longest_length_gives(alpha: flo
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
-def test_asking_for_the_best_alone_gives_the_same_best_sooner(alpha: float):
+def test_beam_search_for_num_best_1_gives_the_same_best_sooner(alpha: float):
     steps = {1: 0, 4: 0}
     for seed in range(40):
         max_lengths = torch.tensor([19, 5, 11])
@@ -257,7 +265,7 @@ def test_asking_for_the_best_alone_gives_the_same_best_sooner(alpha: float):
     assert steps[1] < 0.7 * steps[4]
 
 
-def test_the_reported_log_prob_is_the_models_own():
+def test_beam_search_reports_the_models_own_log_prob():
     for seed in range(20):
         decoder = RandomDecoder(seed, 5, 17)
         for i, hypotheses in enumerate(beam_search(decoder, torch.tensor([13, 2, 11, 3, 7]), beam=4, alpha=0.6)):
@@ -269,7 +277,7 @@ def test_the_reported_log_prob_is_the_models_own():
                 assert h.score == pytest.approx(sum(steps) / penalty(len(output), 0.6), abs=1e-4)
 
 
-def test_hypotheses_differ_and_come_best_first():
+def test_beam_search_hypotheses_differ_and_come_best_first():
     for seed in range(20):
         for hypotheses in beam_search(RandomDecoder(seed, 3, 17), torch.tensor([13, 5, 7]), beam=5, alpha=0.6):
             scores = [h.score for h in hypotheses]
@@ -277,20 +285,20 @@ def test_hypotheses_differ_and_come_best_first():
             assert len({tuple(h.tokens) for h in hypotheses}) == len(hypotheses)
 
 
-def test_company_in_the_batch_changes_nothing():
+def test_beam_search_does_not_depend_on_other_sentences_in_the_batch():
     max_lengths = torch.tensor([13, 2, 11, 0, 7, 17, 3])
     for seed in range(20):
         together = beam_search(RandomDecoder(seed, 7, 19), max_lengths, beam=3, alpha=0.6)
         for i in range(7):
             decoder = RandomDecoder(seed, 7, 19)
-            decoder.keep(torch.tensor([i]))
+            decoder.select_sentences(torch.tensor([i]))
             [alone] = beam_search(decoder, max_lengths[i : i + 1], beam=3, alpha=0.6)
             assert [h.tokens for h in alone] == [h.tokens for h in together[i]]
             assert [h.log_prob for h in alone] == pytest.approx([h.log_prob for h in together[i]], abs=1e-4)
 
 
 @pytest.mark.parametrize("beam", [1, 3])
-def test_no_output_is_longer_than_its_own_longest_length(beam: int):
+def test_beam_search_outputs_are_at_most_as_long_as_their_own_max_length(beam: int):
     max_lengths = [5, 0, 13, 2]
     for seed in range(20):
         found = beam_search(RandomDecoder(seed, 4, 11), torch.tensor(max_lengths), beam=beam, alpha=0.6)
@@ -302,7 +310,7 @@ def test_no_output_is_longer_than_its_own_longest_length(beam: int):
 
 
 @pytest.mark.parametrize("beam", [1, 4])
-def test_where_eos_never_wins_the_output_is_cut_off_and_not_finished(beam: int):
+def test_beam_search_cuts_off_outputs_that_never_end_and_marks_them(beam: int):
     max_lengths = [7, 0, 3]
     decoder = RandomDecoder(5, 3, 11, eos_bias=-1e4)
     found = beam_search(decoder, torch.tensor(max_lengths), beam=beam, alpha=0.6)
@@ -314,43 +322,32 @@ def test_where_eos_never_wins_the_output_is_cut_off_and_not_finished(beam: int):
             steps = [decoder.next_log_probs(i, tuple(h.tokens[:n]))[t] for n, t in enumerate(h.tokens)]
             assert h.log_prob == pytest.approx(sum(steps), abs=1e-4)
             assert h.score == pytest.approx(h.log_prob / penalty(max_length, 0.6), abs=1e-4)
-    for h, max_length in zip(
-        greedy_search(RandomDecoder(5, 3, 11, eos_bias=-1e4), torch.tensor(max_lengths)),
-        max_lengths,
-        strict=True,
-    ):
-        assert (len(h.tokens), h.finished) == (max_length, False)
 
 
-def test_no_more_than_num_best_unfinished_outputs_are_given():
+def test_beam_search_gives_at_most_num_best_unfinished_outputs():
     found = beam_search(RandomDecoder(5, 2, 11, eos_bias=-1e4), torch.tensor([7, 3]), beam=4, alpha=0.6, num_best=2)
     assert [len(hypotheses) for hypotheses in found] == [2, 2]
 
 
-def test_an_unfinished_output_counts_only_where_none_finished():
+def test_beam_search_gives_unfinished_outputs_only_where_none_finished():
     table = {(): {A: 0.99, EOS: 0.01}, (A,): {B: 1.0}, (A, B): {C: 1.0}}
     [[best]] = beam_search(TableDecoder(table), torch.tensor([2]), beam=2, alpha=0.6)[:1]
     assert (best.tokens, best.finished) == ([], True)
 
 
-@pytest.mark.parametrize("search", [beam_search, greedy_search])
-def test_pad_and_bos_are_never_chosen_however_probable(search: Callable):
-    def biased(seed: int) -> RandomDecoder:
+@pytest.mark.parametrize("beam", [1, 3])
+def test_beam_search_never_chooses_pad_or_bos_however_probable(beam: int):
+    for seed in range(10):
         decoder = RandomDecoder(seed, 3, 11)
         decoder.bias[PAD] = decoder.bias[BOS] = 20.0
-        return decoder
-
-    options = {"beam": 3, "alpha": 0.6} if search is beam_search else {}
-    for seed in range(10):
-        for result in search(biased(seed), torch.tensor([7, 5, 3]), **options):
-            for h in result if isinstance(result, list) else [result]:
-                assert not {PAD, BOS} & set(h.tokens)
+        for hypotheses in beam_search(decoder, torch.tensor([7, 5, 3]), beam=beam, alpha=0.6):
+            assert hypotheses
+            assert not any({PAD, BOS} & set(h.tokens) for h in hypotheses)
 
 
-def test_an_empty_batch_gives_no_results():
+def test_beam_search_of_an_empty_batch_gives_no_results():
     nobody = torch.zeros(0, dtype=torch.int64)
     assert beam_search(RandomDecoder(1, 0, 11), nobody, beam=3, alpha=0.6) == []
-    assert greedy_search(RandomDecoder(1, 0, 11), nobody) == []
 
 
 @pytest.mark.parametrize(
@@ -361,29 +358,28 @@ def test_an_empty_batch_gives_no_results():
         ({"beam": 4, "alpha": 0.6, "num_best": 0}, "num_best is 0: 1 or more is needed"),
     ],
 )
-def test_an_impossible_option_is_named(options: dict, message: str):
+def test_beam_search_names_an_impossible_option(options: dict, message: str):
     with pytest.raises(ValueError, match=f"^{message}$"):
         beam_search(RandomDecoder(1, 2, 11), torch.tensor([3, 5]), **options)
 
 
-def test_a_negative_longest_length_is_named():
-    for search in (lambda d, n: beam_search(d, n, beam=3, alpha=0.6), greedy_search):
-        with pytest.raises(ValueError, match=r"^max_lengths holds -2: 0 or more is needed$"):
-            search(RandomDecoder(1, 2, 11), torch.tensor([3, -2]))
+def test_beam_search_names_a_negative_maximum_length():
+    with pytest.raises(ValueError, match=r"^max_lengths holds -2: 0 or more is needed$"):
+        beam_search(RandomDecoder(1, 2, 11), torch.tensor([3, -2]), beam=3, alpha=0.6)
 
 
+@pytest.mark.parametrize("beam", [1, 3])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error(value: float):
-    for search in (lambda d, n: beam_search(d, n, beam=3, alpha=0.6), greedy_search):
-        decoder = RandomDecoder(1, 2, 11)
-        decoder.bias[A] = value
-        with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
-            search(decoder, torch.tensor([3, 5]))
+def test_beam_search_refuses_logits_that_are_not_finite(value: float, beam: int):
+    decoder = RandomDecoder(1, 2, 11)
+    decoder.bias[A] = value
+    with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
+        beam_search(decoder, torch.tensor([3, 5]), beam=beam, alpha=0.6)
 
 
 @pytest.mark.parametrize("vocab", [5, 63, 64, 67, 128, 331, 1009])
 @pytest.mark.parametrize("levels", [0, 3])
-def test_the_most_probable_continuations_are_those_of_a_full_sort(vocab: int, levels: int, monkeypatch):
+def test_continue_finds_the_continuations_of_a_full_sort(vocab: int, levels: int, monkeypatch):
     monkeypatch.setattr(decoding, "HYPOTHESES_PER_CHUNK", 11)
     decoder = RandomDecoder(vocab, 1, 11)
     most_rows = 0
@@ -413,21 +409,20 @@ def test_the_most_probable_continuations_are_those_of_a_full_sort(vocab: int, le
 
 def random_transformer(seed: int, positions: Positions) -> Transformer:
     """Of random sizes, so sure of itself that its outputs end and differ."""
-    torch.manual_seed(seed)
     draw = random.Random(seed)
-    config = TransformerConfig(
+    sizes = config(
         vocab_size=draw.randint(9, 150), num_layers=draw.randint(1, 2), d_model=2 * draw.randint(3, 9),
         d_ff=draw.randint(5, 23), num_heads=draw.randint(1, 4), d_k=2 * draw.randint(1, 4), d_v=draw.randint(1, 7),
         dropout=0.0, positions=positions, norm=draw.choice(["pre", "post"]), max_length=13,
     )  # fmt: skip
-    model = Transformer(config).eval()
+    model = build(sizes, seed)
     with torch.no_grad():
         model.embedding.weight *= 1.7
     return model
 
 
 @pytest.mark.parametrize("num_seeds", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_the_search_of_a_transformer_is_the_plain_one(num_seeds: int):
+def test_beam_search_of_a_transformer_is_the_plain_search(num_seeds: int):
     """The plain one computes every prefix from its beginning, of its sentence alone. Where it hung on a difference
     that rounding can turn round, the outputs may differ."""
     near_ties, ends, total = 0, set(), 0
@@ -445,7 +440,7 @@ def test_the_search_of_a_transformer_is_the_plain_one(num_seeds: int):
             return model.logits(x[0, -1]).double().log_softmax(0).tolist()  # noqa: B023
 
         with torch.inference_mode():
-            state = model.start(src)
+            state = BeamKVCache(model, src)
         for i, hypotheses in enumerate(beam_search(state, limits, beam=beam, alpha=alpha, num_best=num_best)):
             finished, unfinished, margin = plain_search(next_log_probs, i, int(limits[i]), beam, alpha)
             total += 1
@@ -461,21 +456,17 @@ def test_the_search_of_a_transformer_is_the_plain_one(num_seeds: int):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative", "rotary"])
-def test_the_transformers_own_score_of_an_output_is_what_the_search_reports(positions: Positions, device: str):
+def test_beam_search_reports_the_transformers_own_score(positions: Positions, device: str):
     """Its own in double precision."""
-    config = TransformerConfig(
-        vocab_size=23, num_layers=2, d_model=14, d_ff=17, num_heads=3, d_k=6, d_v=5, dropout=0.0,
-        positions=positions, norm="post", max_length=12,
-    )  # fmt: skip
+    sizes = config(d_model=14, d_k=6, d_v=5, positions=positions, max_length=12)
     num_finished = []
     for seed in (7, 11, 13):
-        torch.manual_seed(seed)
-        model = Transformer(config).eval()
+        model = build(sizes, seed)
         src = torch.randint(4, 23, (5, 7))
         for sentence, length in zip(src, (6, 2, 4, 0, 5), strict=True):
             sentence[length], sentence[length + 1 :] = EOS, PAD
         limits = torch.tensor([11, 5, 7, 3, 2], device=device)
-        found = beam_search(model.to(device).start(src.to(device)), limits, beam=4, alpha=0.6)
+        found = beam_search(BeamKVCache(model.to(device), src.to(device)), limits, beam=4, alpha=0.6)
         model.cpu().double()
         for i, h in ((i, h) for i, hypotheses in enumerate(found) for h in hypotheses):
             tgt = torch.tensor([[BOS, *h.tokens, EOS]])

@@ -2,53 +2,28 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import transformer as module
-from model.config import BOS, EOS, PAD, Positions, TransformerConfig
+from model.config import BOS, EOS, MAX_RELATIVE_DISTANCE, PAD, Positions, TransformerConfig
 from model.transformer import (
-    MAX_RELATIVE_DISTANCE,
-    POOL_STEPS,
     Attention,
+    Embedding,
+    Residual,
     Transformer,
+    alibi_bias,
+    relative_bias,
     rotary_angles,
     rotate,
     sinusoids,
 )
+from tests.factories import BASE, build, config, sentences, shifted
 
 POSITIONS = get_args(Positions)
-SMALL = TransformerConfig(
-    vocab_size=23, num_layers=2, d_model=26, d_ff=17, num_heads=3, d_k=10, d_v=7,
-    dropout=0.1, positions="sinusoidal", norm="post", max_length=41,
-)  # fmt: skip
-BASE = TransformerConfig(
-    vocab_size=37_000, num_layers=6, d_model=512, d_ff=2048, num_heads=8, d_k=64, d_v=64,
-    dropout=0.1, positions="sinusoidal", norm="post", max_length=1024,
-)  # fmt: skip
-
-
-def build(config: TransformerConfig, seed: int = 1) -> Transformer:
-    torch.manual_seed(seed)
-    return Transformer(config).eval()
-
-
-def sentences(lengths: list[int], vocab_size: int = 23, seed: int = 2) -> Tensor:
-    """Random pieces, EOS at each end, PAD behind."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(EOS + 1, vocab_size, (length - 1,), generator=generator) for length in lengths]
-    rows = [torch.cat((row, torch.tensor([EOS]))) for row in rows]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-
-
-def shifted(tgt: Tensor) -> Tensor:
-    return torch.cat((torch.full((len(tgt), 1), BOS), tgt[:, :-1].masked_fill(tgt[:, :-1] == EOS, PAD)), dim=1)
 
 
 # --- against torch.nn.Transformer
@@ -101,8 +76,8 @@ def torch_twin(model: Transformer) -> nn.Transformer:
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_logits_equal_those_of_torchs_transformer_with_the_same_weights(norm):
-    model = build(replace(SMALL, d_model=30, d_k=10, d_v=10, norm=norm))
+def test_transformer_gives_the_logits_of_torchs_with_the_same_weights(norm):
+    model = build(config(d_model=30, d_k=10, d_v=10, norm=norm))
     with torch.no_grad():  # the initial 1 and 0 would hide a norm in the wrong place
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -141,17 +116,17 @@ def num_parameters(config: TransformerConfig) -> int:
         ({"d_ff": 4096}, 90),
     ],
 )
-def test_differences_between_parameter_counts_are_those_of_table_3(changes, published):
+def test_transformer_parameter_counts_differ_as_in_table_3(changes, published):
     difference = (num_parameters(replace(BASE, **changes)) - num_parameters(BASE)) / 1e6
     assert difference == pytest.approx(published - 65, abs=1)  # both printed numbers are rounded
 
 
 @pytest.mark.parametrize("changes", [{"num_heads": h, "d_k": 512 // h, "d_v": 512 // h} for h in (1, 4, 16, 32)])
-def test_rows_a_have_the_parameters_of_base(changes):
+def test_transformer_of_rows_a_has_as_many_parameters_as_base(changes):
     assert num_parameters(replace(BASE, **changes)) == num_parameters(BASE)
 
 
-def test_d_model_and_big_have_the_parameters_of_the_formulas():
+def test_transformer_parameter_counts_are_those_of_section_3s_formulas():
     """Written out from section 3: V d + N (4 h d_k d ...) with a vocabulary that gives the paper's 28, 65 and 168."""
 
     def formula(c: TransformerConfig) -> int:
@@ -175,8 +150,8 @@ def test_d_model_and_big_have_the_parameters_of_the_formulas():
     assert round(formula(big) / 1e6) == 213
 
 
-def test_one_matrix_serves_both_embeddings_and_the_projection():
-    model = build(SMALL)
+def test_embedding_matrix_is_shared_with_the_projection():
+    model = build()
     assert [name for name, p in model.named_parameters() if 23 in p.shape] == ["embedding.weight"]
 
 
@@ -185,8 +160,8 @@ def test_one_matrix_serves_both_embeddings_and_the_projection():
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_no_later_target_token_changes_an_earlier_logit(positions, norm):
-    model = build(replace(SMALL, positions=positions, norm=norm))
+def test_transformer_changes_no_logit_by_a_later_target_token(positions, norm):
+    model = build(config(positions=positions, norm=norm))
     src, tgt = sentences([7]), shifted(sentences([19], seed=3))
     changed = tgt.clone()
     changed[0, 11:] = (changed[0, 11:] + 1 - EOS) % (23 - EOS) + EOS
@@ -196,8 +171,8 @@ def test_no_later_target_token_changes_an_earlier_logit(positions, norm):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_padding_and_company_in_a_batch_change_nothing(positions):
-    model = build(replace(SMALL, positions=positions))
+def test_transformer_output_does_not_depend_on_padding_or_other_sentences(positions):
+    model = build(config(positions=positions))
     src, tgt = sentences([5, 17, 11]), shifted(sentences([13, 3, 7], seed=3))
     together = model(src, tgt)
     for row, (src_length, tgt_length) in enumerate([(5, 13), (17, 3), (11, 7)]):
@@ -205,102 +180,44 @@ def test_padding_and_company_in_a_batch_change_nothing(positions):
         torch.testing.assert_close(together[row, :tgt_length], alone[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_decoding_step_by_step_gives_the_logits_of_the_whole(positions, norm):
-    model = build(replace(SMALL, positions=positions, norm=norm))
-    src, tgt = sentences([5, 17, 11]), shifted(sentences([19, 19, 19], seed=3))
-    whole = model.logits(model(src, tgt))
-    state = model.start(src)
-    steps = torch.stack([state.logits(state.step(tgt[:, t])) for t in range(tgt.size(1))], dim=1)
-    torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_rows_of_a_search_go_on_from_what_they_are_told(positions):
-    model = build(replace(SMALL, positions=positions))
-    src, tgt = sentences([5, 17, 11]), shifted(sentences([7, 7, 7], seed=3))
-    state = model.start(src)
-    for t in range(3):
-        state.step(tgt[:, t])
-    state.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # a beam of two
-    next_tokens = torch.tensor([5, 6, 7, 8, 9, 10])
-    state.step(next_tokens)
-    state.reorder(torch.tensor([1, 0, 2, 2, 5, 4]))
-    state.keep(torch.tensor([2, 0]))
-    logits = state.logits(state.step(torch.tensor([11, 12, 13, 14])))
-    sentence, second = torch.tensor([2, 2, 0, 0]), torch.tensor([10, 9, 6, 5])
-    whole = torch.cat((tgt[sentence, :3], second[:, None], torch.tensor([[11], [12], [13], [14]])), dim=1)
-    torch.testing.assert_close(logits, model.logits(model(src[sentence], whole))[:, -1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_go_on_from_what_they_are_told_however_long_the_search(positions, seed):
-    """Rows die out, sentences leave, and the pool is cleared many times."""
-    model, random = build(replace(SMALL, positions=positions)), np.random.default_rng(seed)
-    src, beam = sentences([5, 17, 11, 9]), 3
-    state, left = model.start(src), [0, 1, 2, 3]
-    outputs = [[[BOS]] for _ in left]  # of the sentences left, by row
-    for t in range(4 * POOL_STEPS):
-        last = torch.tensor([row[-1] for rows in outputs for row in rows])
-        logits = state.logits(state.step(last))
-        rows = torch.tensor([row for rows in outputs for row in rows])
-        whole = model.logits(model(src[left].repeat_interleave(len(outputs[0]), 0), rows))[:, -1]
-        torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
-        if t % 7 == 6 and len(left) > 1:
-            stay = random.permutation(len(left))[:-1].tolist()
-            state.keep(torch.tensor(stay))
-            left, outputs = [left[i] for i in stay], [outputs[i] for i in stay]
-        parents = random.integers(len(outputs[0]), size=(len(left), beam))
-        first_row = len(outputs[0]) * np.arange(len(left))
-        state.reorder(torch.from_numpy((first_row[:, None] + parents).ravel()))
-        new = random.integers(EOS + 1, 23, size=parents.shape).tolist()
-        outputs = [
-            [[*rows[parent], piece] for parent, piece in zip(*chosen, strict=True)]
-            for rows, *chosen in zip(outputs, parents, new, strict=True)
-        ]
-
-
-def test_reordering_rows_copies_no_keys_but_when_the_pool_is_full():
-    state = build(SMALL).start(sentences([5, 17, 11]))
-    state.step(torch.tensor([1, 1, 1]))
-    state.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))
-    places = []
-    for _ in range(4 * POOL_STEPS):
-        state.step(torch.arange(5, 11))
-        state.reorder(torch.tensor([1, 0, 3, 3, 5, 4]))
-        places.append([x.data_ptr() for keys_values in state.pool for x in keys_values])
-    assert sum(before != after for before, after in pairwise(places)) <= 4
-
-
-def test_the_pool_keeps_only_what_rows_go_on_from():
-    state = build(SMALL).start(sentences([5, 17, 11]))
-    state.step(torch.tensor([1, 1, 1]))
-    state.reorder(torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]))
-    for length in range(2, 6 * POOL_STEPS):
-        state.step(torch.arange(5, 14))
-        state.reorder(torch.tensor([1, 1, 1, 3, 3, 3, 8, 8, 8]))  # all from one
-        size = state.pool[0][0].size(2)
-        assert size <= length + max(3 * POOL_STEPS, length // 2), length
-
-
 # --- positions, each by what defines it
 
 
-def attention_logits(attention: Attention, x: Tensor, first: int = 0) -> Tensor:
-    """softmax's argument, by Attention's own parts: [batch, heads, queries, keys]."""
-    q, k, _ = attention.queries_keys_values(x, first)
-    bias = attention._position_bias(q, k)
+def offsets(length: int) -> Tensor:
+    """Position of key j minus that of query i: [queries, keys]."""
+    return torch.arange(length) - torch.arange(length)[:, None]
+
+
+def attention_logits(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
+    """softmax's argument by the formulas: [batch, heads, queries, keys]."""
     logits = q @ k.transpose(-1, -2) / math.sqrt(attention.d_k)
-    return logits if bias is None else logits + bias
+    if attention.positions == "alibi":
+        return logits + alibi_bias(offsets(q.size(2)), attention.num_heads, q.dtype)
+    if attention.positions == "relative":
+        return logits + relative_bias(q, attention.offset_keys, offsets(q.size(2)))
+    return logits
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_attention_is_softmax_of_logits_and_bias_times_values_projected(positions, causal):
+    torch.manual_seed(1)
+    attention, x = Attention(26, 3, 10, 7, positions), torch.randn(2, 19, 26)
+    q, k, v = attention.project_qkv(x)
+    logits = attention_logits(attention, q, k)
+    if causal:
+        logits = logits.masked_fill(offsets(19) > 0, -math.inf)
+    heads = logits.softmax(-1) @ v  # [batch, heads, length, d_v]
+    expected = torch.cat(heads.unbind(1), dim=-1) @ attention.w_o.weight.T
+    torch.testing.assert_close(attention(q, k, v, causal=causal), expected)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "relative"])
-def test_logits_of_rotary_and_relative_attention_depend_on_offsets_only(positions):
+def test_attention_rotary_and_relative_depend_on_offsets_only(positions):
     torch.manual_seed(1)
     attention = Attention(26, 3, 10, 7, positions).double()
-    logits = attention_logits(attention, torch.randn(1, 1, 26, dtype=torch.float64).expand(1, 37, 26))
+    q, k, _ = attention.project_qkv(torch.randn(1, 1, 26, dtype=torch.float64).expand(1, 37, 26))
+    logits = attention_logits(attention, q, k)
     for offset in range(-36, 37):
         along = logits.diagonal(offset, dim1=-2, dim2=-1)
         torch.testing.assert_close(
@@ -310,7 +227,7 @@ def test_logits_of_rotary_and_relative_attention_depend_on_offsets_only(position
     assert (first_row[20:30] - first_row[20]).abs().max() > 1e-3  # and they do depend on them
 
 
-def test_rotary_turns_keep_lengths_and_begin_at_any_position():
+def test_rotate_keeps_lengths_and_begins_at_any_position():
     x = torch.randn(2, 3, 11, 10)
     turned = rotate(x, *rotary_angles(0, 11, 10, x.device))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
@@ -318,7 +235,7 @@ def test_rotary_turns_keep_lengths_and_begin_at_any_position():
     torch.testing.assert_close(rotate(x[:, :, 4:], *rotary_angles(4, 7, 10, x.device)), turned[:, :, 4:])
 
 
-def test_rotary_logits_equal_the_complex_formula():
+def test_rotate_gives_the_logits_of_the_complex_formula():
     """Re(q conj(k) e^(i (m - n) theta)) summed over pairs (Su et al. 2021, equation 16)."""
     q, k = torch.randn(2, 10, dtype=torch.float64).unbind()
     theta = 10_000 ** (-torch.arange(0, 10, 2, dtype=torch.float64) / 10)
@@ -329,23 +246,20 @@ def test_rotary_logits_equal_the_complex_formula():
     torch.testing.assert_close(place(q, m) @ place(k, n), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_alibi_lowers_logits_in_proportion_to_distance_with_the_papers_slopes():
-    attention = Attention(26, 8, 3, 7, "alibi")
-    q = torch.zeros(1, 8, 5, 3)
-    bias = attention._position_bias(q, q)
+def test_alibi_bias_falls_with_distance_by_the_papers_slopes():
+    bias = alibi_bias(offsets(5), 8, torch.float32)
     for head, slope in enumerate([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]):  # their section 3
         assert bias[head, 4].tolist() == pytest.approx([-4 * slope, -3 * slope, -2 * slope, -slope, 0.0])
         assert bias[head, 0].tolist() == pytest.approx([0.0, -slope, -2 * slope, -3 * slope, -4 * slope])
 
 
-def test_relative_attention_adds_the_query_times_the_offsets_vector():
+def test_relative_bias_is_the_query_times_the_offsets_vector():
     torch.manual_seed(1)
-    attention = Attention(26, 3, 10, 7, "relative")
-    q = torch.randn(1, 3, 41, 10)
-    bias = attention._position_bias(q, q)
+    q, offset_keys = torch.randn(1, 3, 41, 10), torch.randn(2 * MAX_RELATIVE_DISTANCE + 1, 10)
+    bias = relative_bias(q, offset_keys, offsets(41))
     for i, j in [(0, 0), (3, 9), (40, 2), (7, 30), (25, 9), (9, 25)]:
         clipped = max(-MAX_RELATIVE_DISTANCE, min(MAX_RELATIVE_DISTANCE, j - i))
-        expected = q[0, 2, i] @ attention.offset_keys[clipped + MAX_RELATIVE_DISTANCE] / math.sqrt(10)
+        expected = q[0, 2, i] @ offset_keys[clipped + MAX_RELATIVE_DISTANCE] / math.sqrt(10)
         assert bias[0, 2, i, j].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -359,17 +273,17 @@ def test_sinusoids_equal_the_formula_written_out():
 
 
 def encoder_output(positions: Positions, src: Tensor) -> Tensor:
-    return build(replace(SMALL, positions=positions)).encode(src)[0]
+    return build(config(positions=positions)).encode(src)[0]
 
 
-def test_without_positions_the_encoder_only_permutes_when_its_input_is_permuted():
+def test_encode_without_positions_permutes_with_its_input():
     src, order = sentences([17]), torch.randperm(17, generator=torch.Generator().manual_seed(3))
     straight, permuted = encoder_output("none", src), encoder_output("none", src[:, order])
     torch.testing.assert_close(straight[:, order], permuted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", [p for p in POSITIONS if p != "none"])
-def test_with_positions_the_encoder_sees_the_order(positions):
+def test_encode_with_positions_depends_on_the_order(positions):
     src = sentences([17])
     reversed_back = encoder_output(positions, src.flip(1)).flip(1)
     assert (encoder_output(positions, src) - reversed_back).abs().max() > 1e-2 or positions == "alibi"
@@ -377,103 +291,45 @@ def test_with_positions_the_encoder_sees_the_order(positions):
     assert (encoder_output(positions, src)[:, order] - encoder_output(positions, src[:, order])).abs().max() > 1e-2
 
 
-def test_learned_positions_are_parameters_of_max_length_rows():
-    learned, sinusoidal = build(replace(SMALL, positions="learned")), build(SMALL)
+def test_embedding_learned_positions_are_parameters_of_max_length_rows():
+    learned, sinusoidal = build(config(positions="learned")), build()
     extra = set(dict(learned.named_parameters())) - set(dict(sinusoidal.named_parameters()))
     assert extra == {"embedding.positions"}
     assert learned.embedding.positions.shape == (41, 26)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_sentence_longer_than_max_length_is_refused_with_both_numbers(positions):
-    model = build(replace(SMALL, positions=positions))
+def test_transformer_refuses_a_sentence_longer_than_max_length_with_both_numbers(positions):
+    model = build(config(positions=positions))
     with pytest.raises(ValueError, match=r"42 pieces: model.max_length is 41"):
         model(sentences([42]), torch.full((1, 2), BOS))
 
 
-# --- dropout
+# --- dropout (section 5.4)
 
 
-def test_dropout_acts_in_training_alone_and_on_embeddings_and_sublayers():
-    model = build(replace(SMALL, dropout=0.5, num_layers=1))
+def test_embedding_drops_elements_in_training_alone():
+    embedding, tokens = Embedding(config(dropout=0.5)), torch.randint(4, 23, (7, 41))
+    assert (embedding.eval()(tokens) != 0).all()
+    assert (embedding.train()(tokens) == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_residual_drops_the_sublayers_output_and_not_the_stream():
+    residual = Residual(config(dropout=0.5, norm="pre"))
+    stream, output = torch.ones(7, 41, 26), torch.full((7, 41, 26), 2.0)
+    assert set(residual.eval().post(stream, output).unique().tolist()) == {3.0}
+    assert set(residual.train().post(stream, output).unique().tolist()) == {1.0, 5.0}
+
+
+def test_transformer_drops_at_the_embeddings_and_around_every_sublayer():
+    model = build(config(num_layers=1)).train()
+    dropping = {name: module for name, module in model.named_modules() if hasattr(module, "dropout")}
+    assert len(dropping) == 1 + 2 + 3  # of the encoder's layer two sub-layers, of the decoder's three
     src, tgt = sentences([5]), shifted(sentences([7], seed=3))
+    for module in dropping.values():
+        module.dropout = 0.0
     assert torch.equal(model(src, tgt), model(src, tgt))
-    counted = []
-    original = module.dropout
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "dropout", lambda x, p: counted.append(p) or original(x, p))
-        model.train()(src, tgt)
-    assert counted == [0.5] * (2 + 2 + 3)  # two embeddings, two and three sub-layers (section 5.4)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
-def test_dropout_drops_its_share_and_scales_the_rest_to_the_same_mean(p):
-    torch.manual_seed(3)
-    x = torch.ones(400_003, requires_grad=True)  # no multiple of four
-    dropped = module.dropout(x, p)
-    kept = dropped != 0
-    share = 1 - round(p * 2**16) / 2**16
-    assert torch.equal(dropped, kept * torch.tensor(1 / share))
-    for values in (kept, *(kept[i::4] for i in range(4))):  # four neighbours come from one draw
-        deviation = math.sqrt(p * (1 - p) / len(values))
-        assert abs(values.float().mean() - (1 - p)) < 5 * deviation + 2**-16
-    for distance in (1, 2, 3, 4):  # independent of one another
-        both = (kept[:-distance] & kept[distance:]).float().mean()
-        assert abs(both - (1 - p) ** 2) < 5 * math.sqrt(0.25 / len(kept)) + 2**-15
-    dropped.sum().backward()
-    assert torch.equal(x.grad, dropped)
-
-
-def test_dropout_of_nearly_all_is_no_division_by_nothing():
-    torch.manual_seed(3)
-    assert module.dropout(torch.ones(400_003), 1 - 1e-9).unique().tolist() == [0, 2**16]
-
-
-def test_dropout_is_another_each_time_and_the_same_from_the_same_seed():
-    x = torch.randn(31, 7, dtype=torch.float64)
-    torch.manual_seed(11)
-    first, second = module.dropout(x, 0.3), module.dropout(x, 0.3)
-    torch.manual_seed(11)
-    assert torch.equal(module.dropout(x, 0.3), first)
-    assert not torch.equal(first, second)
-    assert torch.equal(module.dropout(x, 0.0), x)
-    assert first.shape == x.shape
-    assert first.dtype == x.dtype
-
-
-# --- the two ways of attention
-
-
-@pytest.mark.parametrize("d_v", [3, 8])
-@pytest.mark.parametrize("mask", ["none", "causal", "padding", "queries x keys", "bias of heads", "bias of all"])
-def test_the_products_of_a_cpu_give_what_the_fused_kernel_gives(mask, d_v):
-    torch.manual_seed(5)
-    batch, heads, queries, keys, d_k = 3, 2, 5, 5 if mask == "causal" else 7, 8
-    q, k, v = (
-        torch.randn(batch, heads, n, d).requires_grad_() for n, d in ((queries, d_k), (keys, d_k), (keys, d_v))
-    )
-    masks = {
-        "padding": torch.arange(keys) < torch.tensor([keys, 1, 4])[:, None, None, None],
-        "queries x keys": torch.rand(queries, keys) < 0.5,
-        "bias of heads": torch.randn(heads, queries, keys),
-        "bias of all": torch.randn(batch, heads, queries, keys),
-    }
-    masks["queries x keys"][:, 0] = True  # no query without a key
-    given, causal = masks.get(mask), mask == "causal"
-    ours = module.scaled_dot_product_attention(q, k, v, given, causal)
-    fused = F.scaled_dot_product_attention(q, k, v, given, is_causal=causal)
-    torch.testing.assert_close(ours, fused)
-    up = torch.randn_like(ours)
-    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, fused)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_many_queries_go_to_the_fused_kernel(monkeypatch):
-    called = []
-    original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or original(*a, **k))
-    for queries, expected in ((module.MAX_UNFUSED_QUERIES, 0), (module.MAX_UNFUSED_QUERIES + 1, 1)):
-        q = torch.randn(1, 1, queries, 4)
-        k = torch.randn(1, 1, 1000, 4)
-        module.scaled_dot_product_attention(q, k, k, None, False)
-        assert len(called) == expected
+    for name, module in dropping.items():
+        module.dropout = 0.5
+        assert not torch.equal(model(src, tgt), model(src, tgt)), name
+        module.dropout = 0.0

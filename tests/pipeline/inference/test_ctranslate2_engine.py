@@ -11,6 +11,7 @@ import torch
 
 from model.config import BOS, EOS, PAD, UNK, Positions
 from model.decoding import Hypothesis
+from model.kv_cache import BeamKVCache
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
 from pipeline.inference.ctranslate2_engine import PATIENCE, Search, translate_ctranslate2
@@ -44,7 +45,7 @@ OURS, THEIRS = Rules(2, math.inf, True), Rules(1, PATIENCE, False)
 def plain_search(
     model: Transformer, source: list[int], limit: int, beam: int, alpha: float, rules: Rules
 ) -> Hypothesis:
-    decoder = model.start(torch.tensor([[*source, EOS]]))
+    decoder = BeamKVCache(model, torch.tensor([[*source, EOS]]))
     considered, enough = (1, 1.0) if beam == 1 else (2 * beam, rules.enough * beam)
     live, ended = [Hypothesis([], 0.0, 0.0, False)], []
     last = torch.tensor([BOS])

@@ -10,6 +10,7 @@ import torch
 
 from model.config import BOS, EOS, PAD, UNK, TransformerConfig
 from model.decoding import beam_search
+from model.kv_cache import BeamKVCache
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
 from pipeline.inference.translate import translate
@@ -56,7 +57,7 @@ def test_each_sentence_gets_its_own_best_output(model, tokenizer, sources):
         src = torch.tensor([[*source.tolist(), EOS]])
         limit = torch.tensor([min(len(source) + 2, MAX_LENGTH - 1)])
         with torch.inference_mode():
-            [[best]] = beam_search(model.start(src), limit, beam=3, alpha=0.6, num_best=1)
+            [[best]] = beam_search(BeamKVCache(model, src), limit, beam=3, alpha=0.6, num_best=1)
         assert translation.text == " ".join(tokenizer.decode(best.tokens).split())
         assert translation.score == pytest.approx(best.score, abs=1e-4)
         assert translation.finished == best.finished

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import loss, transformer
+from model import loss
 from model.config import BOS, EOS, PAD, TransformerConfig
+from model.cpu import attention
 from model.cpu import matmul as products
 from model.perplexity import cross_entropy
 from model.transformer import Transformer
@@ -211,7 +212,7 @@ def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
 
     def plain(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(products, "ONEDNN", False)
-        patch.setattr(transformer, "MAX_UNFUSED_QUERIES", 0)
+        patch.setattr(attention, "MAX_UNFUSED_QUERIES", 0)
 
     def by_hand(model: Transformer) -> list[float]:
         optimizer, losses = torch.optim.Adam(model.parameters(), rate, (0.9, 0.98), 1e-9), []
