@@ -1,0 +1,255 @@
+"""What README, docs/ and infra/README.md tell a reader to type works, and what they name exists.
+
+Every command of an indented or fenced block is run, or checked as far as it can be without running it, or is one of
+ELSEWHERE. Blocks fenced as ```text are no commands. docs/log.md is history: what it names may be gone.
+"""
+
+import argparse
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.cli import parse_args as parse_dvc
+from dvc.utils.cli_parse import to_path_overrides
+from dvc.utils.hydra import apply_overrides
+
+from pipeline.common.settings import flatten, load_settings
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "infra/README.md"]
+DOCUMENTS += [f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "log.md"]
+
+RUN = ["dvc metrics show", "python -m pipeline.settings"]
+"""Run as they are: they only read."""
+ELSEWHERE = {
+    "docker": "needs Docker",
+    "for": "a loop over docker's commands",
+    "do": "a loop over docker's commands",
+    "done": "a loop over docker's commands",
+    "kubectl": "needs Kubernetes",
+    "base64": "reads from kubectl",
+    "aws": "needs an account",
+    "gcloud": "needs an account",
+    "ray": "needs a cluster; options of `ray start` are checked by tests/infra",
+    "mlflow": "serves until it is stopped; tests/pipeline/inference/test_serving.py loads the model",
+    "curl": "needs that server",
+    "openssl": "part of kubectl's commands",
+    "infra/make-secrets.sh": "run by tests/infra",
+    "source": "the environment that `make .venv/installed` makes",
+    "export": "sets variables",
+    "mkdir": "a folder of the user",
+    "chmod": "files of the user",
+    "${EDITOR:-vi}": "the user's editor",
+}
+"""First words of commands that are not run here, and why. Files of the project that they name have to exist."""
+
+
+NAMES_OF_OTHERS = {"PIP_EXTRA_INDEX_URL", "SCHED_BATCH", "SecurityGroupIds", "preload_python_modules"}
+"""Of pip, Linux, AWS and Ray: no file of ours has them."""
+
+
+class ParsedError(BaseException):
+    """A command has accepted its arguments."""
+
+
+def blocks(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The line number and the lines of each indented block and of each fence that is not ```text."""
+    lines, number = text.splitlines(), 0
+    while number < len(lines):
+        first, fence = number, re.fullmatch(r"```(\w*)", lines[number])
+        if fence:
+            number = lines.index("```", number + 1)
+            if fence[1] != "text":
+                yield first + 2, lines[first + 1 : number]
+        elif lines[number].startswith("    ") and not (first and lines[first - 1].strip()):
+            while number < len(lines) and (lines[number].startswith("    ") or not lines[number].strip()):
+                number += 1
+            yield first + 1, [line[4:] for line in lines[first:number]]
+        number += 1
+
+
+def commands(document: str) -> Iterator[tuple[int, str]]:
+    """The line number and text of each command: it ends at the end of a line, unless a backslash or quote is open."""
+    for first, lines in blocks((REPOSITORY / document).read_text(encoding="utf-8")):
+        command = ""
+        for number, line in enumerate(lines, start=first):
+            command = f"{command}\n{line}" if command else line
+            try:
+                open_end = command.endswith("\\") or not shlex.split(command, comments=True)
+            except ValueError:  # a quote is open
+                open_end = True
+            if not open_end:
+                yield number, command
+            if not open_end or not command.strip() or command.lstrip().startswith("#"):
+                command = ""
+        assert not command, f"{document}:{first}: a command without its end: {command}"
+
+
+def simple_commands(command: str) -> Iterator[list[str]]:
+    """The words of each part between `&&`, `|`, `;` and `&`, without assignments and redirections."""
+    lexer = shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars="&|;<>")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if not set(word) <= set("&|;"):
+            words.append(word)
+            continue
+        if ">" in words:
+            words = words[: words.index(">")]
+        while words and re.match(r"\w+=", words[0]):
+            words = words[1:]
+        if words and words[0] == "eval":
+            yield from simple_commands(words[1].removeprefix("$(").removesuffix(")"))
+        elif words:
+            yield words
+        words = []
+
+
+COMMANDS = [(f"{document}:{number}", text) for document in DOCUMENTS for number, text in commands(document)]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the settings."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    return tmp_path
+
+
+@cache
+def stages() -> set[str]:
+    return set(yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+
+
+def check_dvc(words: list[str], project: Path) -> None:
+    """The command exists and takes these options, stages exist, settings are possible with what -S sets."""
+    arguments = parse_dvc(words[1:])
+    options = {"targets": None, "set_param": None} | vars(arguments)
+    assert set(options["targets"] or ()) <= stages()
+    for file, overrides in to_path_overrides(options["set_param"] or ()).items():
+        apply_overrides(project / file, overrides)
+    settings = load_settings(project)
+    load_settings(project, model=settings.sweep.model)
+
+
+def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module accepts these arguments."""
+    name = words[2]
+    if name == "pytest":
+        assert all((REPOSITORY / word).exists() for word in words[3:] if "/" in word)
+        return
+    file = REPOSITORY / name.replace(".", "/")
+    module = importlib.import_module(f"{name}.__main__" if (file / "__main__.py").exists() else name)
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self, *arguments):
+        parse_args(self, *arguments)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", words[2:])
+    with pytest.raises(ParsedError):
+        module.main()
+
+
+@pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[where for where, _ in COMMANDS])
+def test_commands_of_the_documents_work(where, command, project, monkeypatch):
+    for words in simple_commands(command):
+        if shlex.join(words) in RUN:
+            python = {"python": sys.executable, "dvc": Path(sys.executable).with_name("dvc")}[words[0]]
+            subprocess.run([python, *words[1:]], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+        elif words[0] == "dvc":
+            check_dvc(words, project)
+        elif words[:2] == ["python", "-m"]:
+            check_module(words, monkeypatch)
+        elif words[0] == "make":
+            subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+        elif words[:2] == ["git", "restore"]:
+            assert {*words[2:]} <= set(tracked()) | {str(Path(name).parent) for name in tracked()} | {"conf"}
+        elif words[:2] == ["sed", "-i"]:
+            subprocess.run(words, cwd=project, check=True)
+            assert load_settings(project) != load_settings(REPOSITORY)
+        elif words[0] == "sed":
+            assert (REPOSITORY / words[-1]).is_file()
+        else:
+            assert words[0] in ELSEWHERE, "neither run nor checked; ELSEWHERE says of which commands that is right"
+            named = [word for word in words if re.match(r"(infra|docs|conf|pipeline|sweeps|tools|tests)/", word)]
+            assert [word for word in named if not exists(word)] == []
+
+
+@cache
+def tracked() -> tuple[str, ...]:
+    done = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return tuple(done.stdout.splitlines())
+
+
+def exists(path: str) -> bool:
+    """Whether a path is in the repository, or is made by its commands (git ignores it)."""
+    ignored = ["git", "check-ignore", "--quiet", path]
+    return bool(list(REPOSITORY.glob(path.rstrip("/")))) or not subprocess.run(ignored, cwd=REPOSITORY).returncode
+
+
+def prose(document: str) -> str:
+    return (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def quoted(document: str) -> list[str]:
+    """What is in backticks, fences left out."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", prose(document), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_the_documents_lead_to_files_and_headings(document):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(document)):
+        path, _, heading = target.partition("#")
+        file = (REPOSITORY / document).parent / path if path else REPOSITORY / document
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_of_the_documents_exist(document):
+    folders = {Path(name).parts[0] for name in tracked() if "/" in name}
+    names = {Path(name).name for name in tracked()}
+    paths = [text for text in quoted(document) if re.fullmatch(r"[\w.*-]+(/[\w.*-]*)+", text)]
+    files = [text for text in quoted(document) if re.fullmatch(r"\w[\w-]*\.(py|ya?ml|sh|txt|toml|md|png|ini)", text)]
+    missing = [path for path in paths if path.partition("/")[0] in folders and not exists(path)]
+    assert missing + [file for file in files if file not in names] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_of_the_documents_are_in_the_code(document):
+    """`Name` in `path` is in that file; other names of classes, constants and functions are somewhere."""
+    for name, path in re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/.-]+\.(?:py|yaml))`", prose(document)):
+        assert name in words_of(path), (name, path)
+    known = NAMES_OF_OTHERS.union(*map(words_of, tracked()))
+    camel_case, with_underscores = r"[A-Z]+[a-z]+[A-Z]\w+", r"_?[A-Za-z\d]+(_[A-Za-z\d]+)+"
+    names = [text for text in quoted(document) if re.fullmatch(f"{camel_case}|{with_underscores}", text)]
+    assert [name for name in names if name not in known] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_settings_of_the_documents_exist(document):
+    settings = flatten(load_settings(REPOSITORY))
+    sections = {key.partition(".")[0] for key in settings}
+    named = [text for text in quoted(document) if re.fullmatch(r"[a-z]+\.(?!(py|en|fr)$)[a-z_0-9]+", text)]
+    assert [name for name in named if name.partition(".")[0] in sections and name not in settings] == []
+
+
+@cache
+def words_of(path: str) -> frozenset[str]:
+    """Of a file that is not a document."""
+    file = REPOSITORY / path
+    text = "" if file.suffix in (".md", ".png") or file == Path(__file__) else file.read_text(encoding="utf-8")
+    return frozenset(re.findall(r"\w+", text))
