@@ -1,13 +1,20 @@
-"""What many tests build: sizes of a Transformer, a model with random weights, sentences of random tokens."""
+"""What many tests build: sizes and models, sentences of random tokens, settings, an encoded corpus."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.config import BOS, EOS, PAD, TransformerConfig
 from model.transformer import Transformer
+from pipeline.common.settings import Model, Settings, Train, load_settings
+from pipeline.data.dataset import SIDES, SPLITS, encoded_paths
+
+REPOSITORY = Path(__file__).parents[1]
 
 SMALL = TransformerConfig(
     vocab_size=23, num_layers=2, d_model=26, d_ff=17, num_heads=3, d_k=10, d_v=7,
@@ -19,6 +26,15 @@ BASE = TransformerConfig(
     dropout=0.1, positions="sinusoidal", norm="post", max_length=1024,
 )  # fmt: skip
 """The paper's base model (Table 3)."""
+TRAIN = Train(
+    label_smoothing=0.1, batch_tokens=170, max_steps=9, warmup_steps=3, lr_scale=0.5, beta1=0.9, beta2=0.98, eps=1e-9,
+    max_grad_norm=0.0, log_every=1, validate_every=4, patience=0, checkpoint_every=3, keep_checkpoints=5,
+    average_checkpoints=2,
+)  # fmt: skip
+PAIRS = {"train": 97, "valid": 13, "test": 3}
+"""Sentence pairs in each split of `write_corpus`."""
+VALID_WORDS = 41
+"""Words in each text of it, as its meta.json claims."""
 
 
 def config(**changes: Any) -> TransformerConfig:
@@ -43,3 +59,43 @@ def sentences(lengths: list[int], vocab_size: int = 23, seed: int = 2) -> Tensor
 def shifted(tgt: Tensor) -> Tensor:
     """The decoder's input for these targets."""
     return torch.cat((torch.full((len(tgt), 1), BOS), tgt[:, :-1].masked_fill(tgt[:, :-1] == EOS, PAD)), dim=1)
+
+
+def train_settings(**changes: Any) -> Train:
+    """Settings of a training of nine steps, with these fields changed."""
+    return replace(TRAIN, **changes)
+
+
+def settings(
+    *,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+    hardware: dict[str, Any] | None = None,
+) -> Settings:
+    """The project's own, with a small model with dropout and `train_settings`, and these fields changed: of the
+    corpus of `write_corpus`, an epoch is four steps of a few micro-batches."""
+    own = load_settings(REPOSITORY)
+    sizes = asdict(config(num_layers=1, d_model=14, d_k=5, dropout=0.2, max_length=31))
+    del sizes["vocab_size"]
+    machine = {"precision": "fp32", "compile": False, "micro_batch_tokens": 53}
+    return replace(
+        own,
+        model=Model(**sizes | (model or {})),
+        train=train_settings(**train or {}),
+        hardware=replace(own.hardware, **machine | (hardware or {})),
+    )
+
+
+def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23) -> None:
+    """An encoded corpus of random tokens, as the tokenize stage writes it; pairs of each split as in PAIRS."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for split in SPLITS:
+        for side in SIDES:
+            lengths = rng.integers(1, longest + 1, PAIRS[split])
+            ids_path, offsets_path = encoded_paths(folder, split, side)
+            np.save(ids_path, rng.integers(EOS + 1, vocab_size, lengths.sum()).astype(np.uint16))
+            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
+    words = {split: {side: VALID_WORDS for side in SIDES} for split in SPLITS}
+    info = {"src": "en", "tgt": "de", "vocab_size": vocab_size, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
+    (folder / "meta.json").write_text(json.dumps(info))

@@ -21,7 +21,7 @@ from pipeline.common.settings import Settings
 from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error
 from pipeline.data.published import fetch
 from pipeline.training import checkpoint
-from pipeline.training.loop import NotFiniteError, State
+from pipeline.training.loop import NotFiniteError, TrainState
 from pipeline.training.trainer import rate_of_step, train_rank
 
 
@@ -69,7 +69,7 @@ def work(config: dict[str, Any]) -> str | None:
         if job.reports_to_ray and "valid_loss" in metrics:  # it holds the loop until Ray's controller looks
             ray.train.report({"step": step, **metrics})
 
-    def show(state: State, loss: float) -> None:
+    def show(state: TrainState, loss: float) -> None:
         if reporter and meter:
             meter.step()
             valid = f"valid ppl {state.validation_curve[-1]['valid_ppl']:.2f}, " if state.validation_curve else ""
@@ -91,7 +91,7 @@ def work(config: dict[str, Any]) -> str | None:
             device=get_device(),
             report=report,
             progress=show,
-            say=reporter.say if reporter else lambda line: None,
+            log=reporter.say if reporter else lambda line: None,
         )
     except NotFiniteError as error:  # on all workers alike
         return str(error)

@@ -20,7 +20,7 @@ from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Hardware, Settings
 from pipeline.common.storage import PATIENCE_S, AnyPath, tracking_uri
 from pipeline.training import checkpoint
-from pipeline.training.loop import State
+from pipeline.training.loop import TrainState
 from pipeline.training.run import TrainResult, _say, finished_state, run_folder, run_key
 
 
@@ -78,7 +78,7 @@ def _makeup(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
     }
 
 
-def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State:
+def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> TrainState:
     """Run the workers until training is done, starting dead ones again; the state of the last checkpoint."""
     hardware = job.settings.hardware
     resources = {"CPU": job.cpus} | ({"GPU": 1} if job.gpu else {})
@@ -120,7 +120,7 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> State
     return last.state
 
 
-def _complete_curves(uri: str, run_id: str, state: State) -> None:
+def _complete_curves(uri: str, run_id: str, state: TrainState) -> None:
     """Points that a worker had to leave behind; and all, if this MLflow run is new to training that was done."""
     from pipeline.tracking.metric_writer import MetricWriter
 

@@ -7,6 +7,7 @@ a pair of integers tells where in it a run is.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ MIN_MICRO_BATCHES = 4
 (docs/performance.md). The paper's steps were shared by eight GPUs."""
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """The next step to take; `step` counts inside the epoch, from 0."""
 
     epoch: int

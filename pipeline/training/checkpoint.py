@@ -1,7 +1,7 @@
 """Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
 
 A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
-(the loop's State, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
+(the loop's TrainState, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
 A checkpoint is written by `replace_folder`: one that has its name is whole. Checksums are verified on load, and a
 damaged one is passed over for the one before it.
 """
@@ -24,7 +24,8 @@ from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of, sums_text
 from pipeline.common.storage import AnyPath, as_os_error, local_copy, remove
-from pipeline.training.loop import State
+from pipeline.data.batching import Position
+from pipeline.training.loop import TrainState
 
 FILES = ("tensors.safetensors", "state.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,9 +45,9 @@ class Checkpoint:
 
     folder: AnyPath
     tensors: dict[str, Tensor]
-    state: State
+    state: TrainState
 
-    def restore(self, model: Transformer, optimizer: torch.optim.Adam) -> State:
+    def restore(self, model: Transformer, optimizer: torch.optim.Adam) -> TrainState:
         """Put weights and moments back; returns where training was."""
         model.load_state_dict(_part(self.tensors, "model."))
         for name, p in model.named_parameters():
@@ -60,7 +61,7 @@ def save(
     run_folder: AnyPath,
     model: Transformer,
     optimizer: torch.optim.Adam,
-    state: State,
+    state: TrainState,
     settings: dict[str, Any],
     keep: int,
 ) -> AnyPath:
@@ -90,7 +91,7 @@ def save(
     return target
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], state: State, settings: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], state: TrainState, settings: dict[str, Any]) -> None:
     path = folder / "tensors.safetensors"
     _save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     content = {"state": asdict(state), "settings": settings}
@@ -128,8 +129,8 @@ def _load(folder: AnyPath, local: Path) -> Checkpoint:
         if sha256_of(local / name) != sums[name]:
             raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
     content = json.loads((local / "state.json").read_text(encoding="utf-8"))
-    state = State(**content["state"])
-    state.position = (state.position[0], state.position[1])
+    state = TrainState(**content["state"])
+    state.position = Position(*state.position)
     return Checkpoint(folder, load_file(local / "tensors.safetensors"), state)
 
 

@@ -13,7 +13,7 @@ from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, run_storage
 from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
-from pipeline.training.loop import State
+from pipeline.training.loop import TrainState
 
 CODE = (
     "model/*.py",
@@ -32,11 +32,11 @@ class TrainResult:
     key: str
     run_id: str
     run_folder: AnyPath
-    state: State
+    state: TrainState
     tracking_uri: str
 
 
-def finished_state(folder: AnyPath) -> State | None:
+def finished_state(folder: AnyPath) -> TrainState | None:
     """Where training stands if it has come to its end."""
     if not checkpoint.seems_finished(folder):
         return None
@@ -95,7 +95,7 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
     last = state.validation_curve[-1]
     return {
         "steps": state.step,
-        "epochs": state.position[0],
+        "epochs": state.position.epoch,
         "tokens": state.tokens,
         "train_seconds": round(state.seconds, 1),
         "tokens_per_second": round(state.tokens / state.seconds, 1),

@@ -16,15 +16,8 @@ from pipeline.common.storage import AnyPath, retry_unreachable
 from pipeline.data.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training import checkpoint
-from pipeline.training.loop import (
-    MIN_BUSY_SHARE,
-    Recipe,
-    State,
-    Step,
-    adam,
-    busy_share,
-    train,
-)
+from pipeline.training.loop import GlobalBatch, TrainState, adam, train_loop
+from pipeline.training.threads import MIN_EFFICIENCY, ThreadedDataParallel, parallel_efficiency
 
 
 def train_rank(
@@ -36,13 +29,13 @@ def train_rank(
     num_ranks: int,
     device: torch.device,
     report: Callable[[dict[str, float], int], None],
-    progress: Callable[[State, float], None],
-    say: Callable[[str], None],
-) -> State:
+    progress: Callable[[TrainState, float], None],
+    log: Callable[[str], None],
+) -> TrainState:
     """Train on the encoded corpus in `data` until done, from the last checkpoint in `run_folder` if there is one.
 
     Every rank calls this alike; `report` gets metrics and their step, `progress` the state and the loss after each
-    step, `say` a line for people. Raises NotFiniteError, and ValueError for data that does not fit the settings.
+    step, `log` a line for people. Raises NotFiniteError, and ValueError for data that does not fit the settings.
     """
     t = settings.train
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
@@ -50,16 +43,16 @@ def train_rank(
     torch.manual_seed(settings.seed)
     model = Transformer(settings.model.config(info.vocab_size)).to(device)
     optimizer = adam(model, t.beta1, t.beta2, t.eps)
-    state = _resume(run_folder, model, optimizer, rank, device, say)
+    state = _resume(run_folder, model, optimizer, rank, device, log)
     for curve in (state.training_curve, state.validation_curve):  # what a worker that died had still to deliver
         for point in curve:
             report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
     plan = batch_plan(train_split, settings)
     if plan.num_skipped and rank == 0:
-        say(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
+        log(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
     if rank == 0 and (advice := share_advice(plan, num_ranks)):
-        say(advice)
+        log(advice)
     valid_batches = _all_batches(valid_split, settings)
     mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
     bf16 = settings.hardware.precision == "bf16"
@@ -72,38 +65,37 @@ def train_rank(
             "valid_ppl_word": perplexity(total, info.words["valid"]["tgt"]),
         }
 
-    def write_checkpoint(state: State) -> None:
+    def write_checkpoint(state: TrainState) -> None:
         checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
 
-    def save(state: State) -> None:
+    def save(state: TrainState) -> None:
         if rank != 0:
             return
         if state.finished:
-            return retry_unreachable(lambda: write_checkpoint(state), run_folder, say)
+            return retry_unreachable(lambda: write_checkpoint(state), run_folder, log)
         try:
             write_checkpoint(state)
         except checkpoint.DiskFullError:
             raise
         except OSError as error:  # a store that is away may be back for the next
-            say(f"{error}; training goes on")
+            log(f"{error}; training goes on")
 
-    recipe = Recipe(
-        seed=settings.seed,
-        max_steps=t.max_steps,
-        learning_rate=rate_of_step(settings),
-        label_smoothing=t.label_smoothing,
-        max_grad_norm=t.max_grad_norm,
-        validate_every=t.validate_every,
-        patience=t.patience,
-        checkpoint_every=t.checkpoint_every,
-        log_every=t.log_every,
-        bf16=bf16,
-        compile=settings.hardware.compile,
-    )
-    steps = _share(plan, train_split, state, rank, num_ranks)
-    return train(
-        model, optimizer, steps, recipe, state, validate=validate, save=save, report=report, progress=progress
-    )
+    batches = _global_batches(plan, train_split, state.position, rank, num_ranks)
+    with ThreadedDataParallel(model, compile=settings.hardware.compile) as parallel:
+        return train_loop(
+            parallel,
+            optimizer,
+            batches,
+            t,
+            state,
+            seed=settings.seed,
+            bf16=bf16,
+            learning_rate=rate_of_step(settings),
+            validate=validate,
+            save=save,
+            report=report,
+            progress=progress,
+        )
 
 
 def rate_of_step(settings: Settings) -> Callable[[int], float]:
@@ -127,10 +119,10 @@ def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
 def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
     """What to say if workers have to wait for others for too long."""
     num_micro = plan.most_micro_batches
-    if busy_share(num_micro, num_ranks) >= MIN_BUSY_SHARE:
+    if parallel_efficiency(num_micro, num_ranks) >= MIN_EFFICIENCY:
         return None
     enough = num_micro
-    while enough != easily_shared(enough) or busy_share(enough, num_ranks) < MIN_BUSY_SHARE:
+    while enough != easily_shared(enough) or parallel_efficiency(enough, num_ranks) < MIN_EFFICIENCY:
         enough += 1
     micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, for sentences fit badly
     way_out = (
@@ -154,17 +146,19 @@ def _all_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
     return batches_to_read(split.src.lengths, split.tgt.lengths, micro_batch_tokens=budget, max_length=longest)
 
 
-def _share(plan: BatchPlan, split: EncodedSplit, state: State, rank: int, num_ranks: int) -> Iterator[Step]:
-    """This rank's part of every step, from where `state` stands."""
+def _global_batches(
+    plan: BatchPlan, split: EncodedSplit, start: Position, rank: int, num_ranks: int
+) -> Iterator[GlobalBatch]:
+    """This rank's micro-batches of every step from `start` on."""
 
-    def collated(micro_batches: list) -> Iterator[tuple[int, MicroBatch]]:
+    def collated(micro_batches: list[np.ndarray]) -> Iterator[tuple[int, MicroBatch]]:
         for place in range(rank, len(micro_batches), num_ranks):
             yield place, collate(split, micro_batches[place])
 
-    for position, micro_batches in plan.from_position(Position(*state.position)):
+    for position, micro_batches in plan.from_position(start):
         ends_epoch = position.step + 1 == plan.num_steps
-        after = (position.epoch + 1, 0) if ends_epoch else (position.epoch, position.step + 1)
-        yield Step(after, collated(micro_batches), plan.num_tgt_tokens(micro_batches))
+        after = Position(position.epoch + 1, 0) if ends_epoch else Position(position.epoch, position.step + 1)
+        yield GlobalBatch(after, collated(micro_batches), plan.num_tgt_tokens(micro_batches))
 
 
 def _resume(
@@ -173,18 +167,18 @@ def _resume(
     optimizer: torch.optim.Adam,
     rank: int,
     device: torch.device,
-    say: Callable[[str], None],
-) -> State:
+    log: Callable[[str], None],
+) -> TrainState:
     """The last whole checkpoint, as rank 0 finds it: all ranks go on from the same step."""
-    found = retry_unreachable(lambda: checkpoint.load_latest(run_folder, say), run_folder, say) if rank == 0 else None
+    found = retry_unreachable(lambda: checkpoint.load_latest(run_folder, log), run_folder, log) if rank == 0 else None
     step = torch.tensor(found.state.step if found else -1, device=device)
     if dist.is_initialized():
         dist.broadcast(step, src=0)
     if step.item() < 0:
-        return State()
+        return TrainState()
     if found is None:
         at = checkpoint.folder_of(run_folder, int(step.item()))
-        found = retry_unreachable(lambda: checkpoint.load(at), run_folder, say)
+        found = retry_unreachable(lambda: checkpoint.load(at), run_folder, log)
     if rank == 0:
-        say(f"continuing from the checkpoint of step {found.state.step}")
+        log(f"continuing from the checkpoint of step {found.state.step}")
     return found.restore(model, optimizer)

@@ -18,7 +18,7 @@ from pipeline.common.storage import run_storage
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.data.published import ensure_local_data, fetch, published
 from pipeline.publish import publish
-from tests.pipeline.training.test_trainer import write_corpus
+from tests.factories import write_corpus
 
 SETTINGS = replace(load_settings(Path(__file__).parents[2]), data_name="few")
 

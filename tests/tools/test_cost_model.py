@@ -14,7 +14,7 @@ import torch
 from model.transformer import Transformer
 from pipeline.common.settings import load_settings
 from pipeline.training import checkpoint
-from pipeline.training.loop import State, adam
+from pipeline.training.loop import TrainState, adam
 from tools import cost_model as plan
 from tools.cost_model import CARDS, MEASURED, Cluster, Measured, Plan, Work, workload
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_is_as_large_as_the_file_that_is_written(tmp_path):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    folder = checkpoint.save(tmp_path, model, optimizer, State(step=1), {}, keep=1)
+    folder = checkpoint.save(tmp_path, model, optimizer, TrainState(step=1), {}, keep=1)
     assert work.checkpoint_bytes == pytest.approx((folder / "tensors.safetensors").stat().st_size, rel=0.01)
 
 

@@ -13,7 +13,7 @@ import torch
 from pipeline.cluster.progress import Reporter
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import load_settings
-from pipeline.training.loop import State
+from pipeline.training.loop import TrainState
 from pipeline.training.trainer import train_rank
 from tools.benchmarks.harness import THREADS
 
@@ -28,7 +28,7 @@ def main() -> None:
     train = replace(settings.train, checkpoint_every=2 * settings.train.max_steps)
     reporter = Reporter(arguments.progress)
 
-    def progress(state: State, loss: float) -> None:
+    def progress(state: TrainState, loss: float) -> None:
         reporter.progress(state.step, "")
 
     with TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ def main() -> None:
             device=torch.device("cpu"),
             report=lambda metrics, step: None,
             progress=progress,
-            say=lambda line: None,
+            log=lambda line: None,
         )
 
 

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ from model.loss import CHUNK_LOGITS
 from model.transformer import Transformer
 from pipeline.common.cli import exit_on_error, parser
 from pipeline.common.settings import load_settings
-from pipeline.data.batching import BatchPlan, MicroBatch, collate
+from pipeline.data.batching import BatchPlan, MicroBatch, Position, collate
 from pipeline.data.dataset import EncodedSplit
 from pipeline.tracking.metric_writer import MAX_METRICS_PER_CALL
 from pipeline.tracking.store import server_answers
 from pipeline.training import checkpoint
-from pipeline.training.loop import Recipe, Replicas, State, Step, adam, train_step
+from pipeline.training.loop import GlobalBatch, TrainState, adam, train_step
+from pipeline.training.threads import ThreadedDataParallel
 from tools.benchmarks.harness import ROOT, write_corpus
 from tools.cost_model import VOCAB_SIZE
 
@@ -79,7 +81,9 @@ def checkpoints() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for step in range(1, 4):
-            writes.append(seconds(partial(checkpoint.save, folder, model, optimizer, State(step=step), {}, keep=1)))
+            writes.append(
+                seconds(partial(checkpoint.save, folder, model, optimizer, TrainState(step=step), {}, keep=1))
+            )
             written = checkpoint.folder_of(folder, step)
             size = sum(file.stat().st_size for file in written.iterdir())
             for file in written.iterdir():
@@ -214,26 +218,14 @@ def launches() -> None:
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     rows = CHUNK_LOGITS // VOCAB_SIZE
-    recipe = Recipe(
-        seed=1,
-        max_steps=1,
-        learning_rate=lambda step: 0.0,
-        label_smoothing=0.1,
-        max_grad_norm=0.0,
-        validate_every=1,
-        patience=0,
-        checkpoint_every=1,
-        log_every=1,
-        bf16=False,
-        compile=False,
-    )
-    replicas, counts = Replicas(model, recipe), []
+    settings = replace(load_settings(ROOT).train, max_grad_norm=0.0)
+    parallel, counts = ThreadedDataParallel(model), []
     for chunks in (1, 1, 3):  # the first makes Adam's moments, and does not count
         tokens = torch.full((1, rows * chunks), EOS + 1)
         batch = MicroBatch(tokens, tokens, tokens, tokens.numel())
-        step = Step((0, 1), [(0, batch)], batch.num_tgt_tokens)
+        step = GlobalBatch(Position(0, 1), [(0, batch)], batch.num_tgt_tokens)
         with Counter() as counter:
-            train_step(replicas, optimizer, step, 0.0, recipe, State())
+            train_step(parallel, optimizer, step, settings, TrainState(), seed=1, bf16=False, rate=0.0)
         counts.append(counter.count)
     per_chunk = (counts[2] - counts[1]) / 2
     show(

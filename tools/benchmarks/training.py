@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.benchmarks.harness import serve
+from tools.benchmarks.harness import ROOT, serve
 
 PAD, BOS, EOS = 0, 2, 3
 SMOOTHING, RATE = 0.1, 1e-4
@@ -44,36 +44,27 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
     """The step of pipeline/training/loop.py, with batches as pipeline/training/trainer.py gives it."""
     from model.config import TransformerConfig
     from model.transformer import Transformer
+    from pipeline.common.settings import load_settings
     from pipeline.data.batching import BatchPlan, Position, collate
     from pipeline.data.dataset import EncodedSplit
-    from pipeline.training.loop import Recipe, Replicas, State, Step, adam, train_step
+    from pipeline.training.loop import GlobalBatch, TrainState, adam, train_step
+    from pipeline.training.threads import ThreadedDataParallel
 
     split = EncodedSplit.open(work.corpus, "train")
     budgets = {"batch_tokens": work.batch_tokens, "micro_batch_tokens": micro_batch_tokens, "max_length": 512}
     plan = BatchPlan(split.src.lengths, split.tgt.lengths, seed=1, **budgets)
     model = Transformer(TransformerConfig(**work.sizes)).to(work.device)
-    optimizer, state = adam(model, *BETAS, EPS), State()
-    recipe = Recipe(
-        seed=1,
-        max_steps=1,
-        learning_rate=lambda step: RATE,
-        label_smoothing=SMOOTHING,
-        max_grad_norm=0.0,
-        validate_every=1,
-        patience=0,
-        checkpoint_every=1,
-        log_every=1,
-        bf16=work.bf16,
-        compile=compiled,
-    )
-    replicas = Replicas(model, recipe)
+    optimizer, state = adam(model, *BETAS, EPS), TrainState()
+    settings = replace(load_settings(ROOT).train, label_smoothing=SMOOTHING, max_grad_norm=0.0)
+    parallel = ThreadedDataParallel(model, compile=compiled)
     planned = plan.from_position(Position(0, 0))
 
     def step() -> tuple[int, int]:
         _, micro_batches = next(planned)
         num_tokens = plan.num_tgt_tokens(micro_batches)
         batches = ((i, collate(split, indices)) for i, indices in enumerate(micro_batches))
-        train_step(replicas, optimizer, Step((0, 0), batches, num_tokens), RATE, recipe, state)
+        batch = GlobalBatch(Position(0, 0), batches, num_tokens)
+        train_step(parallel, optimizer, batch, settings, state, seed=1, bf16=work.bf16, rate=RATE)
         state.step += 1
         padded = (len(indices) * (int(split.tgt.lengths[indices].max()) + 1) for indices in micro_batches)
         return num_tokens, sum(padded)

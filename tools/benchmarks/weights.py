@@ -43,7 +43,7 @@ def main() -> None:
             device=torch.device("cpu"),
             report=lambda metrics, step: None,
             progress=lambda state, loss: None,
-            say=print,
+            log=print,
         )
         weights, _ = checkpoint.average(run_folder, 1, print)
     else:

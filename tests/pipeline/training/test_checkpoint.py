@@ -18,7 +18,7 @@ from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError
-from pipeline.training.loop import State, adam
+from pipeline.training.loop import TrainState, adam
 
 CONFIG = TransformerConfig(
     vocab_size=23, num_layers=1, d_model=14, d_ff=17, num_heads=3, d_k=5, d_v=7,
@@ -41,7 +41,7 @@ def trained(seed: int) -> tuple[Transformer, torch.optim.Adam]:
 
 def save(folder: Path, step: int, keep: int = 100) -> Path:
     """A checkpoint whose weights depend on its step."""
-    return checkpoint.save(folder, *trained(step), State(step=step), SETTINGS, keep)
+    return checkpoint.save(folder, *trained(step), TrainState(step=step), SETTINGS, keep)
 
 
 def steps(folder: Path) -> list[int]:
@@ -49,7 +49,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
-    state = State(
+    state = TrainState(
         step=13,
         position=(3, 5),
         tokens=10**12 + 1,
@@ -63,7 +63,7 @@ def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
         training_curve=[{"step": 7, "train_loss": 1 / 3}],
         validation_curve=[{"step": 11, "valid_loss": 2 / 3}],
     )
-    fresh = State()
+    fresh = TrainState()
     assert all(value != getattr(fresh, name) for name, value in vars(state).items()), "a field is not tried"
     model, optimizer = trained(1)
     folder = checkpoint.save(tmp_path, model, optimizer, state, SETTINGS, keep=1)
@@ -81,7 +81,7 @@ def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
 
 
 def test_a_state_that_has_no_validation_yet_comes_back(tmp_path):
-    assert checkpoint.load(save(tmp_path, 3)).state == State(step=3, best_valid_loss=math.inf)
+    assert checkpoint.load(save(tmp_path, 3)).state == TrainState(step=3, best_valid_loss=math.inf)
 
 
 def test_only_the_last_k_are_kept(tmp_path):
@@ -276,7 +276,7 @@ def test_a_state_that_cannot_be_written_leaves_nothing_either(tmp_path, monkeypa
         OSError,
         match=r"of step 5 .*: No space left on device; earlier ones are kept: free",
     ):
-        checkpoint.save(tmp_path, model, optimizer, State(step=5), SETTINGS, keep=1)
+        checkpoint.save(tmp_path, model, optimizer, TrainState(step=5), SETTINGS, keep=1)
     assert files(tmp_path) == before
 
 

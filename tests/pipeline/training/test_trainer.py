@@ -21,14 +21,14 @@ from model.config import BOS, EOS
 from model.transformer import Transformer
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.batching import BatchPlan
-from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
+from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
 from pipeline.training import checkpoint
-from pipeline.training.loop import State
+from pipeline.training.loop import TrainState
 from pipeline.training.trainer import batch_plan, rate_of_step, share_advice, train_rank
+from tests.factories import PAIRS, VALID_WORDS, write_corpus
+from tests.factories import settings as make_settings
 
-VOCAB = 29
-PAIRS = {"train": 97, "valid": 13, "test": 3}
-VALID_WORDS = 41
+VOCAB = 23
 
 
 @pytest.fixture(autouse=True)
@@ -37,54 +37,18 @@ def one_thread(own_threads: None) -> None:
     torch.set_num_threads(1)
 
 
-def write_corpus(folder: Path, longest: int = 11) -> None:
-    """An encoded corpus of chance pieces, as the tokenize stage lays it out."""
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for split in SPLITS:
-        for side in SIDES:
-            lengths = rng.integers(1, longest + 1, PAIRS[split])
-            ids_path, offsets_path = encoded_paths(folder, split, side)
-            np.save(ids_path, rng.integers(EOS + 1, VOCAB, lengths.sum()).astype(np.uint16))
-            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
-    words = {split: {side: VALID_WORDS for side in SIDES} for split in SPLITS}
-    info = {"src": "en", "tgt": "de", "vocab_size": VOCAB, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
-    (folder / "meta.json").write_text(json.dumps(info))
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_corpus(tmp_path / "encoded")
     return tmp_path / "encoded"
 
 
-def make_settings(train: dict[str, Any] | None = None, hardware: dict[str, Any] | None = None) -> Settings:
-    """Four steps an epoch, each of a few micro-batches; dropout on."""
-    settings = load_settings(Path(__file__).parents[3])
-    small = {
-        "num_layers": 1, "d_model": 14, "d_ff": 17, "num_heads": 3, "d_k": 5, "d_v": 7, "dropout": 0.2,
-        "positions": "sinusoidal", "norm": "post", "max_length": 31,
-    }  # fmt: skip
-    steps = {
-        "label_smoothing": 0.1, "batch_tokens": 170, "max_steps": 9, "warmup_steps": 3, "lr_scale": 0.5,
-        "beta1": 0.9, "beta2": 0.98, "eps": 1e-9, "max_grad_norm": 0.0, "log_every": 1, "validate_every": 4,
-        "patience": 0, "checkpoint_every": 3, "keep_checkpoints": 5, "average_checkpoints": 2,
-    }  # fmt: skip
-    machine = {"precision": "fp32", "compile": False, "micro_batch_tokens": 53}
-    return replace(
-        settings,
-        model=replace(settings.model, **small),
-        train=replace(settings.train, **steps | (train or {})),
-        hardware=replace(settings.hardware, **machine | (hardware or {})),
-    )
-
-
 class Stopped(Exception):  # noqa: N818, not an error
     """Thrown into a run, as if it were killed."""
 
 
-def stop_at(step: int | None) -> Callable[[State, float], None]:
-    def progress(state: State, loss: float) -> None:
+def stop_at(step: int | None) -> Callable[[TrainState, float], None]:
+    def progress(state: TrainState, loss: float) -> None:
         assert math.isfinite(loss)
         if state.step == step:
             raise Stopped
@@ -98,14 +62,14 @@ def run(
     settings: Settings | None = None,
     *,
     stop: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     report: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     rank: int = 0,
     num_ranks: int = 1,
-) -> State:
+) -> TrainState:
     return train_rank(
         settings or make_settings(), data, folder, rank=rank, num_ranks=num_ranks, device=torch.device("cpu"),
-        report=report, progress=stop_at(stop), say=say,
+        report=report, progress=stop_at(stop), log=log,
     )  # fmt: skip
 
 
@@ -119,7 +83,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def without_time(state: State) -> dict[str, Any]:
+def without_time(state: TrainState) -> dict[str, Any]:
     content = asdict(state)
     del content["seconds"]
     for point in content["training_curve"]:
@@ -145,7 +109,7 @@ def test_it_trains_to_the_last_step_and_leaves_checkpoints_with_the_settings(dat
 
 
 def test_an_epoch_counts_every_target_token_once_with_its_end_of_sentence(data, tmp_path):
-    state = run(data, tmp_path / "run", make_settings({"max_steps": 4}))
+    state = run(data, tmp_path / "run", make_settings(train={"max_steps": 4}))
     offsets = np.load(encoded_paths(data, "train", "tgt")[1])
     assert state.position == (1, 0)
     assert state.tokens == offsets[-1] + PAIRS["train"]
@@ -174,8 +138,8 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_undisturbed_one_bit_f
     said: list[str] = []
     for stop in (5, 8):
         with pytest.raises(Stopped):
-            run(data, tmp_path / "parts", stop=stop, say=said.append)
-    parts = run(data, tmp_path / "parts", say=said.append)
+            run(data, tmp_path / "parts", stop=stop, log=said.append)
+    parts = run(data, tmp_path / "parts", log=said.append)
     assert said == [f"continuing from the checkpoint of step {step}" for step in (3, 6)]
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
     assert without_time(parts) == without_time(whole)
@@ -187,7 +151,7 @@ def test_a_damaged_last_checkpoint_is_said_and_changes_nothing_in_the_end(data, 
         run(data, tmp_path / "parts", stop=8)
     (checkpoint.folder_of(tmp_path / "parts", 6) / "state.json").unlink()
     said: list[str] = []
-    run(data, tmp_path / "parts", say=said.append)
+    run(data, tmp_path / "parts", log=said.append)
     assert len(said) == 2
     assert "step_00000006 is damaged" in said[0]
     assert said[1] == "continuing from the checkpoint of step 3"
@@ -211,7 +175,7 @@ def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_
 
 @pytest.mark.parametrize(("micro_batch_tokens", "advice"), [(600, True), (64, False)])
 def test_workers_that_would_wait_for_others_are_said_once(data, tmp_path, micro_batch_tokens, advice):
-    settings = make_settings({"batch_tokens": 400}, {"micro_batch_tokens": micro_batch_tokens})
+    settings = make_settings(train={"batch_tokens": 400}, hardware={"micro_batch_tokens": micro_batch_tokens})
     torch.multiprocessing.spawn(as_rank, (3, str(tmp_path), settings), nprocs=3)
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     plan = batch_plan(EncodedSplit.open(data, "train"), settings)
@@ -281,7 +245,7 @@ CHANGES: list[tuple[str, Any]] = [
 
 
 def test_every_setting_that_decides_the_weights_does(data, tmp_path):
-    short = make_settings({"max_steps": 3})
+    short = make_settings(train={"max_steps": 3})
     run(data, tmp_path / "plain", short)
     plain = tensors(tmp_path / "plain", 3)["model.embedding.weight"]
     run(data, tmp_path / "again", short)
@@ -302,7 +266,7 @@ def test_training_pairs_that_are_too_long_are_left_out_and_counted_aloud(data, t
     too_long = int((np.maximum(*lengths) > 9).sum())
     settings = make_settings()
     said: list[str] = []
-    run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), say=said.append)
+    run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), log=said.append)
     assert said == [f"{too_long} training pairs are longer than model.max_length and left out"]
 
 
@@ -326,7 +290,7 @@ def as_rank(rank: int, num_ranks: int, folder: str, settings: Settings | None = 
     said: list[str] = []
     try:
         parts = Path(folder) / ("parts" if settings is None else f"{settings.hardware.micro_batch_tokens}")
-        run(Path(folder) / "encoded", parts, settings, stop=8, say=said.append, rank=rank, num_ranks=num_ranks)
+        run(Path(folder) / "encoded", parts, settings, stop=8, log=said.append, rank=rank, num_ranks=num_ranks)
     except Stopped:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
     dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
