@@ -52,7 +52,7 @@ from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data, fetch
-from pipeline.inference import evaluation as evaluator
+from pipeline.inference.evaluation import evaluate_run
 from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
 from pipeline.training import checkpoint
@@ -310,7 +310,7 @@ def evaluate_trial(trial: Trial, root: Path, published: AnyPath | None, cpus: in
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(root)  # of the driver, not of where its data are here
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
-        found = evaluator.run(trial.settings, root, model, Path(reports), progress=False).metrics
+        found = evaluate_run(trial.settings, root, model, Path(reports), progress=False).metrics
         copy_files(Path(reports), trial.folder)
     flat = {f"{split}_{name}": value for split in ("test", "valid") for name, value in found[split].items()}
     return flat, time.time() - started

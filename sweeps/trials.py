@@ -22,6 +22,7 @@ EVALUATION_CODE = (
     "pipeline/inference/ctranslate2_export.py",
     "pipeline/inference/ctranslate2_engine.py",
     "pipeline/inference/metrics.py",
+    "pipeline/inference/torch_engine.py",
     "pipeline/inference/translate.py",
 )
 """What decides the scores beside data, settings and checkpoints."""

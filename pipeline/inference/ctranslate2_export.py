@@ -1,4 +1,4 @@
-"""The model in CTranslate2's format."""
+"""Our model in CTranslate2's format: the files of an export and the mapping of weights."""
 
 import math
 from pathlib import Path
@@ -23,8 +23,10 @@ Quantization = Literal["float32", "int8"]
 def write_export(
     model: Transformer, tokenizer: "SentencePieceProcessor", folder: Path, quantization: Quantization
 ) -> None:
-    """Write model.bin, config.json, shared_vocabulary.json and spm.model into a folder that is there. Raises
-    ValueError for weights that are not finite: CTranslate2 would translate by them as if they were."""
+    """Write model.bin, config.json, shared_vocabulary.json and spm.model into an existing folder.
+
+    Raises ValueError for weights that are not finite: CTranslate2 would translate with them as if they were.
+    """
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError("the model's weights are not finite numbers: train it anew with a lower train.lr_scale")
     spec = specification(model, tokenizer)
@@ -92,18 +94,20 @@ def specification(model: Transformer, tokenizer: "SentencePieceProcessor") -> tr
 def _attention(
     spec: transformer_spec.attention_spec.MultiHeadAttentionSpec,
     attention: Attention,
-    around: Residual,
+    residual: Residual,
     c: TransformerConfig,
 ) -> None:
     size = _head_dim(c)
     q, k, v = (_fill_heads(weight, c.num_heads, size) for weight in attention.w_qkv.split(attention.split))
     if len(spec.linear) == 2:  # self-attention
-        spec.linear[0].weight = _array(torch.cat((q, k, v)))
-    else:
-        spec.linear[0].weight, spec.linear[1].weight = _array(q), _array(torch.cat((k, v)))
-    spec.linear[-1].weight = _array(_fill_heads(attention.w_o.weight.T, c.num_heads, size).T)
+        qkv_linear, output_linear = spec.linear
+        qkv_linear.weight = _array(torch.cat((q, k, v)))
+    else:  # cross-attention, whose keys and values are of another sequence than its queries
+        q_linear, kv_linear, output_linear = spec.linear
+        q_linear.weight, kv_linear.weight = _array(q), _array(torch.cat((k, v)))
+    output_linear.weight = _array(_fill_heads(attention.w_o.weight.T, c.num_heads, size).T)
     spec.queries_scale = 1 / math.sqrt(c.d_k)  # its own would be that of the filled heads
-    _norm(spec.layer_norm, around.norm)
+    _norm(spec.layer_norm, residual.norm)
     if attention.positions == "relative":
         spec.relative_position_keys = _array(F.pad(attention.offset_keys, (0, size - c.d_k)))
         spec.relative_position_values = model_spec.OPTIONAL
@@ -124,10 +128,10 @@ def alibi_bias(max_length: int, num_heads: int) -> Tensor:
     return -torch.exp2(-8 * head / num_heads) * distance[:, None]
 
 
-def _feed_forward(spec: transformer_spec.FeedForwardSpec, feed_forward: FeedForward, around: Residual) -> None:
+def _feed_forward(spec: transformer_spec.FeedForwardSpec, feed_forward: FeedForward, residual: Residual) -> None:
     for place, linear in ((spec.linear_0, feed_forward.w_1), (spec.linear_1, feed_forward.w_2)):
         place.weight, place.bias = _array(linear.weight), _array(linear.bias)
-    _norm(spec.layer_norm, around.norm)
+    _norm(spec.layer_norm, residual.norm)
 
 
 def _norm(spec: transformer_spec.common_spec.LayerNormSpec, norm: nn.LayerNorm) -> None:

@@ -1,29 +1,26 @@
-"""Pieces to text by beam search (section 6.1), in batches: what evaluation and a served model share."""
+"""Tokens to text by beam search (section 6.1), in batches: what evaluation and a served model share.
 
-from collections.abc import Iterator, Sequence
+`translate` is the whole way: cut sources, group them by length, let an engine search each group, decode. An engine
+is pipeline/inference/torch_engine.py or ctranslate2_engine.py.
+"""
+
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from model.decoding import Hypothesis, beam_search
-from model.kv_cache import BeamKVCache
+from model.decoding import Hypothesis
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
-from pipeline.data.bucketing import pad, search_batches
 from pipeline.data.dataset import EncodedText
+from pipeline.inference.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-Pieces = Sequence[int] | np.ndarray
-LEAST_WORK = 1 << 15
-"""Positions times d_model of a batch below which two threads at half a batch each take longer than one at the whole:
-most of what they do is to start operators."""
 
 
 @dataclass(frozen=True)
@@ -35,58 +32,58 @@ class Translation:
     finished: bool  # False: cut off at the longest length
 
 
+class Engine(Protocol):
+    """A beam search. Sources have at most model.max_length - 1 tokens, EOS not counted."""
+
+    def batches(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Which sources, of these lengths, are searched together: arrays of indices, each source once."""
+
+    def workers(self) -> AbstractContextManager[ThreadPoolExecutor]:
+        """The threads that search batches at the same time."""
+
+    def search(self, sources: list[np.ndarray]) -> list[Hypothesis]:
+        """The best output for each source of a batch; called by the workers."""
+
+
 def translate(
     model: Transformer,
     tokenizer: "SentencePieceProcessor",
-    sources: Sequence[Pieces] | EncodedText,
+    sources: Sequence[Sequence[int] | np.ndarray] | EncodedText,
     settings: Evaluate,
     progress: bool = True,
 ) -> list[Translation]:
-    """The best output for each sentence (its pieces, without EOS), in their order.
+    """The best output for each sentence (its tokens, without EOS), in their order, by the engine of the settings.
 
-    An output has at most max_extra pieces more than its source, and never more than max_length - 1; a source longer
+    An output has at most max_extra tokens more than its source, and never more than max_length - 1; a source longer
     than max_length - 1 is cut. Sentences of similar length are decoded together; with whom changes no translation.
-
-    On a CPU, as many batches are searched at once as torch has threads; they share batch_tokens, and each has a
-    thread to itself: two at work on one batch would wait for one another at every operator.
     """
-    device, longest = model.embedding.weight.device, model.config.max_length - 1
-    lengths = np.array([min(len(sources[i]), longest) for i in range(len(sources))], dtype=np.int64)
-    translations: list[Translation | None] = [None] * len(sources)
-    num_workers = torch.get_num_threads() if device.type == "cpu" else 1
-    batch_tokens, least = max(1, settings.batch_tokens // num_workers), LEAST_WORK // model.config.d_model
-    batches = search_batches(lengths, batch_tokens, settings.max_extra, num_workers, least)
-
-    def search(indices: np.ndarray) -> list[list[Hypothesis]]:
-        tokens = [np.asarray(sources[i][: lengths[i]], dtype=np.int64) for i in indices]
-        src = pad(np.concatenate(tokens), lengths[indices])
-        max_lengths = torch.from_numpy(lengths[indices] + settings.max_extra).clamp(max=longest)
-        with torch.inference_mode():
-            decoder = BeamKVCache(model, src.to(device))
-        return beam_search(decoder, max_lengths.to(device), beam=settings.beam, alpha=settings.alpha, num_best=1)
-
+    engine = _engine(model, tokenizer, settings)
+    longest = model.config.max_length - 1
+    cut = [np.asarray(sources[i][:longest], dtype=np.int64) for i in range(len(sources))]
+    batches = engine.batches(np.array([len(source) for source in cut], dtype=np.int64))
+    translations: list[Translation | None] = [None] * len(cut)
     with (
-        tqdm(total=len(sources), desc="translating", unit=" sentences", disable=not progress) as bar,
-        workers_of_one_thread(num_workers) as pool,
+        tqdm(total=len(cut), desc="translating", unit=" sentences", disable=not progress) as bar,
+        engine.workers() as pool,
     ):
-        for indices, found in zip(batches, pool.map(search, batches), strict=True):
-            for i, [best] in zip(indices, found, strict=True):
-                translations[i] = as_text(tokenizer, best)
+        outputs = pool.map(engine.search, [[cut[i] for i in indices] for indices in batches])
+        for indices, best in zip(batches, outputs, strict=True):
+            for i, hypothesis in zip(indices, best, strict=True):
+                translations[i] = _as_text(tokenizer, hypothesis)
             bar.update(len(indices))
     return [translation for translation in translations if translation is not None]
 
 
-@contextmanager
-def workers_of_one_thread(num_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """In whose calls an operator of torch uses one thread."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # other threads may have followed the workers
+def _engine(model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate) -> Engine:
+    if settings.engine == "torch":
+        return TorchEngine(model, settings)
+    from pipeline.inference.ctranslate2_engine import (
+        CTranslate2Engine,  # here: a served model does without CTranslate2
+    )
+
+    return CTranslate2Engine(model, tokenizer, settings)
 
 
-def as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
+def _as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
     """On one line, though byte pieces can spell a line break."""
     return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)

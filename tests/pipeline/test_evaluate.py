@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,13 +15,12 @@ from torch.nn import functional as F
 from model.config import BOS, EOS, TransformerConfig
 from model.transformer import Transformer
 from pipeline.common.settings import Settings, load_settings
-from pipeline.data.dataset import load_tokenizer
+from pipeline.data.dataset import EncodedSplit, EncodedText, load_tokenizer
 from pipeline.encode import encode_corpus
-from pipeline.evaluate import main, table
-from pipeline.inference import metrics as scoring
-from pipeline.inference.ctranslate2_engine import translate_ctranslate2
-from pipeline.inference.evaluation import evaluate, perplexities, read_split, run
-from pipeline.inference.translate import translate
+from pipeline.evaluate import main
+from pipeline.inference.evaluation import Split, evaluate_model, evaluate_run, perplexities, read_split
+from pipeline.inference.reports import format_scores
+from pipeline.inference.translate import Translation, translate
 from pipeline.train_tokenizer import train_tokenizer
 from pipeline.training.checkpoint import load_model, save_model
 
@@ -73,7 +73,7 @@ def settings(project: Path) -> Settings:
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What MLflow would have been told."""
     told: dict = {}
-    module = "pipeline.inference.evaluation"
+    module = "pipeline.inference.reports"
     monkeypatch.setattr(f"{module}.tracking_uri", lambda root: "sqlite:///x.db")
     monkeypatch.setattr(f"{module}.find_training_run", lambda uri, settings, key, root: f"run of {key}")
     monkeypatch.setattr(f"{module}.log_model", lambda *arguments: told.update(model=arguments))
@@ -84,26 +84,26 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
     return told
 
 
-def test_perplexity_is_exp_of_the_mean_cross_entropy_per_piece_and_per_word(project: Path):
+def test_perplexities_are_exp_of_the_mean_cross_entropy_per_token_and_word(project: Path):
     model, split = load_model(project / "models/final"), read_split("test", "en", "de", project)
-    total, num_pieces, num_words = 0.0, 0, 0
+    total, num_tokens, num_words = 0.0, 0, 0
     for i, (_, reference) in enumerate(SPLITS["test"]):
-        src = torch.tensor([[*split.pieces.src[i].tolist(), EOS]])
-        tgt = torch.tensor([[BOS, *split.pieces.tgt[i].tolist(), EOS]])
+        src = torch.tensor([[*split.tokens.src[i].tolist(), EOS]])
+        tgt = torch.tensor([[BOS, *split.tokens.tgt[i].tolist(), EOS]])
         with torch.no_grad():
             logits = model.logits(model(src, tgt[:, :-1]))[0]
         total += float(F.cross_entropy(logits, tgt[0, 1:], reduction="sum"))
-        num_pieces += tgt.shape[1] - 1
+        num_tokens += tgt.shape[1] - 1
         num_words += len(reference.split())
     for batch_tokens in (1, 97, 100_000):
         per_piece, per_word = perplexities(model, split, batch_tokens, progress=False)
-        assert per_piece == pytest.approx(math.exp(total / num_pieces), rel=1e-4)
+        assert per_piece == pytest.approx(math.exp(total / num_tokens), rel=1e-4)
         assert math.log(per_word) == pytest.approx(total / num_words, rel=1e-5)
 
 
-def test_pairs_too_long_for_the_model_count_in_no_perplexity(project: Path):
+def test_perplexities_leave_out_pairs_too_long_for_the_model(project: Path):
     split = read_split("test", "en", "de", project)
-    lengths = [max(len(split.pieces.src[i]), len(split.pieces.tgt[i])) + 1 for i in range(len(split.pieces))]
+    lengths = [max(len(split.tokens.src[i]), len(split.tokens.tgt[i])) + 1 for i in range(len(split.tokens))]
     limit = sorted(lengths)[len(lengths) // 2]
     model = load_model(project / "models/final")
     config = replace(model.config, max_length=limit)
@@ -113,15 +113,15 @@ def test_pairs_too_long_for_the_model_count_in_no_perplexity(project: Path):
     assert 0 < len(kept) < len(lengths)
     total = num_words = 0.0
     for i in kept:
-        src = torch.tensor([[*split.pieces.src[i].tolist(), EOS]])
-        tgt = torch.tensor([[BOS, *split.pieces.tgt[i].tolist(), EOS]])
+        src = torch.tensor([[*split.tokens.src[i].tolist(), EOS]])
+        tgt = torch.tensor([[BOS, *split.tokens.tgt[i].tolist(), EOS]])
         with torch.no_grad():
             total += float(F.cross_entropy(model.logits(model(src, tgt[:, :-1]))[0], tgt[0, 1:], reduction="sum"))
         num_words += len(split.references[i].split())
     assert math.log(perplexities(short, split, 4096, progress=False)[1]) == pytest.approx(total / num_words, rel=1e-5)
 
 
-def test_a_model_that_gives_no_numbers_is_an_error(project: Path):
+def test_perplexities_of_a_model_that_gives_no_numbers_are_an_error(project: Path):
     model = load_model(project / "models/final")
     with torch.no_grad():
         model.embedding.weight[7] = math.nan
@@ -129,50 +129,49 @@ def test_a_model_that_gives_no_numbers_is_an_error(project: Path):
         perplexities(model, read_split("test", "en", "de", project), 4096, progress=False)
 
 
-def test_the_metrics_are_the_scores_of_the_translations(project: Path, settings: Settings):
+def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Settings, monkeypatch):
+    """One sentence, whose n-grams can be counted by hand: by case, and with the compound whole or split."""
+    hypothesis, reference = "a b c d e f g x-i", "A b c d e f g h-i j"
+    output = Translation(hypothesis, -1.0, finished=False)
+    monkeypatch.setattr("pipeline.inference.evaluation.translate", lambda *arguments: [output])
+    valid = read_split("valid", "en", "de", project)
+    one = EncodedText(np.array([7, 5, 9, 300], dtype=np.uint16), np.array([0, 4]))
+    test = Split("test", EncodedSplit(one, one), ["one two three four five six seven"], [reference])
     model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
-    test, valid = (read_split(name, "en", "de", project) for name in ("test", "valid"))
-    found = evaluate(model, tokenizer, test, valid, "de", settings.evaluate, progress=False)
-    assert found.translations == translate(model, tokenizer, test.pieces.src, settings.evaluate, progress=False)
-    outputs = [translation.text for translation in found.translations]
-    references = [reference for _, reference in SPLITS["test"]]
-    expected = {
-        "bleu": scoring.sacre_bleu(outputs, references),
-        "bleu_paper": scoring.paper_bleu(outputs, references, "de"),
-        "bleu_lowercase": scoring.lowercase_bleu(outputs, references, "de"),
-        "chrf": scoring.chrf(outputs, references),
-    }
+    found = evaluate_model(model, tokenizer, test, valid, "de", settings.evaluate, progress=False)
+
     metrics = found.metrics["test"]
-    for name, score in expected.items():
-        assert (metrics[name], metrics[f"{name}_signature"]) == (score.value, score.signature)
-    assert metrics["length_ratio"] == scoring.length_ratio(outputs, references)
-    assert metrics["sentences"] == len(references)
-    assert metrics["cut_off"] == sum(not translation.finished for translation in found.translations)
+    shorter = math.exp(1 - 9 / 8)  # brevity penalty: 8 tokens for 9
+    assert metrics["bleu"] == pytest.approx(100 * shorter * (6 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
+    assert metrics["bleu_lowercase"] == pytest.approx(100 * shorter * (7 / 8 * 6 / 7 * 5 / 6 * 4 / 5) ** 0.25)
+    split = math.exp(1 - 11 / 10)  # with the compounds' parts and the mark between them
+    assert metrics["bleu_paper"] == pytest.approx(100 * split * (8 / 10 * 6 / 9 * 4 / 8 * 3 / 7) ** 0.25)
+    matches = {1: 8, 2: 6, 3: 4, 4: 3, 5: 2, 6: 1}  # characters without spaces: 10 and 11
+    precision = sum(number / (11 - n) for n, number in matches.items()) / 6
+    recall = sum(number / (12 - n) for n, number in matches.items()) / 6
+    assert metrics["chrf"] == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
+    marks = {"bleu": "tok:13a", "bleu_paper": "compounds:split", "bleu_lowercase": "case:lc", "chrf": "nc:6"}
+    for name, mark in marks.items():
+        assert mark in metrics[f"{name}_signature"]
+    assert (metrics["sentences"], metrics["cut_off"], metrics["length_ratio"]) == (1, 1, 8 / 9)
+    assert found.by_length == [{"source_words": 10, "num_sentences": 1, "bleu": metrics["bleu"]}]
     assert (metrics["ppl"], metrics["ppl_word"]) == perplexities(model, test, 4096, progress=False)
-    valid_metrics = found.metrics["valid"]
-    assert (valid_metrics["averaged_ppl"], valid_metrics["averaged_ppl_word"]) == perplexities(
-        model, valid, 4096, progress=False
-    )
-    assert found.by_length == scoring.bleu_by_length(test.sources, outputs, references)
+    assert tuple(found.metrics["valid"].values()) == perplexities(model, valid, 4096, progress=False)
 
 
-def test_the_engine_is_the_one_of_the_settings(project: Path, settings: Settings):
+def test_translate_searches_by_the_engine_of_the_settings(project: Path, settings: Settings):
     model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
-    test, valid = (read_split(name, "en", "de", project) for name in ("test", "valid"))
-    scores = {}
+    sources = read_split("test", "en", "de", project).tokens.src
+    scores = set()
     for engine in ("torch", "ctranslate2", "ctranslate2-int8"):
         chosen = replace(settings.evaluate, engine=engine)
-        found = evaluate(model, tokenizer, test, valid, "de", chosen, progress=False)
-        scores[engine] = [translation.score for translation in found.translations]
-        if engine != "torch":
-            assert found.translations == translate_ctranslate2(
-                model, tokenizer, test.pieces.src, chosen, progress=False
-            )
-    assert len({tuple(of_engine) for of_engine in scores.values()}) == 3
+        found = translate(model, tokenizer, sources, chosen, progress=False)
+        scores.add(tuple(best.score for best in found))
+    assert len(scores) == 3  # PAD and BOS in the softmax or not; rounded or not
 
 
-def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: Settings, mlflow: dict):
-    found = run(settings, project)
+def test_evaluate_run_writes_reports_and_logs_to_mlflow(project: Path, settings: Settings, mlflow: dict):
+    found = evaluate_run(settings, project)
     reports = project / "reports"
     assert json.loads((reports / "evaluation.json").read_text()) == found.metrics
     with open(reports / "translations.tsv", encoding="utf-8", newline="") as file:
@@ -203,19 +202,21 @@ def test_the_stage_writes_its_reports_and_tells_mlflow(project: Path, settings: 
         {"beam": 4, "alpha": 0.6, "max_extra": 7},
     )
 
-    shown = table(found.metrics)
+    shown = format_scores(found.metrics)
     for name in ("bleu", "bleu_paper", "bleu_lowercase", "chrf"):
         assert f"{found.metrics['test'][name]:.2f}" in shown
         assert found.metrics["test"][f"{name}_signature"] in shown
 
 
-def test_a_source_that_is_cut_is_told(project: Path, settings: Settings, mlflow: dict, capsys, tmp_path: Path):
+def test_evaluate_run_warns_of_sources_that_are_cut(
+    project: Path, settings: Settings, mlflow: dict, capsys, tmp_path: Path
+):
     root = shutil.copytree(project, tmp_path / "project")
     model = load_model(root / "models/final")
-    longest = read_split("test", "en", "de", root).pieces.src.lengths.max()
+    longest = read_split("test", "en", "de", root).tokens.src.lengths.max()
     config = replace(model.config, max_length=int(longest))
     save_model(root / "models/final", model.state_dict(), config)
-    run(settings, root)
+    evaluate_run(settings, root)
     assert f"test sentences have {longest} pieces (model.max_length) or more and are cut" in capsys.readouterr().err
 
 
@@ -247,14 +248,14 @@ def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         ("data/clean/valid.de", "evaluate: data/clean/valid.de does not exist: run the validate stage first"),
     ],
 )
-def test_a_missing_input_is_one_clear_line(project: Path, tmp_path: Path, fault, lost: str, message: str):
+def test_evaluate_reports_a_missing_input_in_one_line(project: Path, tmp_path: Path, fault, lost: str, message: str):
     root = shutil.copytree(project, tmp_path / "project")
     (root / lost).unlink()
     said = fault(root)
     assert said.startswith(message)
 
 
-def test_a_tokenizer_of_another_model_is_an_error(project: Path, tmp_path: Path, fault):
+def test_evaluate_refuses_the_tokenizer_of_another_model(project: Path, tmp_path: Path, fault):
     root = shutil.copytree(project, tmp_path / "project")
     train_tokenizer(root / "data/clean/train.en", root / "data/clean/train.de", root / "data/tokenizer", 323)
     assert fault(root) == (
@@ -262,7 +263,7 @@ def test_a_tokenizer_of_another_model_is_an_error(project: Path, tmp_path: Path,
     )
 
 
-def test_text_that_is_not_the_encoded_one_is_an_error(project: Path, tmp_path: Path, fault):
+def test_evaluate_refuses_text_that_is_not_the_encoded_one(project: Path, tmp_path: Path, fault):
     root = shutil.copytree(project, tmp_path / "project")
     with open(root / "data/clean/test.de", "a") as file:
         file.write("Noch ein Satz.\n")
@@ -271,7 +272,7 @@ def test_text_that_is_not_the_encoded_one_is_an_error(project: Path, tmp_path: P
     )
 
 
-def test_a_damaged_run_json_is_an_error(project: Path, tmp_path: Path, fault):
+def test_evaluate_names_a_damaged_run_json(project: Path, tmp_path: Path, fault):
     root = shutil.copytree(project, tmp_path / "project")
     (root / "models/final/run.json").write_text('{"run_key": ')
     said = fault(root)

@@ -49,23 +49,17 @@ def ours(model: Path, sources: Outputs, cap: bool, tokenizer: Path | None = None
     """pipeline/inference/translate.py with the batches of params.yaml; with a tokenizer, evaluate.engine ctranslate2
     (pipeline/inference/ctranslate2_engine.py), its export included each time."""
     from pipeline.common.settings import load_settings
-    from pipeline.inference.ctranslate2_engine import translate_ctranslate2
     from pipeline.inference.translate import translate
     from pipeline.training.checkpoint import load_model
 
     net, extra = load_model(model), CAP_EXTRA if cap else FREE_EXTRA
     settings = replace(load_settings(Path()).evaluate, beam=BEAM, alpha=ALPHA, max_extra=extra)
     numbers: Any = Numbers()
-    search = translate
     if tokenizer:
-        settings, numbers, search = (
-            replace(settings, engine="ctranslate2"),
-            Tokenizer(tokenizer),
-            translate_ctranslate2,
-        )
+        settings, numbers = replace(settings, engine="ctranslate2"), Tokenizer(tokenizer)
 
     def outputs() -> Outputs:
-        found = search(net, numbers, sources, settings, progress=False)
+        found = translate(net, numbers, sources, settings, progress=False)
         return [[int(piece) for piece in best.text.split()] for best in found]
 
     return outputs

@@ -14,7 +14,7 @@ from model.decoding import Hypothesis
 from model.kv_cache import BeamKVCache
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
-from pipeline.inference.ctranslate2_engine import PATIENCE, Search, translate_ctranslate2
+from pipeline.inference.ctranslate2_engine import SEARCH_PATIENCE, CTranslate2Engine
 from pipeline.inference.translate import translate
 from tests.support.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
@@ -38,7 +38,7 @@ class Rules:
     share_of_pad_and_bos: bool  # in the softmax
 
 
-OURS, THEIRS = Rules(2, math.inf, True), Rules(1, PATIENCE, False)
+OURS, THEIRS = Rules(2, math.inf, True), Rules(1, SEARCH_PATIENCE, False)
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def spelled(hypothesis: Hypothesis) -> tuple[str, bool]:
     return " ".join(TOKENIZER.decode(hypothesis.tokens).split()), hypothesis.finished
 
 
-def test_the_search_is_ours_but_for_three_rules():
+def test_ctranslate2_searches_as_torch_does_but_for_three_rules():
     """Random models are unsure of everything: 99 of 126 translations are the same, the rest differ by these rules."""
     same = total = 0
     for seed, positions in enumerate(get_args(Positions) * 3):
@@ -92,8 +92,8 @@ def test_the_search_is_ours_but_for_three_rules():
         beam, alpha, extra = draw.choice([1, 2, 5]), draw.choice([0, 0.6, 1.0]), draw.choice([0, 3, 29])
         settings = replace(SETTINGS, beam=beam, alpha=alpha, max_extra=extra)
         model, sources = random_model(seed, positions), random_sources(7, seed)
-        ours = translate(model, TOKENIZER, sources, settings, progress=False)
-        theirs = translate_ctranslate2(model, TOKENIZER, sources, settings, progress=False)
+        ours = translate(model, TOKENIZER, sources, replace(settings, engine="torch"), progress=False)
+        theirs = translate(model, TOKENIZER, sources, settings, progress=False)
         for source, our, their in zip(sources, ours, theirs, strict=True):
             for rules, translation in ((OURS, our), (THEIRS, their)):
                 limit = min(len(source) + extra, LONGEST)
@@ -103,73 +103,74 @@ def test_the_search_is_ours_but_for_three_rules():
             same += (our.text, our.finished) == (their.text, their.finished)
             total += 1
     assert total == 126
-    assert same > 90
+    assert same >= 99 - 3  # counted on an Intel Xeon; another processor may round a tie the other way
 
 
-def test_every_sentence_gets_its_own_translation_whatever_the_batches_and_threads(own_threads):
+def test_ctranslate2_translations_depend_on_no_batches_and_threads(own_threads):
     model, sources = random_model(1, "learned"), random_sources(40, seed=1)
-    expected = [translate_ctranslate2(model, TOKENIZER, [source], SETTINGS, progress=False)[0] for source in sources]
+    expected = [translate(model, TOKENIZER, [source], SETTINGS, progress=False)[0] for source in sources]
     assert len({translation.text for translation in expected}) > 10
     for batch_tokens, threads in ((1, 3), (97, 2), (10_000, 1)):
         torch.set_num_threads(threads)
         settings = replace(SETTINGS, batch_tokens=batch_tokens)
-        found = translate_ctranslate2(model, TOKENIZER, sources, settings, progress=False)
+        found = translate(model, TOKENIZER, sources, settings, progress=False)
         assert [best.text for best in found] == [best.text for best in expected]
         assert [best.score for best in found] == pytest.approx([best.score for best in expected], abs=1e-4)
 
 
-def test_empty_sources_and_those_that_are_cut_get_the_translations_of_torch():
+def test_ctranslate2_translates_empty_and_cut_sources_as_torch_does():
     model = random_model(1, "learned")
     long = np.arange(4, 4 + LONGEST + 5)
     sources = [[], long, long[:LONGEST], []]
     one_by_one = replace(SETTINGS, batch_tokens=1)  # on some processors, rows of one batch are rounded otherwise
-    found = translate_ctranslate2(model, TOKENIZER, sources, one_by_one, progress=False)
-    ours = translate(model, TOKENIZER, sources, SETTINGS, progress=False)
+    found = translate(model, TOKENIZER, sources, one_by_one, progress=False)
+    ours = translate(model, TOKENIZER, sources, replace(SETTINGS, engine="torch"), progress=False)
     assert [(best.text, best.finished) for best in found] == [(best.text, best.finished) for best in ours]
     assert found[1] == found[2]
     assert found[0].score == pytest.approx(ours[0].score, abs=1e-5)
 
 
-def test_int8_rounds():
+def test_ctranslate2_int8_rounds():
     model, sources = random_model(4, "relative"), random_sources(20, seed=4)
     scores = {}
     for engine in ("ctranslate2", "ctranslate2-int8"):
-        found = translate_ctranslate2(model, TOKENIZER, sources, replace(SETTINGS, engine=engine), progress=False)
+        found = translate(model, TOKENIZER, sources, replace(SETTINGS, engine=engine), progress=False)
         scores[engine] = np.array([translation.score for translation in found])
     difference = np.abs(scores["ctranslate2"] - scores["ctranslate2-int8"])
     assert 1e-4 < np.median(difference) < 0.3
 
 
-def test_torch_keeps_its_threads(own_threads):
+def test_ctranslate2_leaves_torch_its_threads(own_threads):
     torch.set_num_threads(3)
-    translate_ctranslate2(random_model(1, "none"), TOKENIZER, random_sources(2, seed=1), SETTINGS, progress=False)
+    translate(random_model(1, "none"), TOKENIZER, random_sources(2, seed=1), SETTINGS, progress=False)
     assert torch.get_num_threads() == 3
 
 
-def test_threads_share_the_budget(own_threads, monkeypatch):
+def test_ctranslate2_threads_share_batch_tokens(own_threads, monkeypatch):
     torch.set_num_threads(3)
     seen = []
-    search = Search.__call__
-    monkeypatch.setattr(
-        Search, "__call__", lambda *call: seen.append(sum(len(s) + 1 for s in call[1])) or search(*call)
-    )
+    search = CTranslate2Engine.search
+
+    def spy(engine: CTranslate2Engine, sources: list[np.ndarray]) -> list[Hypothesis]:
+        seen.append(sum(len(source) + 1 for source in sources))
+        return search(engine, sources)
+
+    monkeypatch.setattr(CTranslate2Engine, "search", spy)
     sources = [np.full(5, 7)] * 100
-    translate_ctranslate2(
-        random_model(1, "none"), TOKENIZER, sources, replace(SETTINGS, batch_tokens=181), progress=False
-    )
+    translate(random_model(1, "none"), TOKENIZER, sources, replace(SETTINGS, batch_tokens=181), progress=False)
     assert max(seen) == 60
     assert sum(seen) == 600
 
 
-def test_no_sentences_give_no_translations():
-    assert translate_ctranslate2(random_model(1, "none"), TOKENIZER, [], SETTINGS, progress=False) == []
+def test_ctranslate2_of_no_sentences_is_empty():
+    assert translate(random_model(1, "none"), TOKENIZER, [], SETTINGS, progress=False) == []
 
 
-def test_progress_is_counted_in_sentences(capsys):
+def test_ctranslate2_counts_progress_in_sentences(capsys):
     model, sources = random_model(1, "none"), [*random_sources(5, seed=1), []]
-    translate_ctranslate2(model, TOKENIZER, sources, SETTINGS)
+    translate(model, TOKENIZER, sources, SETTINGS)
     shown = capsys.readouterr().err
     assert "translating: 100%" in shown
     assert "6/6" in shown
-    translate_ctranslate2(model, TOKENIZER, sources, SETTINGS, progress=False)
+    translate(model, TOKENIZER, sources, SETTINGS, progress=False)
     assert capsys.readouterr().err == ""

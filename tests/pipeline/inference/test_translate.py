@@ -50,7 +50,7 @@ def with_(**changes: float) -> Evaluate:
     return Evaluate(**{**vars(SETTINGS), **changes})
 
 
-def test_each_sentence_gets_its_own_best_output(model, tokenizer, sources):
+def test_translate_gives_each_sentence_its_own_best_output(model, tokenizer, sources):
     found = translate(model, tokenizer, sources, SETTINGS, progress=False)
     assert len(found) == len(sources)
     for source, translation in zip(sources, found, strict=True):
@@ -64,7 +64,7 @@ def test_each_sentence_gets_its_own_best_output(model, tokenizer, sources):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 17, 10_000])
-def test_the_size_of_the_batches_changes_no_translation(model, tokenizer, sources, batch_tokens: int):
+def test_translate_depends_on_no_size_of_batches(model, tokenizer, sources, batch_tokens: int):
     expected = translate(model, tokenizer, sources, SETTINGS, progress=False)
     found = translate(model, tokenizer, sources, with_(batch_tokens=batch_tokens), progress=False)
     assert [best.text for best in found] == [best.text for best in expected]
@@ -81,7 +81,7 @@ def threads_of_a_new_thread() -> int:
         return pool.submit(torch.get_num_threads).result()
 
 
-def test_each_thread_searches_alone_in_its_share_of_the_batch(model, tokenizer, sources, three_threads, monkeypatch):
+def test_torch_engine_gives_threads_shares_of_batch_tokens(model, tokenizer, sources, three_threads, monkeypatch):
     expected = translate(model, tokenizer, sources, with_(batch_tokens=1), progress=False)
     seen = []
 
@@ -90,7 +90,7 @@ def test_each_thread_searches_alone_in_its_share_of_the_batch(model, tokenizer, 
         time.sleep(0.05)
         return beam_search(decoder, max_lengths, **options)
 
-    monkeypatch.setattr("pipeline.inference.translate.beam_search", spy)
+    monkeypatch.setattr("pipeline.inference.torch_engine.beam_search", spy)
     found = translate(model, tokenizer, sources, with_(batch_tokens=39), progress=False)
     assert [best.text for best in found] == [best.text for best in expected]
     threads, workers, positions = zip(*seen, strict=True)
@@ -100,43 +100,43 @@ def test_each_thread_searches_alone_in_its_share_of_the_batch(model, tokenizer, 
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
-def test_an_error_of_a_search_ends_the_translation(model, tokenizer, sources, three_threads, monkeypatch):
+def test_translate_ends_with_the_error_of_a_search(model, tokenizer, sources, three_threads, monkeypatch):
     called = []
 
     def fail(*arguments, **options):
         called.append(1)
         raise ValueError("the decoder's logits are not finite numbers")
 
-    monkeypatch.setattr("pipeline.inference.translate.beam_search", fail)
+    monkeypatch.setattr("pipeline.inference.torch_engine.beam_search", fail)
     with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
         translate(model, tokenizer, sources * 50, with_(batch_tokens=1), progress=False)
     assert len(called) < 450
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
-def test_an_output_has_at_most_max_extra_pieces_more_than_its_source(model, tokenizer, sources, monkeypatch):
+def test_translate_limits_outputs_to_max_extra_tokens_more_than_the_source(model, tokenizer, sources, monkeypatch):
     limits = []
 
     def spy(decoder, max_lengths, **options):
         limits.extend(max_lengths.tolist())
         return beam_search(decoder, max_lengths, **options)
 
-    monkeypatch.setattr("pipeline.inference.translate.beam_search", spy)
+    monkeypatch.setattr("pipeline.inference.torch_engine.beam_search", spy)
     translate(model, tokenizer, sources, with_(max_extra=5), progress=False)
     assert sorted(limits) == sorted(min(len(source) + 5, MAX_LENGTH - 1) for source in sources)
 
 
-def test_a_source_longer_than_the_model_takes_is_cut(model, tokenizer):
+def test_translate_cuts_a_source_longer_than_the_model_takes(model, tokenizer):
     long = np.random.default_rng(3).integers(4, 41, 31)
     found = translate(model, tokenizer, [long, long[: MAX_LENGTH - 1]], SETTINGS, progress=False)
     assert found[0].text == found[1].text
 
 
-def test_no_sentences_give_no_translations(model, tokenizer):
+def test_translate_of_no_sentences_is_empty(model, tokenizer):
     assert translate(model, tokenizer, [], SETTINGS, progress=False) == []
 
 
-def test_a_translation_is_one_line(model, tokenizer, sources):
+def test_translate_puts_each_translation_on_one_line(model, tokenizer, sources):
     class Breaking:
         def decode(self, tokens: list[int]) -> str:
             return "ein \n Mann\tsingt "
@@ -145,7 +145,7 @@ def test_a_translation_is_one_line(model, tokenizer, sources):
     assert found[0].text == "ein Mann singt"
 
 
-def test_progress_is_counted_in_sentences(model, tokenizer, sources, capsys):
+def test_translate_counts_progress_in_sentences(model, tokenizer, sources, capsys):
     translate(model, tokenizer, sources, SETTINGS)
     assert "translating: 100%" in capsys.readouterr().err
     translate(model, tokenizer, sources, SETTINGS, progress=False)
