@@ -25,7 +25,8 @@ from pipeline.common.paths import FINAL, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data
-from pipeline.training.run import _say, _say_how_it_starts, finished_state, run_folder, write_model
+from pipeline.training.checkpoint import finished_state
+from pipeline.training.run import log, log_how_it_starts, run_folder, write_model
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     store_opened = ThreadPoolExecutor(1).submit(_open_store, tracking_uri(root))  # while Ray starts
     published = ensure_local_data(settings, root, run_storage(root))
     folder = run_folder(settings, root)
-    _say_how_it_starts(folder)
+    log_how_it_starts(folder)
     done = finished_state(folder) is not None
     with nullcontext() if done else ray_cluster(settings.hardware, root):
         if not done:
@@ -52,7 +53,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
             write_json(root / REPORTS / "train.json", metrics)
             for name in ("training", "validation"):
                 write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
-    _say(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
+    log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
 
 

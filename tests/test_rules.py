@@ -1,66 +1,20 @@
 """Rules between files: which way imports point, what dvc.yaml lists, pinned versions, no machine's paths."""
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.imports import REPOSITORY, imports, packages, project_files, reached
+
 STAGES = {"download", "validate", "train_tokenizer", "encode", "train", "evaluate"}
 """Modules of pipeline/ that are a stage's command."""
 SWEEP_STAGES = {"run", "report"}
 """Those of sweeps/."""
-
-BY_PATH = {"pipeline/inference/evaluation.py": ["pipeline/inference/serving.py"]}
-"""Files that a file has MLflow run, which no import shows."""
-
-
-@cache
-def imports(path: Path) -> frozenset[str]:
-    """Full names of all modules that a file imports, also inside functions."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides which way it points"
-            assert node.module is not None
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(names)
-
-
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imports(path)}
-
-
-def project_files(path: Path) -> set[str]:
-    """Files of this project that a file imports, directly."""
-    found = set()
-    for name in imports(path):
-        parts = name.split(".")
-        candidates = ["/".join(parts) + ".py"] + [
-            "/".join(parts[: i + 1]) + "/__init__.py" for i in range(len(parts))
-        ]
-        found |= {file for file in candidates if (REPOSITORY / file).is_file()}
-    return found
-
-
-def reached(files: list[str]) -> set[str]:
-    """These files, and all of the project that they import or run, directly or not."""
-    seen: set[str] = set()
-    todo = list(files)
-    while todo:
-        file = todo.pop()
-        if file not in seen:
-            seen.add(file)
-            todo += [*project_files(REPOSITORY / file), *BY_PATH.get(file, [])]
-    return seen
 
 
 def modules(folder: str) -> list[Path]:

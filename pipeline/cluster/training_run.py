@@ -21,7 +21,7 @@ from pipeline.common.settings import Hardware, Settings
 from pipeline.common.storage import PATIENCE_S, AnyPath, tracking_uri
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
-from pipeline.training.run import TrainResult, _say, finished_state, run_folder, run_key
+from pipeline.training.run import TrainResult, log, run_folder, run_key
 
 
 class TrainingError(RuntimeError):
@@ -48,9 +48,9 @@ def training(
 
     key, folder = key or run_key(settings, root), run_folder(settings, root)
     uri = tracking_uri(root)
-    state = finished_state(folder)
+    state = checkpoint.finished_state(folder)
     if state and show:
-        _say(f"trained already, to step {state.step}; to train again, delete {folder}")
+        log(f"trained already, to step {state.step}; to train again, delete {folder}")
     gpu, cpus = (False, 0) if state else share_of_each_worker(settings.hardware)
     makeup = {} if state else _makeup(settings.hardware, gpu, cpus)
     last_sign_at = None if state else total_usage(folder).last_sign_at
@@ -114,10 +114,10 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> Train
         ) from error
     if stopped_by := result.return_value:  # type: ignore[attr-defined]
         raise TrainingError(stopped_by)
-    last = checkpoint.load_latest(job.run_folder, _say)
-    if last is None or not last.state.finished:
-        raise TrainingError(f"training ended, but its last checkpoint is not in {job.run_folder}")
-    return last.state
+    state = checkpoint.finished_state(job.run_folder)
+    if state is None:
+        raise TrainingError(f"training ended, but its last checkpoint is not in {job.run_folder}, or damaged")
+    return state
 
 
 def _complete_curves(uri: str, run_id: str, state: TrainState) -> None:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -16,13 +17,18 @@ def code_digest(root: Path, files: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(files):
         try:
-            tree = ast.parse((root / name).read_bytes())
+            tree = _syntax_tree((root / name).read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{root / name} does not exist: run from the project's root folder") from None
         except SyntaxError as error:
             raise ValueError(f"{root / name} is not valid Python: {error}") from None
-        digest.update(f"{name}\n{ast.dump(_WithoutBareStrings().visit(tree))}\n".encode())
+        digest.update(f"{name}\n{tree}\n".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=128)  # a sweep asks for the same files again for every trial
+def _syntax_tree(source: bytes) -> str:
+    return ast.dump(_WithoutBareStrings().visit(ast.parse(source)))
 
 
 class _WithoutBareStrings(ast.NodeTransformer):

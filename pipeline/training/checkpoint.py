@@ -4,13 +4,19 @@ A run's folder holds step_00000100/ and so on, each with tensors.safetensors (we
 (the loop's TrainState, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
 A checkpoint is written by `replace_folder`: one that has its name is whole. Checksums are verified on load, and a
 damaged one is passed over for the one before it.
+
+Not ray.train.Checkpoint with CheckpointConfig: Ray knows which checkpoint is the newest, not whether it is whole; it
+saves when metrics are reported, and keeps checkpoints under names and in a store of its own, so that the same files
+could not be read without it. Not torch.distributed.checkpoint: it is for weights that are sharded over ranks, and
+has no checksums. Here every rank holds all weights, and what is read back has to be the bits that were written.
 """
 
 import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,35 +120,51 @@ def folders(run_folder: AnyPath) -> list[AnyPath]:
 def load(folder: AnyPath) -> Checkpoint:
     """Read and verify one. Raises DamagedCheckpointError; and OSError when it cannot be read, for it may well be
     whole, and to go back behind it would lose work."""
+    with _damage_named(folder), local_copy(folder) as local:
+        for name in FILES:
+            _verify(local, name, folder)
+        return Checkpoint(folder, load_file(local / "tensors.safetensors"), _read_state(local))
+
+
+def finished_state(run_folder: AnyPath) -> TrainState | None:
+    """The state of the newest checkpoint, if training is done with it and it is whole. None otherwise.
+
+    Of a checkpoint that is not the last of its run, only state.json is read; tensors are read but never loaded, for
+    their checksum.
+    """
+    for folder in folders(run_folder)[-1:]:
+        try:
+            with _damage_named(folder), as_os_error(folder):
+                _verify(folder, "state.json", folder)
+                state = _read_state(folder)
+                if state.finished:
+                    _verify(folder, "tensors.safetensors", folder)
+                    return state
+        except DamagedCheckpointError:
+            pass  # `load_latest`, which passes it over, names it
+    return None
+
+
+def _read_state(folder: AnyPath) -> TrainState:
+    content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = TrainState(**content["state"])
+    state.position = Position(*state.position)
+    return state
+
+
+def _verify(folder: AnyPath, name: str, shown: AnyPath) -> None:
+    if sha256_of(folder / name) != read_sums(folder)[name]:
+        raise DamagedCheckpointError(f"{shown / name} is damaged: its checksum is not the one in {SUMS}")
+
+
+@contextmanager
+def _damage_named(folder: AnyPath) -> Iterator[None]:
     try:
-        with local_copy(folder) as local:
-            return _load(folder, local)
+        yield
     except DamagedCheckpointError:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
-
-
-def _load(folder: AnyPath, local: Path) -> Checkpoint:
-    sums = read_sums(local)
-    for name in FILES:
-        if sha256_of(local / name) != sums[name]:
-            raise DamagedCheckpointError(f"{folder / name} is damaged: its checksum is not the one in {SUMS}")
-    content = json.loads((local / "state.json").read_text(encoding="utf-8"))
-    state = TrainState(**content["state"])
-    state.position = Position(*state.position)
-    return Checkpoint(folder, load_file(local / "tensors.safetensors"), state)
-
-
-def seems_finished(run_folder: AnyPath) -> bool:
-    """Whether the newest one says that training is done, without a look at its tensors: they may be far and large."""
-    for folder in folders(run_folder)[-1:]:
-        try:
-            with as_os_error(folder):
-                return bool(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["finished"])
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
-            return False  # damaged: whoever loads it says so
-    return False
 
 
 def load_latest(run_folder: AnyPath, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.code_digest import code_digest
 from pipeline.common.paths import CHECKPOINTS, ENCODED
 from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, run_storage
@@ -15,33 +16,35 @@ from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
 
-CODE = (
-    "model/*.py",
+WEIGHTS_CODE = (
+    "model/config.py",
+    "model/cpu/attention.py",
+    "model/cpu/dropout.py",
+    "model/cpu/matmul.py",
+    "model/loss.py",
+    "model/perplexity.py",  # by the validation loss, patience ends training
+    "model/schedule.py",
+    "model/transformer.py",
     "pipeline/data/batching.py",
+    "pipeline/data/bucketing.py",
     "pipeline/data/dataset.py",
     "pipeline/training/loop.py",
+    "pipeline/training/threads.py",
     "pipeline/training/trainer.py",
 )
-"""What decides the weights beside settings and data."""
+"""The files that decide the weights, besides settings and data: what trainer.py imports, directly or not, without
+those that tests/pipeline/training/test_run.py lists with the reason why each does not count."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A run that has come to its last step."""
+    """A run that is finished, and where MLflow has it."""
 
     key: str
     run_id: str
     run_folder: AnyPath
     state: TrainState
     tracking_uri: str
-
-
-def finished_state(folder: AnyPath) -> TrainState | None:
-    """Where training stands if it has come to its end."""
-    if not checkpoint.seems_finished(folder):
-        return None
-    last = checkpoint.load_latest(folder, _say)
-    return last.state if last and last.state.finished else None
 
 
 def run_folder(settings: Settings, root: Path) -> AnyPath:
@@ -51,7 +54,8 @@ def run_folder(settings: Settings, root: Path) -> AnyPath:
 
 
 def run_key(settings: Settings, root: Path) -> str:
-    """A digest of all that decides the weights of a run: not how many workers there are, nor where."""
+    """A digest of all that decides the weights of a run: data, settings, code. Not the number of workers, which only
+    changes the order of sums, nor comments, docstrings and formatting of the code."""
     decisive = {
         "data": CorpusInfo.open(root / ENCODED).sha256,
         "seed": settings.seed,
@@ -61,24 +65,24 @@ def run_key(settings: Settings, root: Path) -> str:
         "precision": settings.hardware.precision,
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    for path in sorted(path for pattern in CODE for path in root.glob(pattern)):
-        digest.update(path.read_bytes())
+    digest.update(code_digest(root, WEIGHTS_CODE).encode())
     return digest.hexdigest()[:12]
 
 
-def _say_how_it_starts(folder: AnyPath) -> None:
+def log_how_it_starts(folder: AnyPath) -> None:
+    """Log whether training continues in this run folder or which settings, data or code make it a new run."""
     if checkpoint.folders(folder):
-        _say(f"settings, data and code are those of {folder.name}")
+        log(f"settings, data and code are those of {folder.name}")
     elif isinstance(folder, Path) and (
         others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
     ):
         last = max(others, key=lambda path: path.stat().st_mtime)
-        _say(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
+        log(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
 
 
 def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPath) -> dict[str, Any]:
-    """Write the final model, the average of the last checkpoints, to the folder `target`; the run's metrics."""
-    weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, _say)
+    """Write the final model, the average of the last checkpoints, to the folder `target`. Returns the metrics."""
+    weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, log)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
     state = run.state
     with replace_folder(target) as folder:
@@ -108,5 +112,6 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
     }
 
 
-def _say(line: str) -> None:
+def log(line: str) -> None:
+    """To stderr, for the user."""
     print(f"train: {line}", file=sys.stderr, flush=True)

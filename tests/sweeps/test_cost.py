@@ -18,6 +18,7 @@ from model.transformer import Transformer
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
+from pipeline.training.run import WEIGHTS_CODE
 from sweeps import cost as plan
 from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, text
 from sweeps.trials import EVALUATION_CODE, Sweep, load_sweep
@@ -47,7 +48,7 @@ def write_corpus(folder: Path) -> None:
 def root(tmp_path: Path) -> Path:
     """A project after the tokenize stage, with a sweep of two rows and one that is left out, two seeds."""
     copy_settings(tmp_path)
-    for file in EVALUATION_CODE:
+    for file in (*EVALUATION_CODE, *WEIGHTS_CODE):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     (tmp_path / "data/clean").mkdir(parents=True)

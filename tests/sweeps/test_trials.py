@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from pipeline.common.settings import load_settings
+from pipeline.training.run import WEIGHTS_CODE
 from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
 from tests.support.settings_files import REPOSITORY, copy_settings, edit
 
-CODE = (*EVALUATION_CODE, "model/transformer.py", "pipeline/training/loop.py")
+CODE = (*EVALUATION_CODE, *WEIGHTS_CODE)
 
 
 def write_meta(root: Path, sha256: str = "0" * 64) -> None:

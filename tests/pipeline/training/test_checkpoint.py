@@ -27,6 +27,12 @@ CONFIG = TransformerConfig(
 SETTINGS = {"seed": 7, "train": {"eps": 1e-9}}
 
 
+@pytest.fixture(autouse=True)
+def one_thread(own_threads: None) -> None:
+    """A model this small gains nothing from a second one."""
+    torch.set_num_threads(1)
+
+
 def trained(seed: int) -> tuple[Transformer, torch.optim.Adam]:
     """A model after one step along a random gradient."""
     torch.manual_seed(seed)
@@ -216,6 +222,54 @@ def test_a_store_that_is_away_is_an_error_and_no_reason_to_go_back(tmp_path, mon
     monkeypatch.setattr(checkpoint, "local_copy", refuse)
     with pytest.raises(OSError, match="cannot be reached"):
         checkpoint.load_latest(store, print)
+
+
+@pytest.fixture(params=["disk", "store"])
+def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path if request.param == "disk" else UPath(f"memory://finished/{tmp_path.name}")
+
+
+def save_finished(folder: Path, step: int) -> Path:
+    return checkpoint.save(folder, *trained(step), TrainState(step=step, finished=True), SETTINGS, keep=100)
+
+
+def test_finished_state_is_that_of_the_newest_checkpoint_if_training_is_done(run_folder, monkeypatch):
+    assert checkpoint.finished_state(run_folder) is None
+    save(run_folder, 5)
+    assert checkpoint.finished_state(run_folder) is None
+    save_finished(run_folder, 7)
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("it loads the tensors"))
+    assert checkpoint.finished_state(run_folder) == TrainState(step=7, finished=True)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("change", ["flipped", "missing"])
+def test_finished_state_of_a_damaged_checkpoint_is_none(run_folder, name, change):
+    save(run_folder, 5)
+    path = save_finished(run_folder, 7) / name
+    content = path.read_bytes()
+    path.unlink()
+    if change == "flipped":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert checkpoint.finished_state(run_folder) is None
+
+
+def test_finished_state_reads_no_tensors_of_a_run_in_progress(run_folder):
+    (save(run_folder, 5) / "tensors.safetensors").unlink()
+    save(run_folder, 3)
+    assert checkpoint.finished_state(run_folder) is None
+
+
+def test_finished_state_raises_when_the_store_is_away(monkeypatch):
+    store = UPath("memory://finished/away")
+    save_finished(store, 3)
+
+    def refuse(path: UPath) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(checkpoint, "sha256_of", refuse)
+    with pytest.raises(OSError, match="no route"):
+        checkpoint.finished_state(store)
 
 
 def test_nothing_is_unpickled(tmp_path):

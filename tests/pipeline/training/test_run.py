@@ -1,0 +1,180 @@
+"""A run's identity, and what its end leaves."""
+
+import ast
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from upath import UPath
+
+from model.transformer import Transformer
+from pipeline.common.paths import ENCODED
+from pipeline.training import checkpoint
+from pipeline.training.loop import TrainState, adam
+from pipeline.training.run import WEIGHTS_CODE, TrainResult, log_how_it_starts, run_folder, run_key, write_model
+from tests.factories import config, settings, write_corpus
+from tests.support.imports import REPOSITORY, reached
+
+SETTINGS = settings()
+
+DECIDES_NO_WEIGHTS = {
+    "pipeline/__init__.py": "turns off usage reports of libraries",
+    "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/retry.py": "when a store is asked again",
+    "pipeline/common/settings.py": "its values are in the key",
+    "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
+    "pipeline/training/checkpoint.py": "a test holds resumed training to the weights of undisturbed training",
+}
+"""What trainer.py imports, directly or not, and a run's key does not depend on."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project after the tokenize stage, as far as a run's key depends on it."""
+    for file in WEIGHTS_CODE:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+    write_corpus(tmp_path / ENCODED)
+    return tmp_path
+
+
+def does_something(file: str) -> bool:
+    """Whether a file has more than a docstring."""
+    body = ast.parse((REPOSITORY / file).read_text(encoding="utf-8")).body
+    return not all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+
+
+def test_weights_code_is_what_training_imports_but_for_what_decides_no_weights():
+    imported = {file for file in reached(["pipeline/training/trainer.py"]) if does_something(file)}
+    counted = set(WEIGHTS_CODE)
+    assert not counted & set(DECIDES_NO_WEIGHTS)
+    missing = imported - counted - set(DECIDES_NO_WEIGHTS)
+    assert not missing, "add to WEIGHTS_CODE of pipeline/training/run.py, or here with a reason"
+    superfluous = (counted | set(DECIDES_NO_WEIGHTS)) - imported
+    assert not superfluous, "training does not import this: take it out"
+
+
+def edited(root: Path, file: str, before: str, after: str) -> str:
+    """The run's key with this text of a file replaced."""
+    source = (root / file).read_text()
+    assert before in source
+    (root / file).write_text(source.replace(before, after))
+    key = run_key(SETTINGS, root)
+    (root / file).write_text(source)
+    return key
+
+
+@pytest.mark.parametrize("file", WEIGHTS_CODE)
+def test_run_key_ignores_comments_docstrings_and_formatting(root, file):
+    source = (root / file).read_text()
+    key = run_key(SETTINGS, root)
+    docstring = ast.get_docstring(ast.parse(source), clean=False) or '"""'
+    assert edited(root, file, docstring, f"{docstring} And more.") == key
+    (root / file).write_text(source + "\n\n# A remark.\n")
+    assert run_key(SETTINGS, root) == key
+    (root / file).write_text(ast.unparse(ast.parse(source)))  # without comments, formatted otherwise
+    assert run_key(SETTINGS, root) == key
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("pipeline/training/loop.py", "settings.max_grad_norm / norm_value", "settings.max_grad_norm * norm_value"),
+        ("pipeline/training/loop.py", "/ batch.num_tokens", "// batch.num_tokens"),
+        ("pipeline/training/threads.py", "MIN_EFFICIENCY = 0.85", "MIN_EFFICIENCY = 0.9"),
+        ("model/schedule.py", "min(", "max("),
+    ],
+)
+def test_run_key_changes_with_an_operator_or_a_constant(root, file, before, after):
+    assert edited(root, file, before, after) != run_key(SETTINGS, root)
+
+
+def test_run_key_names_code_that_is_missing(root):
+    (root / WEIGHTS_CODE[0]).unlink()
+    with pytest.raises(ValueError, match=r"config\.py does not exist"):
+        run_key(SETTINGS, root)
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_another_run"),
+    [
+        (replace(SETTINGS, seed=SETTINGS.seed + 1), True),
+        (settings(model={"d_ff": 19}), True),
+        (settings(train={"eps": 1e-8}), True),
+        (settings(hardware={"precision": "bf16"}), True),
+        (settings(hardware={"micro_batch_tokens": 61}), True),
+        (settings(hardware={"num_workers": 3, "device": "cpu", "compile": True, "max_failures": 7}), False),
+        (replace(SETTINGS, evaluate=replace(SETTINGS.evaluate, beam=7)), False),
+    ],
+)
+def test_run_key_changes_with_the_settings_that_decide_the_weights(root, changed, is_another_run):
+    assert (run_key(changed, root) != run_key(SETTINGS, root)) == is_another_run
+
+
+def test_run_key_changes_with_the_corpus(root):
+    before = run_key(SETTINGS, root)
+    path = root / ENCODED / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "1" * 64}))
+    assert run_key(SETTINGS, root) != before
+
+
+def test_run_folder_is_in_the_run_storage_and_named_after_the_run(root, monkeypatch):
+    name = f"{SETTINGS.data_name}-{SETTINGS.model_name}-{SETTINGS.seed}-{run_key(SETTINGS, root)}"
+    assert run_folder(SETTINGS, root) == root / "checkpoints" / name
+    monkeypatch.setenv("RUN_STORAGE", "memory://runs")
+    assert str(run_folder(SETTINGS, root)) == str(UPath("memory://runs") / "checkpoints" / name)
+
+
+# --- checkpoints of a run
+
+
+def write_checkpoint(folder: Path, step: int, finished: bool = False) -> Path:
+    torch.manual_seed(step)
+    model = Transformer(SETTINGS.model.config(config().vocab_size))
+    optimizer = adam(model, 0.9, 0.98, 1e-9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    valid = {"step": step, "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5}
+    state = TrainState(step=step, tokens=700, seconds=2.0, finished=finished)
+    state.training_curve, state.validation_curve = [{"step": step, "train_loss": 2.5}], [valid]
+    return checkpoint.save(folder, model, optimizer, state, {}, keep=5)
+
+
+def test_log_how_it_starts_names_the_run_that_is_continued_or_the_last_of_others(tmp_path, capsys):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    log_how_it_starts(first)
+    assert capsys.readouterr().err == ""
+    for folder, time in ((first, 1_000), (second, 2_000)):
+        write_checkpoint(folder, 3)
+        os.utime(folder, (time, time))
+    log_how_it_starts(first)
+    assert capsys.readouterr().err == "train: settings, data and code are those of first\n"
+    log_how_it_starts(third)
+    assert "differ from those of second, the last run" in capsys.readouterr().err
+
+
+def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root, tmp_path):
+    folder = tmp_path / "run"
+    for step in (3, 6):
+        write_checkpoint(folder, step)
+    write_checkpoint(folder, 9, finished=True)
+    state = checkpoint.finished_state(folder)
+    assert state is not None
+    run = TrainResult("the key", "the run", folder, state, "the store")
+    metrics = write_model(run, SETTINGS, root, tmp_path / "final")
+    model = checkpoint.load_model(tmp_path / "final")
+    expected = checkpoint.average(folder, SETTINGS.train.average_checkpoints, pytest.fail)[0]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert json.loads((tmp_path / "final" / "run.json").read_text()) == {
+        "run_key": "the key", "mlflow_run_id": "the run", "tracking_uri": "the store", "step": 9,
+    }  # fmt: skip
+    assert metrics.pop("parameters") == sum(p.numel() for p in model.parameters())
+    assert metrics == {
+        "steps": 9, "epochs": 0, "tokens": 700, "train_seconds": 2.0, "tokens_per_second": 350.0, "train_loss": 2.5,
+        "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5, "averaged_steps": [9, 6],
+    }  # fmt: skip
