@@ -1,0 +1,249 @@
+"""Break lines of the code, one at a time, and see whether a test notices.
+
+    python -m tools.mutate                               # 30 mutations in four folders: 20 minutes on two cores
+    python -m tools.mutate --number 4 --folders sweeps   # a few of one folder
+    python -m tools.mutate --all                         # what escapes the unit tests meets all other tests, too
+
+A mutation flips a comparison or a condition, swaps + and - or * and /, changes a constant, or deletes a statement;
+texts, messages and plots are left alone. It is made in a copy of the tree. There, first the test file that mirrors
+the mutated file runs, then the other tests of its folder; both stop at the first failure. A run that does not end
+counts as caught. The code and --seed decide which mutations are made.
+"""
+
+import ast
+import copy
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate, cycle
+from pathlib import Path
+from queue import SimpleQueue
+
+from pipeline.common import cli
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ["model", "pipeline/training", "pipeline/inference", "sweeps"]
+PAGES = re.compile(r"^(?:import|from) (?:matplotlib|jinja2)\b", re.MULTILINE)
+"""A module that imports these lays out pages: its numbers are a matter of taste."""
+MESSAGES = re.compile(r"(?:log|print|say|warn\w*|debug|info|tqdm|add_argument)$")
+HABITS = {"check", "daemon", "exist_ok", "flush", "indent", "parents", "strict"}
+"""Arguments that change results only where something else is wrong."""
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    file: str
+    line: int
+    function: str
+    kind: str
+    old: str
+    new: str
+    code: str  # of the whole file
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.file}:{self.line} {self.function}: {old}  ->  {new}"
+
+
+def is_text(node: ast.AST) -> bool:
+    """Strings, messages, errors, and calls and sums with a string in them."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Call) and (is_text(node.value) or any(map(has_string, node.value.args)))
+    if isinstance(node, ast.Call):
+        return bool(MESSAGES.search(ast.unparse(node.func)))
+    if isinstance(node, ast.BinOp | ast.AugAssign):
+        return has_string(node)
+    return isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
+
+
+def has_string(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(node))
+
+
+def broken(node: ast.AST) -> tuple[str, ast.AST] | None:
+    """(kind, a version of the node that is wrong), where there is one."""
+    new = copy.deepcopy(node)
+    match new:
+        case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
+            new.ops = [COMPARISONS[type(op)]()]
+            return "comparison", new
+        case ast.BoolOp():
+            new.op = ast.Or() if isinstance(new.op, ast.And) else ast.And()
+            return "condition", new
+        case ast.UnaryOp(op=ast.Not()):
+            return "condition", new.operand
+        case ast.BinOp() | ast.AugAssign() if type(new.op) in OPERATORS:
+            new.op = OPERATORS[type(new.op)]()
+            return "arithmetic", new
+        case ast.Constant(value=bool(value)):
+            return "constant", ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            return "constant", ast.Constant(value + 1)
+        case ast.Constant(value=float(value)):
+            return "constant", ast.Constant(2 * value or 1.0)
+        case ast.Expr(value=ast.Call()) | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) | ast.Continue():
+            return "deletion", ast.Pass()
+    return None
+
+
+def mutations_of(file: str) -> Iterator[Mutation]:
+    code = (REPOSITORY / file).read_text(encoding="utf-8")
+    data = code.encode()  # whose bytes are what ast's columns count
+    starts = [0, *accumulate(map(len, data.splitlines(keepends=True)))]
+
+    def below(parent: ast.AST, function: str) -> Iterator[Mutation]:
+        unread = [getattr(parent, "annotation", None), getattr(parent, "returns", None)]
+        for node in ast.iter_child_nodes(parent):
+            if is_text(node) or node in unread or getattr(node, "name", "") in ("main", "__str__", "__repr__"):
+                continue
+            if isinstance(node, ast.keyword) and node.arg in HABITS:
+                continue
+            wrong = broken(node)
+            if (
+                function
+                and wrong
+                and isinstance(node, ast.expr | ast.stmt)
+                and node.end_lineno
+                and node.end_col_offset
+            ):
+                start = starts[node.lineno - 1] + node.col_offset
+                end = starts[node.end_lineno - 1] + node.end_col_offset
+                new = ast.unparse(wrong[1]) if isinstance(node, ast.stmt) else f"({ast.unparse(wrong[1])})"
+                whole = (data[:start] + new.encode() + data[end:]).decode()
+                yield Mutation(file, node.lineno, function, wrong[0], data[start:end].decode(), new, whole)
+            yield from below(node, node.name if isinstance(node, ast.FunctionDef) else function)
+
+    if not PAGES.search(code):
+        yield from below(ast.parse(code), "")
+
+
+def choose(folders: list[str], number: int, seed: int) -> list[Mutation]:
+    """`number` mutations, folders in turn and kinds at random, one of a function while there are others."""
+    draw = random.Random(seed)
+    left: dict[str, list[Mutation]] = {}
+    for folder in folders:
+        files = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+        found = [mutation for file in files for mutation in mutations_of(file)]
+        left[folder] = draw.sample(found, len(found))
+    taken: list[Mutation] = []
+    for folder in cycle(folders):
+        if len(taken) == number or not any(left.values()):
+            return taken
+        if not left[folder]:
+            continue
+        kind = draw.choice(sorted({mutation.kind for mutation in left[folder]}))
+        used = {(mutation.file, mutation.function) for mutation in taken}
+        mutation = min(left[folder], key=lambda m: ((m.file, m.function) in used, m.kind != kind))
+        left[folder].remove(mutation)
+        taken.append(mutation)
+    return taken
+
+
+def copy_tree(to: Path) -> Path:
+    """A copy of the files that Git knows or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    for name in listed.split("\0"):
+        if (REPOSITORY / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, to / name)
+    return to
+
+
+def failure(tree: Path, *arguments: str, timeout_s: float = 3600) -> str | None:
+    """The first test that fails; None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=tree,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"the time limit of {timeout_s:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if process.returncode and failed is None:
+        raise RuntimeError(f"pytest ended with exit code {process.returncode} and no failure:\n{output}")
+    return failed and failed.group(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.parser("tools.mutate", __doc__)
+    parser.add_argument("--number", type=int, default=30, help="of mutations (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="another one makes others (%(default)s)")
+    parser.add_argument("--folders", nargs="+", default=FOLDERS, help="whose tests are in the same folder of tests/")
+    parser.add_argument("--all", action="store_true", help="what escapes meets all tests but those of gpu and host")
+    parser.add_argument("--processes", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the mutations and stop")
+    options = parser.parse_args(arguments)
+    mutations = choose(options.folders, options.number, options.seed)
+    if options.list:
+        print(*mutations, sep="\n")
+        return
+    trees: SimpleQueue[Path] = SimpleQueue()
+
+    def unmutated(folder: str) -> float:
+        """Seconds that the tests of the folder take, which must pass."""
+        tree, start = trees.get(), time.monotonic()
+        failed = failure(tree, f"tests/{folder}")
+        trees.put(tree)
+        if failed:
+            raise RuntimeError(f"{failed} fails without a mutation")
+        return time.monotonic() - start
+
+    def caught_by(mutation: Mutation) -> str | None:
+        folder = next(folder for folder in options.folders if mutation.file.startswith(f"{folder}/"))
+        mirror = Path("tests", mutation.file).with_name(f"test_{Path(mutation.file).name}")
+        tree = trees.get()
+        file = tree / mutation.file
+        before = file.read_text(encoding="utf-8")
+        file.write_text(mutation.code, encoding="utf-8")
+        limit = 2 * seconds[folder] + 60
+        failed = failure(tree, str(mirror), timeout_s=limit) if (tree / mirror).is_file() else None
+        failed = failed or failure(tree, f"tests/{folder}", timeout_s=limit)
+        if options.all:
+            failed = failed or failure(tree, "-m", "not gpu and not host", timeout_s=7200)
+        file.write_text(before, encoding="utf-8")
+        trees.put(tree)
+        return failed
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.processes) as pool:
+        for number in range(options.processes):
+            trees.put(copy_tree(Path(scratch, str(number))))
+        seconds = dict(zip(options.folders, pool.map(unmutated, options.folders), strict=True))
+        escaped = 0
+        for mutation, test in zip(mutations, pool.map(caught_by, mutations), strict=True):
+            escaped += test is None
+            print(f"{mutation}\n    {f'caught by {test}' if test else 'ESCAPED'}", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(mutations)} mutations, {len(mutations) - escaped} caught, {escaped} escaped; {minutes:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
