@@ -7,14 +7,20 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint ui clean
+# Two processes share the test files, in the order of tests/conftest.py.
+DEFAULT_TESTS := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help repro test test-all mutate bench lint ui clean
 
 help:
-	@echo "make repro   run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
-	@echo "make test    run the default test suite"
-	@echo "make lint    ruff and mypy"
-	@echo "make ui      open the MLflow UI on http://127.0.0.1:5000"
-	@echo "make clean   delete what runs have made (not DVC's cache), and .venv"
+	@echo "make repro     run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
+	@echo "make test      run the default tests: 5 minutes"
+	@echo "make test-all  run all tests but those that need a GPU, and count the lines that they reach: an hour"
+	@echo "make mutate    break 30 lines of code one at a time and see whether a test notices: 20 minutes"
+	@echo "make bench     compare speed with other toolkits (python -m tools.benchmarks --help)"
+	@echo "make lint      ruff and mypy"
+	@echo "make ui        open the MLflow UI on http://127.0.0.1:5000"
+	@echo "make clean     delete what runs have made (not DVC's cache), and .venv"
 
 repro: .venv/installed
 	dvc repro
@@ -28,7 +34,20 @@ repro: .venv/installed
 	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
 
 test: .venv/installed
-	python -m pytest
+	python -m $(DEFAULT_TESTS)
+
+test-all: .venv/installed
+	coverage erase
+	coverage run -m $(DEFAULT_TESTS)
+	coverage combine --quiet
+	coverage report
+	python -m pytest -m "slow or host"
+
+mutate: .venv/installed
+	python -m tools.mutate
+
+bench: .venv/installed
+	python -m tools.benchmarks
 
 lint: .venv/installed
 	ruff check .
@@ -39,7 +58,7 @@ ui: .venv/installed
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
-	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db* data/downloads data/raw data/clean data/tokenizer data/encoded data/sweep models/final models/ctranslate2* .benchmarks
+	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db* data/downloads data/raw data/clean data/tokenizer data/encoded data/sweep models/final models/ctranslate2* .benchmarks .coverage*
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

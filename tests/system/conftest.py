@@ -80,7 +80,7 @@ class Project:
     @property
     def environment(self):
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_"))}
-        others = "CORPUS_MIRROR GIT_COMMIT PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
+        others = "CORPUS_MIRROR GIT_COMMIT OMP_NUM_THREADS PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
         for name in others.split():
             ours.pop(name, None)
         identity = {
@@ -222,6 +222,12 @@ def ray_folder() -> Iterator[Path]:
 @pytest.fixture
 def new_project(ray_folder: Path, tmp_path: Path) -> Project:
     return make_project(tmp_path / "project", ray_folder)
+
+
+@pytest.fixture(scope="session")
+def untouched(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A new one in which no stage has run. Who edits it undoes that."""
+    return make_project(tmp_path_factory.mktemp("untouched") / "project", ray_folder)
 
 
 @pytest.fixture(scope="session")

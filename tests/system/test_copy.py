@@ -7,7 +7,10 @@ thresholds hold for the task and not for one curve.
 import csv
 import random
 
+import pytest
 from sacrebleu import corpus_bleu
+
+pytestmark = pytest.mark.slow
 
 PAIRS = {"train": 6000, "valid": 100, "test": 100}
 CORPUS = {
@@ -34,7 +37,7 @@ def sentence_pairs(rng, count):
     return list(pairs.items())
 
 
-def test_model_learns_to_copy_and_to_reverse(new_project):
+def test_exp_run_learns_to_copy_and_to_reverse(new_project):
     seed = random.randrange(1_000_000)
     pairs = iter(sentence_pairs(random.Random(seed), sum(PAIRS.values())))
     for split, count in PAIRS.items():

@@ -263,7 +263,7 @@ def assert_close_early(run: Run, undisturbed: Run, step: int = 20) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_another_cluster_has_names_and_addresses_of_its_own_and_ends_alone(cluster, tmp_path, monkeypatch):
+def test_local_cluster_beside_another_has_its_own_names_and_ends_alone(cluster, tmp_path, monkeypatch):
     cluster.heal()
     monkeypatch.setattr(local_cluster, "STATE", tmp_path)
     local_cluster.make_bridge()
@@ -277,7 +277,7 @@ def test_another_cluster_has_names_and_addresses_of_its_own_and_ends_alone(clust
     assert cluster("status").count("Ray alive") == 3
 
 
-def test_two_workers_on_two_hosts_train_to_the_loss_of_one_on_one(undisturbed, new_run, figures):
+def test_train_on_two_hosts_reaches_the_loss_of_one(undisturbed, new_run, figures):
     new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
     new_run.submit()
     assert len(undisturbed.hosts) == 2
@@ -292,7 +292,7 @@ def test_two_workers_on_two_hosts_train_to_the_loss_of_one_on_one(undisturbed, n
     assert (tags["git_commit"], tags["git_dirty"]) == (commit, "true")
 
 
-def test_a_worker_process_is_killed(undisturbed, new_run, figures):
+def test_train_resumes_after_a_killed_worker(undisturbed, new_run, figures):
     with new_run.submitted() as job:
 
         def fault():
@@ -309,7 +309,7 @@ def test_a_worker_process_is_killed(undisturbed, new_run, figures):
     [("kill", "a host's raylet is killed (-9)"), ("cut", "the link to a host is cut")],
     ids=["kill", "cut"],
 )
-def test_a_workers_host_is_lost(undisturbed, new_run, figures, fault, name):
+def test_train_resumes_after_a_lost_host(undisturbed, new_run, figures, fault, name):
     with new_run.submitted() as job:
         figures(name, **new_run.disturb(lambda: new_run.cluster(fault, new_run.cluster.busy_worker_host())))
         new_run.finish(job)
@@ -317,7 +317,7 @@ def test_a_workers_host_is_lost(undisturbed, new_run, figures, fault, name):
     new_run.assert_curves_are_whole()
 
 
-def test_fewer_hosts_take_over_and_the_one_that_returns_is_taken_back(undisturbed, new_run, figures):
+def test_train_shrinks_with_a_lost_host_and_grows_when_it_returns(undisturbed, new_run, figures):
     new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", [1, 3])
     new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
     new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
@@ -347,7 +347,7 @@ def test_fewer_hosts_take_over_and_the_one_that_returns_is_taken_back(undisturbe
     assert new_run.state()["tokens"] == undisturbed.state()["tokens"]  # the same global batches
 
 
-def test_the_head_is_killed_and_the_job_submitted_again(undisturbed, new_run, figures):
+def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures):
     new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)  # it is stopped before
     new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted() as job:
@@ -372,7 +372,7 @@ def test_the_head_is_killed_and_the_job_submitted_again(undisturbed, new_run, fi
     figures("the head is killed (-9), the job submitted again", **values)
 
 
-def test_the_tracking_server_is_away_for_a_minute(new_run, figures):
+def test_train_goes_on_while_the_tracking_server_is_away(new_run, figures):
     new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
     new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted():
@@ -397,7 +397,7 @@ def test_the_tracking_server_is_away_for_a_minute(new_run, figures):
     figures("the tracking server is away for 60 s", **{"steps lost": 0, "rate meanwhile": f"{share:.0%}"})
 
 
-def test_checkpoints_cut_short_and_with_a_byte_flipped_are_passed_over(undisturbed, new_run, figures):
+def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
     shutil.copytree(undisturbed.storage / "checkpoints", new_run.storage / "checkpoints")
     cut, flipped = (new_run.tensors(step) for step in (STEPS, STEPS - CHECKPOINT_EVERY))
     os.truncate(cut, cut.stat().st_size // 2)
@@ -414,7 +414,7 @@ def test_checkpoints_cut_short_and_with_a_byte_flipped_are_passed_over(undisturb
     figures("the last checkpoint is cut short, the one before has a byte flipped", **{"steps lost": STEPS - resumed})
 
 
-def test_a_sweep_goes_on_without_a_host_and_its_results_come_here_without_a_cluster(new_run, figures):
+def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
     new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
     new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
 
@@ -461,7 +461,7 @@ def on_head(cluster: Cluster, project, published: Path) -> Path:
     return cluster.shared / "project"
 
 
-def test_what_a_cluster_of_several_hosts_cannot_use_is_refused_in_a_line_before_anything_starts(cluster, on_head):
+def test_preflight_refuses_storage_and_tracking_of_one_host(cluster, on_head):
     cluster.heal()
     shutil.copytree(cluster.shared / "data", on_head / "data", dirs_exist_ok=True)
     encoded = next((cluster.shared / "data").glob("micro-*/data"))
@@ -477,7 +477,7 @@ def test_what_a_cluster_of_several_hosts_cannot_use_is_refused_in_a_line_before_
     assert said.endswith("set MLFLOW_TRACKING_URI to an address that all nodes reach")
 
 
-def test_data_that_a_worker_cannot_read_are_refused_with_its_address(cluster, on_head):
+def test_preflight_refuses_data_that_a_node_cannot_read(cluster, on_head):
     cluster.heal()
     shutil.copytree(cluster.shared / "data", cluster.folder / "head/tmp/mine/data", dirs_exist_ok=True)
     own = f"{cluster.folder}/tmp/mine"  # of the head alone
@@ -487,7 +487,7 @@ def test_data_that_a_worker_cannot_read_are_refused_with_its_address(cluster, on
     assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
 
 
-def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster, on_head):
+def test_preflight_refuses_more_workers_than_there_is_room_for(cluster, on_head):
     cluster.heal()
     settings = (on_head / "conf/hardware/micro.yaml").read_text()
     (on_head / "conf/hardware/micro.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))
@@ -500,7 +500,7 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster, on_head
 
 
 @pytest.mark.parametrize("token", ["wrong", None])
-def test_a_wrong_or_missing_token_is_said_by_job_and_by_driver(cluster, project, on_head, tmp_path, token):
+def test_token_wrong_or_missing_is_reported_by_submit_and_train(cluster, project, on_head, tmp_path, token):
     cluster.heal()
     path = cluster.shared / f"token-{token}"
     if token:

@@ -1,4 +1,8 @@
-"""`dvc repro` from raw text to BLEU on a miniature, and what a user does next."""
+"""`dvc repro` from raw text to BLEU on a miniature, what a user does next, and a kill in the midst of it.
+
+All system tests of the default run are in this file: `trained` takes a minute, and each process of pytest-xdist,
+which deals whole files out, would make its own.
+"""
 
 import csv
 import json
@@ -6,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import sacrebleu
 import yaml
 
 STAGES = ("download", "validate", "tokenize", "train", "evaluate")
@@ -21,15 +26,29 @@ REPORTS = (
 )
 
 
+def translations(project):
+    """The rows of reports/translations.tsv."""
+    with (project.root / "reports/translations.tsv").open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 def test_repro_runs_every_stage_and_leaves_all_reports(trained):
     assert [stage for stage in STAGES if f"Running stage '{stage}'" in trained.output] == list(STAGES)
     assert sorted(path.name for path in trained.root.glob("reports/[!.]*")) == sorted(REPORTS)
-    lines = (trained.root / "reports/translations.tsv").read_text().splitlines()
-    assert len(lines) == 1 + trained.json("reports/tokenization.json")["pairs"]["test"] == 24
-    assert 0 <= trained.json("reports/evaluation.json")["test"]["bleu"] <= 100
+    assert len(translations(trained)) == trained.json("reports/tokenization.json")["pairs"]["test"] == 23
 
 
-def test_repro_says_what_people_ask_for_and_nothing_else(trained):
+def test_repro_scores_its_translations_as_sacrebleu_does(trained):
+    rows = translations(trained)
+    outputs, references = [row["translation"] for row in rows], [row["reference"] for row in rows]
+    expected = sacrebleu.corpus_bleu(outputs, [references], force=True).score
+    assert 0 < expected < 100
+    assert trained.json("reports/evaluation.json")["test"]["bleu"] == pytest.approx(expected, abs=0.01)
+    test = (trained.root / "data/clean/test.de").read_text().splitlines()
+    assert references == test
+
+
+def test_repro_prints_its_results_and_no_warning(trained):
     assert "train: done in" in trained.output
     assert "tokens/s" in trained.output
     assert "sacreBLEU" in trained.output
@@ -37,7 +56,7 @@ def test_repro_says_what_people_ask_for_and_nothing_else(trained):
         assert noise not in trained.output
 
 
-def test_repro_leaves_one_finished_run_with_all_that_made_the_model(trained):
+def test_repro_leaves_one_finished_mlflow_run_with_its_sources(trained):
     run = trained.only_run()
     assert run.info.status == "FINISHED"
     assert run.data.params["d_model"] == "16"
@@ -61,50 +80,66 @@ def test_repro_leaves_one_finished_run_with_all_that_made_the_model(trained):
     [(name, "training_curve") for name in ("train_loss", "learning_rate", "tokens_per_second", "grad_norm")]
     + [(name, "validation_curve") for name in ("valid_loss", "valid_ppl", "valid_ppl_word")],
 )
-def test_curve_in_mlflow_is_the_report(trained, metric, report):
+def test_mlflow_curve_equals_the_report(trained, metric, report):
     with (trained.root / f"reports/{report}.csv").open() as file:
         rows = [(int(row["step"]), float(row[metric])) for row in csv.DictReader(file)]
     assert rows[-1][0] == 400
     assert trained.curve(metric) == rows
 
 
-def test_logged_model_translates_in_a_process_of_its_own(trained, tmp_path):
+def test_logged_model_translates_the_same_in_another_process(trained, tmp_path):
+    rows = translations(trained)
     program = (
         "import json, mlflow, sys; model = mlflow.pyfunc.load_model(sys.argv[1]); "
-        "print(json.dumps(model.predict(['the dog sleeps', 'Anna sees 7 birds'])))"
+        "print(json.dumps(model.predict(json.loads(sys.argv[2]))))"
     )
+    sources = json.dumps([row["source"] for row in rows])
     done = subprocess.run(
-        [sys.executable, "-c", program, f"models:/{trained.only_run().data.tags['model_id']}"],
+        [sys.executable, "-c", program, f"models:/{trained.only_run().data.tags['model_id']}", sources],
         cwd=tmp_path,
         env=trained.environment | {"MLFLOW_TRACKING_URI": trained.tracking_uri},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    translations = json.loads(done.stdout.splitlines()[-1])
-    assert [type(text) for text in translations] == [str, str]
+    assert json.loads(done.stdout.splitlines()[-1]) == [row["translation"] for row in rows]
 
 
-def test_second_repro_does_nothing(trained):
+def test_repro_again_runs_nothing(trained):
     output = trained.run("dvc", "repro", "evaluate")
     assert "Running" not in output
     assert "Data and pipelines are up to date" in output
 
 
-def test_metrics_and_plots_show(trained, tmp_path):
+def test_dvc_metrics_and_plots_show_the_reports(trained, tmp_path):
     shown = trained.run("dvc", "metrics", "show", "--json").splitlines()  # a first line says that no sweep has run
     metrics = json.loads(shown[-1])[""]["data"]
-    assert metrics["reports/evaluation.json"]["data"]["test"]["bleu"] >= 0
-    assert metrics["reports/train.json"]["data"]["steps"] == 400
+    for name in ("reports/evaluation.json", "reports/train.json"):
+        values = {key: value for key, value in trained.json(name).items() if not isinstance(value, list)}
+        assert metrics[name]["data"] == values
     trained.run("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots/index.html").read_text()
     for title in ("Training loss", "Validation perplexity", "BLEU by length"):
         assert title in page
 
 
-def test_experiment_with_another_beam_evaluates_and_no_more(trained, tmp_path):
+def test_exp_run_with_another_beam_runs_evaluate_alone(trained, tmp_path):
     project = trained.copy(tmp_path / "project", without=("checkpoints",))
     output = project.run("dvc", "exp", "run", "--name", "narrow", "--set-param", "evaluate.beam=1", "evaluate")
     assert [stage for stage in STAGES if f"Running stage '{stage}'" in output] == ["evaluate"]
     beams = {name: params["evaluate"]["beam"] for name, params in project.experiments().items()}
     assert (beams["main"], beams["narrow"]) == (2, 1)
+
+
+def test_repro_killed_goes_on_and_ends_with_the_same_weights(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    with project.started("dvc", "repro", "train") as repro:
+        project.wait_for(project.checkpoints, "checkpoint")
+        orphans = repro.children(recursive=True)
+        repro.kill()
+    output = project.run("dvc", "repro", "train")
+    assert "continuing from the checkpoint of step" in output
+    assert not [process for process in orphans if process.is_running()]
+    assert project.weights() == trained.weights()
+    assert project.only_run().info.status == "FINISHED"
+    assert project.curve("train_loss") == trained.curve("train_loss")

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 900
 
 
@@ -17,7 +19,7 @@ def title(process):
         return ""
 
 
-def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_path):
+def test_train_replaces_a_killed_worker_and_ends_with_the_same_weights(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("python", "-m", "pipeline.train") as training:
         project.wait_for(project.checkpoints, "checkpoint")
@@ -33,7 +35,7 @@ def test_killed_worker_is_replaced_and_the_weights_are_the_same(trained, tmp_pat
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_training_that_is_interrupted_says_so_in_a_line(trained, tmp_path):
+def test_train_interrupted_prints_one_line_and_leaves_no_process(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("python", "-m", "pipeline.train") as training:
         project.wait_for(project.checkpoints, "checkpoint")
@@ -46,21 +48,7 @@ def test_training_that_is_interrupted_says_so_in_a_line(trained, tmp_path):
     assert not [title(process) for process in ours if process.is_running()]
 
 
-def test_killed_repro_is_continued_by_the_next_and_the_weights_are_the_same(trained, tmp_path):
-    project = trained.untrained_copy(tmp_path / "project")
-    with project.started("dvc", "repro", "train") as repro:
-        project.wait_for(project.checkpoints, "checkpoint")
-        orphans = repro.children(recursive=True)
-        repro.kill()
-    output = project.run("dvc", "repro", "train")
-    assert "continuing from the checkpoint of step" in output
-    assert not [title(process) for process in orphans if process.is_running()]
-    assert project.weights() == trained.weights()
-    assert project.only_run().info.status == "FINISHED"
-    assert project.curve("train_loss") == trained.curve("train_loss")
-
-
-def test_other_settings_start_anew_and_a_loss_that_is_not_finite_stops(trained, tmp_path):
+def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(trained, tmp_path):
     project = trained.copy(tmp_path / "project", without=())
     before = project.checkpoints()
     project.edit("conf/model/micro.yaml", "train.lr_scale", 1e30)
@@ -73,7 +61,7 @@ def test_other_settings_start_anew_and_a_loss_that_is_not_finite_stops(trained, 
     assert project.only_run().info.status == "FAILED"
 
 
-def test_two_workers_train_to_the_weights_of_one(trained, tmp_path):
+def test_train_with_two_workers_ends_with_the_weights_of_one(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 2)
     project.edit("conf/model/micro.yaml", "train.max_steps", 20)

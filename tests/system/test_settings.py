@@ -1,10 +1,12 @@
-"""Settings through the command lines: what a change reruns, and what a mistake says."""
-
-import json
+"""Settings: which stages DVC runs again after a change, and what a bad value prints."""
 
 import pytest
+from dvc.repo import Repo
+
+pytestmark = pytest.mark.slow
 
 DATA, MODEL, HARDWARE = "conf/data/micro.yaml", "conf/model/micro.yaml", "conf/hardware/micro.yaml"
+SETTINGS = ("params.yaml", DATA, MODEL, HARDWARE)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +22,27 @@ def all_stages(trained, tmp_path_factory):
     return project
 
 
-def test_nothing_is_to_do_without_a_change(all_stages):
-    assert json.loads(all_stages.run("dvc", "status", "--json")) == {}
+@pytest.fixture
+def restored():
+    """restored(project): the project, whose settings are the same again after the test."""
+    files = {}
+
+    def remember(project):
+        files.update({project.root / path: (project.root / path).read_bytes() for path in SETTINGS})
+        return project
+
+    yield remember
+    for file, content in files.items():
+        file.write_bytes(content)
+
+
+def stages_to_run(project):
+    with Repo(str(project.root)) as repo:
+        return set(repo.status())
+
+
+def test_status_is_empty_without_a_change(all_stages):
+    assert stages_to_run(all_stages) == set()
 
 
 @pytest.mark.parametrize(
@@ -40,10 +61,10 @@ def test_nothing_is_to_do_without_a_change(all_stages):
         ("params.yaml", "sweep.seeds", [3, 4], {"sweep"}),
     ],
 )
-def test_changed_parameter_reruns_the_stages_that_read_it(all_stages, tmp_path, path, key, value, stages):
-    project = all_stages.copy(tmp_path / "project", without=())
+def test_status_names_the_stages_that_read_a_changed_setting(all_stages, restored, path, key, value, stages):
+    project = restored(all_stages)
     project.edit(path, key, value)
-    assert set(json.loads(project.run("dvc", "status", "--json"))) == stages
+    assert stages_to_run(project) == stages
 
 
 @pytest.mark.parametrize(
@@ -68,20 +89,24 @@ def test_changed_parameter_reruns_the_stages_that_read_it(all_stages, tmp_path, 
         ),
     ],
 )
-def test_bad_value_is_one_line_and_exit_code_1(new_project, command, path, key, value, message):
-    new_project.edit(path, key, value)
-    output = new_project.run("python", "-m", f"pipeline.{command}", code=1)
+def test_command_with_a_bad_value_ends_with_one_line_and_exit_code_1(
+    untouched, restored, command, path, key, value, message
+):
+    project = restored(untouched)
+    project.edit(path, key, value)
+    output = project.run("python", "-m", f"pipeline.{command}", code=1)
     assert message in output
     assert output.count("\n") == 1
 
 
-def test_bad_value_of_an_experiment_is_named(new_project):
+def test_exp_run_names_a_bad_value(new_project):
     output = new_project.run("dvc", "exp", "run", "--set-param", f"{MODEL}:model.dropout=2", code=255)
     assert f"{MODEL}: model.dropout is 2" in " ".join(output.split())
     assert "Traceback" not in output
 
 
-def test_mirror_that_is_not_there_is_named(new_project):
-    new_project.edit("params.yaml", "data", "multi30k")
-    output = new_project.run("python", "-m", "pipeline.download", code=1, CORPUS_MIRROR="/no/such/mirror")
+def test_download_names_a_mirror_that_is_not_there(untouched, restored):
+    project = restored(untouched)
+    project.edit("params.yaml", "data", "multi30k")
+    output = project.run("python", "-m", "pipeline.download", code=1, CORPUS_MIRROR="/no/such/mirror")
     assert output == "download: CORPUS_MIRROR is '/no/such/mirror': a folder or an http(s) address is needed\n"

@@ -25,7 +25,7 @@ def objects(s3: S3, pattern: str) -> list[str]:
     return [name for name in s3.sizes("bucket", "runs/") if re.fullmatch(pattern, name)]
 
 
-def test_training_in_a_store_is_killed_and_goes_on_to_the_weights_of_a_disk(trained, s3, tmp_path):
+def test_train_killed_with_run_storage_on_s3_ends_with_the_same_weights(trained, s3, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     environment = s3.environment | {"RUN_STORAGE": "s3://bucket/runs"}
     project.run("python", "-m", "pipeline.publish", **environment)
@@ -46,7 +46,7 @@ def test_training_in_a_store_is_killed_and_goes_on_to_the_weights_of_a_disk(trai
     assert project.curve("train_loss") == trained.curve("train_loss")
 
 
-def test_a_sweep_in_a_store_comes_to_its_results_and_again_without_ray(trained, s3, tmp_path):
+def test_sweep_with_run_storage_on_s3_ends_and_again_starts_no_ray(trained, s3, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     project.edit("params.yaml", "sweep.rows", [])
     project.edit("params.yaml", "sweep.free", {"model.d_ff": [32]})
@@ -62,7 +62,7 @@ def test_a_sweep_in_a_store_comes_to_its_results_and_again_without_ray(trained, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_stops_training_with_a_line_and_the_last_checkpoint_goes_on_later(trained, tmp_path, figures):
+def test_train_on_a_full_disk_stops_with_one_line_and_resumes_later(trained, tmp_path, figures):
     project = trained.untrained_copy(tmp_path / "project")
     size = sum(file.stat().st_size for file in trained.checkpoints()[0].iterdir())
     disk = tmp_path / "disk"

@@ -205,14 +205,14 @@ def check_sweep(store: Store, parent: str) -> None:
     assert set(store.s3.sizes(store.bucket)) == objects
 
 
-def test_eight_processes_at_once_lose_no_point_and_double_none(store: Store) -> None:
+def test_metric_writer_of_eight_processes_logs_each_point_once(store: Store) -> None:
     parent = open_parent(store)
     join(start(log_trial, TRIALS, store.uri, store.root, parent))
     finish_run(store.uri, parent)
     check_sweep(store, parent)
 
 
-def test_a_trial_that_is_killed_among_eight_goes_on_in_its_run_with_every_point_once(store: Store) -> None:
+def test_metric_writer_of_a_killed_trial_goes_on_in_its_run(store: Store) -> None:
     victim = 3
     parent = open_parent(store)
     processes = start(log_trial, TRIALS, store.uri, store.root, parent)
@@ -237,7 +237,7 @@ def test_a_trial_that_is_killed_among_eight_goes_on_in_its_run_with_every_point_
     assert continued.data.tags["owner_pid"] == str(again[victim].pid) != str(killed.pid)
 
 
-def test_eight_drivers_at_once_make_the_experiment_and_its_dataset_once(store: Store) -> None:
+def test_open_run_of_eight_drivers_makes_one_experiment_and_dataset(store: Store) -> None:
     join(start(open_alone, TRIALS, store.uri, store.root))
     runs = store.client.search_runs([store.experiment_id()])
     assert sorted(run.data.tags["run_key"] for run in runs) == [f"driver {number}" for number in TRIALS]
@@ -245,7 +245,7 @@ def test_eight_drivers_at_once_make_the_experiment_and_its_dataset_once(store: S
     assert len(store.client.search_experiments()) == 2  # and "Default"
 
 
-def test_a_model_goes_to_the_bucket_and_comes_back_byte_for_byte(store: Store, tmp_path: Path) -> None:
+def test_log_model_stores_its_files_byte_for_byte(store: Store, tmp_path: Path) -> None:
     files = {"weights.safetensors": bytes(range(256)) * 5000, "config.json": b"{}", "spm.model": b"pieces"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -260,7 +260,7 @@ def test_a_model_goes_to_the_bucket_and_comes_back_byte_for_byte(store: Store, t
     assert {name: (Path(loaded) / "artifacts" / name).read_bytes() for name in files} == files
 
 
-def test_a_clone_pulls_a_trained_line_from_s3_and_has_nothing_to_run(trained, s3: S3, tmp_path: Path) -> None:
+def test_dvc_pull_from_s3_leaves_nothing_to_run(trained, s3: S3, tmp_path: Path) -> None:
     s3.make_bucket("dvc-remote")
     project = trained.copy(tmp_path / "project", without=("checkpoints",))
     project.run("dvc", "remote", "add", "--default", "store", "s3://dvc-remote/cache")
