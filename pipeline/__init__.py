@@ -1,11 +1,9 @@
-"""One module per DVC stage, and what the stages share.
+"""The pipeline: one module per command, in folders what they share.
 
-Ray, MLflow and DVC report usage to their makers unless told otherwise: told here, before any of them is imported.
+Importing it turns usage reports off. This is the one thing that happens at import, because MLflow reads its switch
+while it is being imported.
 """
 
-import os
+from pipeline.common.environment import TELEMETRY, set_defaults
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
+set_defaults(TELEMETRY)

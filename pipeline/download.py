@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, write_json
+from pipeline.common.environment import CORPUS_MIRROR_ENV
 from pipeline.common.paths import DOWNLOADS, OWN, RAW
 from pipeline.common.retry import retry
 from pipeline.common.settings import Download, load_settings
@@ -270,7 +271,7 @@ def _bar(title: str, total: int, initial: int = 0) -> tqdm:
 def main() -> None:
     cli.parser("pipeline.download", __doc__).parse_args()
     with cli.exit_on_error("download", interrupted="stopped; run again to continue"):
-        download(load_settings().download, os.environ.get("CORPUS_MIRROR") or None)
+        download(load_settings().download, os.environ.get(CORPUS_MIRROR_ENV) or None)
 
 
 if __name__ == "__main__":

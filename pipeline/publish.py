@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import SUMS, sums_text, write_json, write_text
+from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, load_settings
-from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error, copy_file, run_storage
+from pipeline.common.storage import AnyPath, as_os_error, copy_file, run_storage
 from pipeline.data.dataset import CorpusInfo
 
 

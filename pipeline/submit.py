@@ -22,10 +22,19 @@ from typing import Any
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from pipeline.cluster.ray_cluster import TELEMETRY, TOKENS, is_local_store
+from pipeline.cluster.preflight import is_local_store
+from pipeline.cluster.ray_cluster import TOKEN_ADVICE
 from pipeline.common import cli
+from pipeline.common.environment import (
+    DASHBOARD_ENV,
+    GIT_COMMIT_ENV,
+    GIT_DIRTY_ENV,
+    RUN_STORAGE_ENV,
+    TRACKING_URI_ENV,
+    forwarded,
+)
 from pipeline.common.settings import load_settings
-from pipeline.common.storage import RUN_STORAGE_ENV, is_absolute
+from pipeline.common.storage import is_absolute
 from pipeline.tracking.provenance import git_tags
 from pipeline.tracking.store import without_password
 
@@ -34,7 +43,9 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ASK_S = 60.0
 
 
-def environment(root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]) -> dict[str, str]:
+def job_environment(
+    root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]
+) -> dict[str, str]:
     """What the job has to know, by name. Raises ValueError for what no cluster of several nodes could use."""
     if not storage or not is_absolute(storage):
         raise ValueError(
@@ -43,14 +54,14 @@ def environment(root: Path, storage: str | None, tracking_uri: str | None, more:
         )
     if not tracking_uri or is_local_store(tracking_uri):
         raise ValueError(
-            f"MLFLOW_TRACKING_URI is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
+            f"{TRACKING_URI_ENV} is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
             "needed (or --tracking-uri)"
         )
-    found = {RUN_STORAGE_ENV: storage, "MLFLOW_TRACKING_URI": tracking_uri}
+    found = forwarded() | {RUN_STORAGE_ENV: storage, TRACKING_URI_ENV: tracking_uri}
     tags = git_tags(root)
     if "git_commit" in tags:
-        found |= {"GIT_COMMIT": tags["git_commit"], "GIT_DIRTY": tags.get("git_dirty", "true")}
-    return found | {name: os.environ[name] for name in TELEMETRY if name in os.environ} | more
+        found |= {GIT_COMMIT_ENV: tags["git_commit"], GIT_DIRTY_ENV: tags.get("git_dirty", "true")}
+    return found | more
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -61,10 +72,10 @@ def connect(address: str) -> JobSubmissionClient:
     except Exception as error:  # Ray passes on what its HTTP library says
         text = " ".join(str(error).split()) or type(error).__name__
         if any(sign in text.lower() for sign in ("401", "403", "token", "unauth")):
-            raise ConnectionError(f"the cluster at {address} refuses us ({text[:200]}): {TOKENS}") from error
+            raise ConnectionError(f"the cluster at {address} refuses us ({text[:200]}): {TOKEN_ADVICE}") from error
         raise ConnectionError(
             f"no Ray dashboard answers at {address} ({text[:200]}): name the cluster's with --address or "
-            "RAY_API_SERVER_ADDRESS (http://host:8265; ray dashboard makes a tunnel)"
+            f"{DASHBOARD_ENV} (http://host:8265; ray dashboard makes a tunnel)"
         ) from error
     for name in ("ray", "ray.dashboard", "ray._private"):  # they tell of every file that is left out
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -119,9 +130,9 @@ def _named(text: str) -> tuple[str, str]:
 def main() -> None:
     parser = cli.parser("pipeline.submit", __doc__)
     parser.add_argument("what", choices=ENTRYPOINTS, help="what to run")
-    parser.add_argument("--address", help=f"of the dashboard (RAY_API_SERVER_ADDRESS, else {DEFAULT_ADDRESS})")
+    parser.add_argument("--address", help=f"of the dashboard ({DASHBOARD_ENV}, else {DEFAULT_ADDRESS})")
     parser.add_argument("--storage", metavar="URI", help=f"for data and checkpoints ({RUN_STORAGE_ENV})")
-    parser.add_argument("--tracking-uri", metavar="URL", help="of the MLflow server (MLFLOW_TRACKING_URI)")
+    parser.add_argument("--tracking-uri", metavar="URL", help=f"of the MLflow server ({TRACKING_URI_ENV})")
     parser.add_argument(
         "--env",
         metavar="NAME=VALUE",
@@ -133,13 +144,13 @@ def main() -> None:
     parser.add_argument("--no-wait", action="store_true", help="do not show the log")
     arguments = parser.parse_args()
     root = Path().resolve()
-    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    address = arguments.address or os.environ.get(DASHBOARD_ENV) or DEFAULT_ADDRESS
     with cli.exit_on_error("submit"):
         load_settings(root)
-        variables = environment(
+        variables = job_environment(
             root,
             arguments.storage or os.environ.get(RUN_STORAGE_ENV),
-            arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"),
+            arguments.tracking_uri or os.environ.get(TRACKING_URI_ENV),
             dict(arguments.env),
         )
         client = connect(address)
@@ -148,7 +159,7 @@ def main() -> None:
         f"submit: {job} runs {ENTRYPOINTS[arguments.what]}\n"
         f"  log:  ray job logs --address {address} --follow {job}\n"
         f"  end:  ray job stop --address {address} {job}\n"
-        f"  runs: {without_password(variables['MLFLOW_TRACKING_URI'])}",
+        f"  runs: {without_password(variables[TRACKING_URI_ENV])}",
         file=sys.stderr,
         flush=True,
     )

@@ -17,7 +17,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.ray_cluster import preflight, ray_cluster
+from pipeline.cluster.preflight import preflight
+from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json

@@ -36,17 +36,13 @@ from tqdm import tqdm
 
 from pipeline.cluster import progress
 from pipeline.cluster.accounting import total_usage
-from pipeline.cluster.ray_cluster import (
-    capacity,
-    node_resources,
-    preflight,
-    ray_cluster,
-    share_of_each_worker,
-    this_node_resource,
-)
+from pipeline.cluster.preflight import preflight
+from pipeline.cluster.ray_cluster import ray_cluster
+from pipeline.cluster.resources import capacity, node_resources, share_of_each_worker, this_node_resource
 from pipeline.cluster.training_run import TrainingError, training
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
+from pipeline.common.environment import RAY_MANY_TRIALS, TRACKING_URI_ENV, TUNE, environment
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
@@ -75,10 +71,8 @@ def run(root: Path) -> None:
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
     asha = sweep.base.sweep.scheduler == "asha"
-    # What has evaluated one trial stays for the next, with all its imports; and Ray does not warn of that.
-    os.environ.setdefault("RAY_num_workers_soft_limit", "64")
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
-    with ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext():
+    cluster = ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext()
+    with environment(RAY_MANY_TRIALS, TUNE), cluster:
         if to_run:
             preflight(sweep.base.hardware, root, storage, published, uri)
         reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
@@ -162,9 +156,6 @@ def _devices(need: Need) -> int:
 def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None, parent: str) -> None:
     """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
     by_id = {trial.id: trial for trial in trials}
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # CSV, JSON and TensorBoard files that nobody reads
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is evaluated only reports nothing
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would go on as if all trials had come to their end
     scheduler = None
     asha = trials[0].settings.sweep.scheduler == "asha"
     if asha:
@@ -307,7 +298,7 @@ def evaluate_trial(trial: Trial, root: Path, published: AnyPath | None, cpus: in
     the seconds that it took."""
     torch.set_num_threads(cpus)
     started = time.time()
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(root)  # of the driver, not of where its data are here
+    os.environ[TRACKING_URI_ENV] = tracking_uri(root)  # of the driver, not of where its data are here
     root = fetch(published) if published else root
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate_run(trial.settings, root, model, Path(reports), progress=False).metrics

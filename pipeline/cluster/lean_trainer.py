@@ -1,7 +1,6 @@
 """Ray's TorchTrainer without the processes that this project does not need."""
 
 import asyncio
-import os
 import signal
 import threading
 from typing import Any
@@ -19,6 +18,8 @@ from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+from pipeline.common.environment import NETWORK_INTERFACE_ENVS, set_defaults
 
 
 class ReachableTorch(TorchConfig):
@@ -43,8 +44,7 @@ def _name_interface() -> None:
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.address == address for known in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            set_defaults(dict.fromkeys(NETWORK_INTERFACE_ENVS, name))
 
 
 class LeanTrainer(TorchTrainer):

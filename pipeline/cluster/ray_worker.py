@@ -16,9 +16,10 @@ from ray.train.torch import get_device
 
 from pipeline.cluster import progress
 from pipeline.cluster.accounting import UsageRecorder
+from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
-from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error
+from pipeline.common.storage import AnyPath, as_os_error
 from pipeline.data.published import fetch
 from pipeline.training import checkpoint
 from pipeline.training.loop import NotFiniteError, TrainState

@@ -1,6 +1,5 @@
 """One training run from the driver's view: the MLflow run, Ray's workers, the curves."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +12,12 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from pipeline.cluster import progress
 from pipeline.cluster.accounting import total_usage
 from pipeline.cluster.lean_trainer import LeanTrainer, ReachableTorch
-from pipeline.cluster.ray_cluster import nodes, share_of_each_worker, started_here, versions
+from pipeline.cluster.preflight import versions
+from pipeline.cluster.ray_cluster import started_here
 from pipeline.cluster.ray_worker import Job, last_line, settings_file, work
+from pipeline.cluster.resources import alive_nodes, share_of_each_worker
 from pipeline.common.atomic_io import write_json
+from pipeline.common.environment import RAY_TRAIN_ELASTIC, environment
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Hardware, Settings
 from pipeline.common.storage import PATIENCE_S, AnyPath, tracking_uri
@@ -73,7 +75,7 @@ def _makeup(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
         "workers": str(most) if least == most else f"{least} to {most}",
         "device": "gpu" if gpu else "cpu",
         "cpus_per_worker": str(cpus),
-        "nodes": str(len(nodes())),
+        "nodes": str(len(alive_nodes())),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
@@ -83,13 +85,11 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> Train
     hardware = job.settings.hardware
     resources = {"CPU": job.cpus} | ({"GPU": 1} if job.gpu else {})
     elastic = hardware.min_workers < hardware.max_workers
-    if elastic:  # seconds for which Ray waits for all that were there, before it takes those that are: from 60
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     num_workers = (hardware.min_workers, hardware.max_workers) if elastic else hardware.max_workers
     shown = progress.shown(job.progress_file, job.settings.train.max_steps, "train") if show else nullcontext()
     write_json(settings_file(job.run_folder), asdict(job.settings))
     try:
-        with shown, tempfile.TemporaryDirectory() as rays_own:
+        with shown, environment(RAY_TRAIN_ELASTIC if elastic else {}, {}), tempfile.TemporaryDirectory() as rays_own:
             result = LeanTrainer(
                 work,
                 train_loop_config={"job": job},

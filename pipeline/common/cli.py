@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.common.environment import DVC_STAGE_ENV
+
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the module's docstring: purpose, example, what is read and written."""
@@ -48,5 +50,5 @@ def end_with_dvc() -> None:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if "DVC_STAGE" in os.environ:
+    if DVC_STAGE_ENV in os.environ:
         threading.Thread(target=watch, daemon=True).start()

@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 
+from pipeline.common.environment import RUN_STORAGE_ENV, TRACKING_URI_ENV
 from pipeline.common.retry import every, retry
 
 if TYPE_CHECKING:
     from upath import UPath
 
 AnyPath: TypeAlias = Union[Path, "UPath"]
-RUN_STORAGE_ENV = "RUN_STORAGE"
 T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
 PATIENCE_S = 600
@@ -54,7 +54,7 @@ def run_storage(root: Path) -> AnyPath:
 
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return os.environ.get(TRACKING_URI_ENV) or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
 def is_absolute(uri: str) -> bool:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of
+from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings
-from pipeline.common.storage import RUN_STORAGE_ENV, AnyPath, as_os_error, cache, copy_file
+from pipeline.common.storage import AnyPath, as_os_error, cache, copy_file
 from pipeline.data.dataset import CorpusInfo
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.common.environment import GIT_COMMIT_ENV, GIT_DIRTY_ENV
 from pipeline.common.paths import CLEAN, TOKENIZER
 
 
 def git_tags(root: Path) -> dict[str, str]:
     """The commit (GIT_COMMIT names it where there is no repository), and whether code or settings differ from it."""
-    if commit := os.environ.get("GIT_COMMIT"):
-        stated = {"git_dirty": os.environ["GIT_DIRTY"]} if "GIT_DIRTY" in os.environ else {}
+    if commit := os.environ.get(GIT_COMMIT_ENV):
+        stated = {"git_dirty": os.environ[GIT_DIRTY_ENV]} if GIT_DIRTY_ENV in os.environ else {}
         return {"git_commit": commit, "mlflow.source.git.commit": commit} | stated
     try:
         commit = _git(root, "rev-parse", "HEAD")

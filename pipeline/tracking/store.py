@@ -1,7 +1,6 @@
 """MLflow's store: the client, waiting for a server, and refusals as errors of one line."""
 
 import logging
-import os
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
+from pipeline.common.environment import MLFLOW_CLIENT, set_defaults
 from pipeline.common.retry import every, retry
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,7 @@ R = TypeVar("R")
 
 def connect(uri: str) -> MlflowClient:
     """A client of the store, quiet and quick to give up. Raises ConnectionError if a database cannot be opened."""
-    # MLflow's own seven retries hold a caller for minutes; who can wait does so in await_server.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # it counts local files, three times
+    set_defaults(MLFLOW_CLIENT)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
     try:
         return MlflowClient(uri)

@@ -60,7 +60,7 @@ def test_the_job_gets_storage_tracking_commit_and_what_was_asked_for(monkeypatch
     monkeypatch.setenv("GIT_COMMIT", "abc")
     monkeypatch.setenv("GIT_DIRTY", "false")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
-    found = submit.environment(ROOT, "s3://bucket/runs", "http://mlflow:5000", {"OMP_NUM_THREADS": "3"})
+    found = submit.job_environment(ROOT, "s3://bucket/runs", "http://mlflow:5000", {"OMP_NUM_THREADS": "3"})
     assert found["RUN_STORAGE"] == "s3://bucket/runs"
     assert found["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert (found["GIT_COMMIT"], found["GIT_DIRTY"], found["OMP_NUM_THREADS"]) == ("abc", "false", "3")
@@ -78,7 +78,7 @@ def test_the_job_gets_storage_tracking_commit_and_what_was_asked_for(monkeypatch
 )
 def test_what_other_machines_could_not_use_is_refused_here(storage, tracking_uri, fault):
     with pytest.raises(ValueError, match=f"^{fault}"):
-        submit.environment(ROOT, storage, tracking_uri, {})
+        submit.job_environment(ROOT, storage, tracking_uri, {})
 
 
 def test_where_no_dashboard_answers_the_option_is_named():

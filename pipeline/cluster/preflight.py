@@ -1,0 +1,111 @@
+"""Check a cluster of several nodes before anything starts on it."""
+
+import os
+import platform
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.cluster.ray_cluster import started_here
+from pipeline.cluster.resources import alive_nodes
+from pipeline.common.atomic_io import write_text
+from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV
+from pipeline.common.settings import Hardware
+from pipeline.common.storage import AnyPath, as_os_error, run_storage_is_set
+from pipeline.data.published import fetch
+
+PROBE_S = 300
+"""A node that runs our code for the first time unpacks it and imports torch."""
+
+
+def preflight(hardware: Hardware, root: Path, storage: AnyPath, published: AnyPath | None, tracking_uri: str) -> None:
+    """Find what would fail later without a reason: raises ValueError with the setting to change.
+
+    A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
+    all; a job's own folder is thrown away with it. `published` is the corpus where the nodes find it.
+    """
+    if started_here():
+        return
+    alive, job = alive_nodes(), RAY_JOB_ENV in os.environ
+    if len(alive) == 1 and not job and hardware.max_workers == hardware.min_workers:
+        return
+    why = f"the cluster has {len(alive)} nodes" if len(alive) > 1 else "more nodes may join the cluster"
+    if job:
+        why = f"{why}, and a job's folder is thrown away with it"
+    if not run_storage_is_set():
+        raise ValueError(
+            f"{why}, and {RUN_STORAGE_ENV} is not set: name a folder that all nodes see, or a URI such as "
+            "s3://bucket/runs, for checkpoints and data (and run python -m pipeline.publish once)"
+        )
+    if is_local_store(tracking_uri):
+        raise ValueError(
+            f"{why}, and MLFLOW_TRACKING_URI is {tracking_uri}, a file: start a server (mlflow server) and name it"
+        )
+    probe = storage / f".probe-{uuid.uuid4().hex}"
+    write_text(probe, "")
+    look = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    tasks = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            probe, published, tracking_uri, versions()
+        )
+        for node in alive
+    ]
+    deadline = time.monotonic() + PROBE_S
+    try:
+        for node, task in zip(alive, tasks, strict=True):
+            try:
+                problem = ray.get(task, timeout=max(1.0, deadline - time.monotonic()))
+            except ray.exceptions.RayError as error:
+                problem = f"does not run our code ({' '.join(str(error).split())[-300:]})"
+            if problem:
+                raise ValueError(f"node {node['NodeManagerAddress']} {problem}")
+    finally:
+        with suppress(OSError), as_os_error(probe):
+            probe.unlink()
+
+
+def is_local_store(tracking_uri: str) -> bool:
+    """Whether MLflow's store is a file, and so another one on each machine."""
+    return tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri
+
+
+def versions() -> dict[str, str]:
+    """Those in which all nodes have to agree."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],  # a build for CPUs may drive one for GPUs
+        "ray": ray.__version__,
+    }
+
+
+def probe_node(probe: AnyPath, published: AnyPath | None, tracking_uri: str, expected: dict[str, str]) -> str | None:
+    """What the node that runs this lacks."""
+    if (ours := versions()) != expected:
+        return f"has {ours}, the driver {expected}: give all nodes the same image"
+    own = probe.with_name(f"{probe.name}-{uuid.uuid4().hex}")
+    try:
+        with as_os_error(probe):
+            probe.read_text(encoding="utf-8")
+            own.write_text("", encoding="utf-8")
+            own.unlink()
+    except (OSError, ImportError) as error:
+        return (
+            f"cannot read and write {probe.parent} ({error}): set {RUN_STORAGE_ENV} to a folder that all nodes "
+            "see, or to a URI such as s3://bucket/runs"
+        )
+    if published:
+        try:
+            fetch(published)
+        except (OSError, ValueError) as error:
+            return f"cannot read the corpus: {error}"
+    from pipeline.tracking.store import server_answers, without_password  # here: MLflow is slow to import
+
+    if not server_answers(tracking_uri):
+        address = without_password(tracking_uri)
+        return f"gets no answer from {address}: set MLFLOW_TRACKING_URI to an address that all nodes reach"
+    return None

@@ -1,0 +1,57 @@
+"""Variables are named in one file, set for a while, and restored."""
+
+import ast
+import importlib
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.common.environment import TELEMETRY, environment, forwarded
+
+REPOSITORY = Path(__file__).parents[3]
+OF_TOOLS = re.compile(r"(RAY|TUNE|MLFLOW|DVC|GIT|OMP|GLOO|NCCL|TORCH)_\w+|RUN_STORAGE|CORPUS_MIRROR|DO_NOT_TRACK")
+
+
+def test_environment_sets_for_the_block_and_restores_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "mine")
+    monkeypatch.setenv("FORCED", "mine")
+    monkeypatch.setenv("REMOVED", "mine")
+    monkeypatch.delenv("NEW", raising=False)
+    before = dict(os.environ)
+    during = None
+    with suppress(KeyError), environment({"KEPT": "1", "NEW": "2"}, {"FORCED": "3", "REMOVED": None}):
+        during = [os.environ.get(name) for name in ("KEPT", "NEW", "FORCED", "REMOVED")]
+        raise KeyError
+    assert during == ["mine", "2", "3", None]
+    assert dict(os.environ) == before
+
+
+def test_forwarded_variables_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    monkeypatch.setenv("RUN_STORAGE", "/shared")
+    assert forwarded()["RUN_STORAGE"] == "/shared"
+    assert "secret" not in forwarded().values()
+
+
+def test_telemetry_is_off_when_the_package_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TELEMETRY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DO_NOT_TRACK", "0")  # whoever sets it has a reason
+    importlib.reload(pipeline)
+    assert {name: os.environ[name] for name in TELEMETRY} == TELEMETRY | {"DO_NOT_TRACK": "0"}
+
+
+@pytest.mark.parametrize("folder", ["model", "pipeline", "sweeps"])
+def test_environment_variables_are_named_in_one_file(folder: str) -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}: {node.value}"
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if path != REPOSITORY / "pipeline/common/environment.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and OF_TOOLS.fullmatch(node.value)
+    ]
+    assert not found, "name them in pipeline/common/environment.py, with what they are for"
