@@ -11,11 +11,12 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from pipeline.cluster import progress
 from pipeline.cluster.accounting import total_usage
-from pipeline.cluster.lean_trainer import LeanTrainer, ReachableTorch
 from pipeline.cluster.preflight import versions
 from pipeline.cluster.ray_cluster import started_here
 from pipeline.cluster.ray_worker import Job, last_line, settings_file, work
+from pipeline.cluster.reachable_torch import ReachableTorch
 from pipeline.cluster.resources import alive_nodes, share_of_each_worker
+from pipeline.cluster.torch_trainer import make_trainer
 from pipeline.common.atomic_io import write_json
 from pipeline.common.environment import RAY_TRAIN_ELASTIC, environment
 from pipeline.common.paths import ENCODED
@@ -90,7 +91,7 @@ def _fit(job: Job, show: bool, callbacks: list[ray.train.UserCallback]) -> Train
     write_json(settings_file(job.run_folder), asdict(job.settings))
     try:
         with shown, environment(RAY_TRAIN_ELASTIC if elastic else {}, {}), tempfile.TemporaryDirectory() as rays_own:
-            result = LeanTrainer(
+            result = make_trainer(
                 work,
                 train_loop_config={"job": job},
                 private=started_here(),

@@ -13,7 +13,9 @@ import pipeline
 from pipeline.common.environment import TELEMETRY, environment, forwarded
 
 REPOSITORY = Path(__file__).parents[3]
-OF_TOOLS = re.compile(r"(RAY|TUNE|MLFLOW|DVC|GIT|OMP|GLOO|NCCL|TORCH)_\w+|RUN_STORAGE|CORPUS_MIRROR|DO_NOT_TRACK")
+OF_TOOLS = re.compile(
+    r"(RAY|TUNE|MLFLOW|DVC|GIT|OMP|GLOO|NCCL|TORCH)_\w+|RUN_STORAGE|PLAIN_RAY_TRAIN|CORPUS_MIRROR|DO_NOT_TRACK"
+)
 
 
 def test_environment_sets_for_the_block_and_restores_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
