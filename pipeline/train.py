@@ -12,22 +12,22 @@ from its last checkpoint in checkpoints/; with other settings, data or code a ne
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.preflight import preflight
 from pipeline.cluster.ray_cluster import ray_cluster
-from pipeline.cluster.training_run import TrainingError, training
+from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json
 from pipeline.common.paths import FINAL, REPORTS
 from pipeline.common.settings import Settings, load_settings
-from pipeline.common.storage import run_storage, tracking_uri
-from pipeline.data.published import ensure_local_data
+from pipeline.data.workspace import open_workspace
 from pipeline.training.checkpoint import finished_state
-from pipeline.training.run import log, log_how_it_starts, run_folder, write_model
+from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
@@ -36,20 +36,20 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
     """
     started = time.perf_counter()
-    root = root.resolve()
-    store_opened = ThreadPoolExecutor(1).submit(_open_store, tracking_uri(root))  # while Ray starts
-    published = ensure_local_data(settings, root, run_storage(root))
+    workspace = open_workspace(settings, root)
+    root = workspace.root
     folder = run_folder(settings, root)
     log_how_it_starts(folder)
     done = finished_state(folder) is not None
-    with nullcontext() if done else ray_cluster(settings.hardware, root):
+    cluster = nullcontext() if done else ray_cluster(settings.hardware, root)
+    with _store_opening(workspace.tracking_uri) as store_opened, cluster:
         if not done:
-            preflight(settings.hardware, root, run_storage(root), published, tracking_uri(root))
+            preflight(settings.hardware, workspace)
         store_opened.result()
         from pipeline.tracking.runs import reconcile
 
-        reconcile(tracking_uri(root), settings.tracking.experiment)
-        with training(settings, root, published) as run:
+        reconcile(workspace.tracking_uri, settings.tracking.experiment)
+        with training_run(settings, workspace, run_key(settings, root), folder) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
             for name in ("training", "validation"):
@@ -58,10 +58,17 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     return metrics
 
 
-def _open_store(uri: str) -> None:
-    from pipeline.tracking.store import prepare_store  # MLflow takes seconds to import
+@contextmanager
+def _store_opening(uri: str) -> Iterator[Future[None]]:
+    """Import MLflow and open its store in a thread: seconds in which Ray starts."""
 
-    prepare_store(uri)
+    def open_store() -> None:
+        from pipeline.tracking.store import prepare_store
+
+        prepare_store(uri)
+
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(open_store)
 
 
 def main() -> None:

@@ -15,10 +15,9 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -32,22 +31,21 @@ import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from tqdm import tqdm
 
-from pipeline.cluster import progress
 from pipeline.cluster.accounting import total_usage
 from pipeline.cluster.preflight import preflight
+from pipeline.cluster.progress import PROGRESS_INTERVAL_S, show_bar, steps_done
 from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.resources import capacity, node_resources, share_of_each_worker, this_node_resource
-from pipeline.cluster.training_run import TrainingError, training
+from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
 from pipeline.common.environment import RAY_MANY_TRIALS, TRACKING_URI_ENV, TUNE, environment
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
-from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove, run_storage, tracking_uri
-from pipeline.data.published import ensure_local_data, fetch
+from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove
+from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.inference.evaluation import evaluate_run
 from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
@@ -57,24 +55,22 @@ from sweeps.cost import flops_per_step, is_done, measured_rate, text
 from sweeps.trials import Sweep, Trial, load_sweep
 
 REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
-INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 1.0
 
 
 def run(root: Path) -> None:
     """Raises ValueError or OSError with one line for what a user can mend."""
-    storage = run_storage(root)
-    settings = load_settings(root)
-    published = ensure_local_data(settings, root, storage)
+    workspace = open_workspace(load_settings(root), root)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
-    uri = tracking_uri(root)
+    uri = workspace.tracking_uri
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
     asha = sweep.base.sweep.scheduler == "asha"
     cluster = ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext()
     with environment(RAY_MANY_TRIALS, TUNE), cluster:
         if to_run:
-            preflight(sweep.base.hardware, root, storage, published, uri)
+            preflight(sweep.base.hardware, workspace)
         reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
         signs = [sign for trial in to_run if (sign := total_usage(trial.folder).last_sign_at)]
         tags = {"mlflow.runName": title, "row": "all"}
@@ -82,7 +78,7 @@ def run(root: Path) -> None:
         with run_guard(uri, parent):
             end_children(uri, experiment, parent)  # of a driver that was killed
             if to_run:
-                _run_trials(sweep, to_run, root, published, parent)
+                _run_trials(sweep, to_run, workspace, parent)
             records = [record for trial in sweep.trials if (record := trial.record())]
             if all(record["status"] == "failed" for record in records):
                 why = records[0]["error"] if records else "sweep.rows names none that can be built"
@@ -91,7 +87,7 @@ def run(root: Path) -> None:
         finish_run(uri, parent)
 
 
-def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPath | None, parent: str) -> None:
+def _run_trials(sweep: Sweep, to_run: list[Trial], workspace: Workspace, parent: str) -> None:
     """Plan them, say so, run them: as many at once as the cluster has room for. Raises ValueError if it has none."""
     slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
     if len({gpu for gpu, _, _ in slots}) > 1:
@@ -99,25 +95,25 @@ def _run_trials(sweep: Sweep, to_run: list[Trial], root: Path, published: AnyPat
             "some rows would run on GPUs and others, for want of them, on CPUs: "
             "set hardware.device to one of both, or lower sweep.num_workers"
         )
+    root, uri = workspace.root, workspace.tracking_uri
     devices = max(slots[need] * _devices(need) for need in slots)
-    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, published))
+    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, workspace))
     print(plan, flush=True)
     write_text(root / CHECKPOINTS / "plan.md", plan + "\n")
-    uri = tracking_uri(root)
     log_report(uri, parent, [root / CHECKPOINTS / "plan.md"], {})
     try:
-        with _progress(sweep.trials):
+        with _show_progress(sweep.trials):
             for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
-                _tune(list(group), slots[need], root, published, parent)
+                _tune(list(group), slots[need], workspace, parent)
     finally:
         end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
 
-def _measure(published: AnyPath | None, settings: Settings, root: Path, device: torch.device) -> float:
+def _measure(workspace: Workspace, settings: Settings, root: Path, device: torch.device) -> float:
     """`measured_rate`, on a GPU in a process of its own: this one may have none, and would keep its memory."""
 
     def there() -> float:
-        return measured_rate(settings, fetch(published) if published else root, device)
+        return measured_rate(settings, workspace.data_root(), device)
 
     return there() if device.type == "cpu" else ray.get(ray.remote(num_gpus=1, max_calls=1)(there).remote())
 
@@ -153,7 +149,7 @@ def _devices(need: Need) -> int:
     return num_workers * (1 if gpu else cpus)
 
 
-def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None, parent: str) -> None:
+def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) -> None:
     """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
     by_id = {trial.id: trial for trial in trials}
     scheduler = None
@@ -174,9 +170,9 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None
         )
     # The driver of a trial takes no CPU: its workers could not start beside it. It runs on this node, where `root` is
     # and whose end is the sweep's too; the others may die.
-    trainable = ray.tune.with_parameters(run_trial, trials=by_id, root=root, published=published, parent=parent)
+    trainable = ray.tune.with_parameters(run_trial, trials=by_id, workspace=workspace, parent=parent)
     trainable = ray.tune.with_resources(trainable, {this_node_resource(): 1e-4})
-    folder = root / CHECKPOINTS / ".tune"
+    folder = workspace.root / CHECKPOINTS / ".tune"
     results = ray.tune.Tuner(
         trainable,
         param_space={"trial": ray.tune.grid_search(list(by_id))},
@@ -190,10 +186,10 @@ def _tune(trials: list[Trial], slots: int, root: Path, published: AnyPath | None
     for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
         trial = by_id[result.config["trial"]]  # type: ignore[index]
         if scheduler and trial.id in scheduler.ended:
-            _end(trial, "stopped", scheduler.ended[trial.id], root)
+            _end(trial, "stopped", scheduler.ended[trial.id], workspace)
         elif trial.record() is None:
             reason = str(result.error or "no reason given").strip().splitlines()[-1]
-            _end(trial, "failed", f"the trial's process died: {reason}", root)
+            _end(trial, "failed", f"the trial's process died: {reason}", workspace)
     shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: what counts stands in the trials' folders
 
 
@@ -213,19 +209,17 @@ class RecordingASHA(ASHAScheduler):
         return decision
 
 
-def _end(trial: Trial, status: str, reason: str, root: Path) -> None:
+def _end(trial: Trial, status: str, reason: str, workspace: Workspace) -> None:
     """The record of a trial that was ended from outside: by the scheduler, or by its own process's death."""
-    trial.write_record(_cost(trial, root) | {"status": status, "error": reason, "metrics": {}})
+    trial.write_record(_cost(trial, workspace.root) | {"status": status, "error": reason, "metrics": {}})
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
-    uri, experiment = tracking_uri(root), trial.settings.tracking.experiment
-    end_run_of(uri, trial.run_key, experiment, mlflow_status, reason)
+    end_run_of(workspace.tracking_uri, trial.run_key, trial.settings.tracking.experiment, mlflow_status, reason)
 
 
 def run_trial(
     config: dict[str, Any],
     trials: dict[str, Trial],
-    root: Path,
-    published: AnyPath | None,
+    workspace: Workspace,
     parent: str,
 ) -> None:
     """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
@@ -233,19 +227,21 @@ def run_trial(
     trial = trials[config["trial"]]
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     try:
-        trial.write_record(_train_and_evaluate(trial, root, published, parent))
+        trial.write_record(_train_and_evaluate(trial, workspace, parent))
     except ray.exceptions.RayActorError:
         raise  # Ray Train's controller is gone: the scheduler has ended this trial, or its node is down
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
-        trial.write_record(_cost(trial, root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}})
+        trial.write_record(
+            _cost(trial, workspace.root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}}
+        )
     else:
         for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
             remove(folder)  # the weights of the result stay
 
 
-def _train_and_evaluate(trial: Trial, root: Path, published: AnyPath | None, parent: str) -> dict[str, Any]:
+def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict[str, Any]:
     """The record of a trial that comes to its end."""
     started = time.time()
     tags = {
@@ -262,13 +258,16 @@ def _train_and_evaluate(trial: Trial, root: Path, published: AnyPath | None, par
     # base has to come to its end: all others are compared with it
     callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
     attempts = total_usage(trial.folder).attempts
-    with training(trial.settings, root, published, tags, trial.run_key, show=False, callbacks=callbacks) as run:
+    root = workspace.root
+    with training_run(
+        trial.settings, workspace, trial.run_key, trial.folder, tags=tags, show=False, callbacks=callbacks
+    ) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
         gpu, cpus, _ = need = _need(trial)
         # Not in the trial's own placement group, which holds no CPU.
         outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
-        metrics, evaluation = ray.get(task.remote(trial, root, published, cpus))
+        metrics, evaluation = ray.get(task.remote(trial, workspace, cpus))
     used = total_usage(trial.folder)
     record = {
         "status": "finished",
@@ -293,13 +292,13 @@ def _train_and_evaluate(trial: Trial, root: Path, published: AnyPath | None, par
 
 
 @ray.remote
-def evaluate_trial(trial: Trial, root: Path, published: AnyPath | None, cpus: int) -> tuple[dict[str, Any], float]:
+def evaluate_trial(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[str, Any], float]:
     """The evaluate stage's function in a place of its own, on the devices that training has left: the metrics, and
     the seconds that it took."""
     torch.set_num_threads(cpus)
     started = time.time()
-    os.environ[TRACKING_URI_ENV] = tracking_uri(root)  # of the driver, not of where its data are here
-    root = fetch(published) if published else root
+    os.environ[TRACKING_URI_ENV] = workspace.tracking_uri  # of the driver, not of where its data are here
+    root = workspace.data_root()
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate_run(trial.settings, root, model, Path(reports), progress=False).metrics
         copy_files(Path(reports), trial.folder)
@@ -317,56 +316,24 @@ def _cost(trial: Trial, root: Path) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _progress(trials: Sequence[Trial]) -> Iterator[None]:
+def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
     """One bar over the steps of all trials, with how many of them are done, running and failed."""
-    over = threading.Event()
-    thread = threading.Thread(target=_show, args=(trials, over), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def _show(trials: Sequence[Trial], over: threading.Event) -> None:
     started = time.time()
-    bar: tqdm | None = None
-    interval_s = max(INTERVAL_S, interval_of(trials[0].folder, progress.INTERVAL_S))
-    while True:
-        ended = over.wait(interval_s)
-        running, steps = 0, 0
-        try:
-            records = [trial.record() for trial in trials]
-            for trial, record in zip(trials, records, strict=True):
-                step = trial.settings.train.max_steps if record else progress.step(trial.folder / "progress.json")
-                steps += step
-                running += record is None and _begun_since(trial.folder / "usage", started)
-        except OSError:  # a store that is away
-            if ended:
-                return
-            continue
+
+    def look() -> tuple[int, str]:
+        records = [trial.record() for trial in trials]
         statuses = [record["status"] for record in records if record]
-        if bar is None:
-            total = sum(trial.settings.train.max_steps for trial in trials)
-            bar = tqdm(
-                total=total,
-                initial=steps,
-                desc="sweep",
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=progress.REDRAW_S,
-            )
-        num_done = len(statuses) - statuses.count("failed")
-        bar.set_postfix_str(
-            f"trials: {num_done} done, {running} running, {statuses.count('failed')} failed, {len(trials)} in all",
-            refresh=False,
-        )
-        bar.update(steps - bar.n)
-        if ended:
-            bar.close()
-            return
+        running, steps = 0, 0
+        for trial, record in zip(trials, records, strict=True):
+            steps += trial.settings.train.max_steps if record else steps_done(trial.folder / "progress.json")
+            running += record is None and _begun_since(trial.folder / "usage", started)
+        failed = statuses.count("failed")
+        done = len(statuses) - failed
+        return steps, f"trials: {done} done, {running} running, {failed} failed, {len(trials)} in all"
+
+    total = sum(trial.settings.train.max_steps for trial in trials)
+    interval_s = max(LOOK_INTERVAL_S, interval_of(trials[0].folder, PROGRESS_INTERVAL_S))
+    return show_bar("sweep", total, interval_s, look)
 
 
 def _begun_since(folder: AnyPath, moment: float) -> bool:

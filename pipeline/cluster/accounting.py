@@ -1,6 +1,6 @@
-"""What a run has taken, over all attempts of its workers: one that was killed has cost its time too.
+"""What a run has cost, over all attempts of its workers: one that was killed has cost its time too.
 
-Each attempt keeps a small file of the run's folder up to date; `usage` adds them up."""
+Each attempt keeps a small file in the run's folder up to date; `total_usage` adds them up."""
 
 import json
 import threading
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pipeline.common.periodic import PeriodicJsonFile
 from pipeline.common.storage import AnyPath, as_os_error
 
-INTERVAL_S = 2.0
+USAGE_INTERVAL_S = 2.0
 HEARTBEAT_S = 20.0
-"""A step, a validation or a checkpoint may take longer than others wait for a sign (LONG_SILENCE_S of tracking/)."""
+"""Also during a long step, validation or checkpoint: LONG_SILENCE_S without a sign means dead (tracking/runs.py)."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Usage:
 
 
 class UsageRecorder:
-    """Rank 0's side, of one attempt. A killed one loses what came after its file was last written: INTERVAL_S
-    (more in a store), or up to HEARTBEAT_S of the step that it was at."""
+    """Records wall time and steps of one attempt (rank 0 only). A killed one loses what came after its file was last
+    written: USAGE_INTERVAL_S (more in a store), or up to HEARTBEAT_S of the step that it was at."""
 
     def __init__(self, run_folder: AnyPath, devices: int) -> None:
         self.started = time.time()
-        self.file = PeriodicJsonFile(run_folder / "usage" / f"{time.time_ns()}.json", INTERVAL_S)
+        self.file = PeriodicJsonFile(run_folder / "usage" / f"{time.time_ns()}.json", USAGE_INTERVAL_S)
         self.devices, self.steps = devices, 0
         self.first_step_at: float | None = None
         self.closing, self.writing = threading.Event(), threading.Lock()
@@ -42,8 +42,8 @@ class UsageRecorder:
         self.write()
         self.heartbeat.start()
 
-    def step(self) -> None:
-        """After each step."""
+    def count_step(self) -> None:
+        """Called after each step."""
         self.steps += 1
         if self.first_step_at is None:
             self.first_step_at = time.time()
@@ -72,7 +72,7 @@ class UsageRecorder:
 
 
 def total_usage(run_folder: AnyPath) -> Usage:
-    """The sum over the attempts that the folder knows."""
+    """The sum over all attempts of the run in this folder."""
     with as_os_error(run_folder):
         paths: list[AnyPath] = sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)
         attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]

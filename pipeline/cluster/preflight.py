@@ -5,7 +5,6 @@ import platform
 import time
 import uuid
 from contextlib import suppress
-from pathlib import Path
 
 import ray
 import torch
@@ -14,20 +13,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster.ray_cluster import started_here
 from pipeline.cluster.resources import alive_nodes
 from pipeline.common.atomic_io import write_text
-from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV
+from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
 from pipeline.common.settings import Hardware
 from pipeline.common.storage import AnyPath, as_os_error, run_storage_is_set
 from pipeline.data.published import fetch
+from pipeline.data.workspace import Workspace
 
 PROBE_S = 300
 """A node that runs our code for the first time unpacks it and imports torch."""
 
 
-def preflight(hardware: Hardware, root: Path, storage: AnyPath, published: AnyPath | None, tracking_uri: str) -> None:
+def preflight(hardware: Hardware, workspace: Workspace) -> None:
     """Find what would fail later without a reason: raises ValueError with the setting to change.
 
     A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
-    all; a job's own folder is thrown away with it. `published` is the corpus where the nodes find it.
+    all; a job's own folder is thrown away with it.
     """
     if started_here():
         return
@@ -42,16 +42,17 @@ def preflight(hardware: Hardware, root: Path, storage: AnyPath, published: AnyPa
             f"{why}, and {RUN_STORAGE_ENV} is not set: name a folder that all nodes see, or a URI such as "
             "s3://bucket/runs, for checkpoints and data (and run python -m pipeline.publish once)"
         )
-    if is_local_store(tracking_uri):
+    if is_local_store(workspace.tracking_uri):
         raise ValueError(
-            f"{why}, and MLFLOW_TRACKING_URI is {tracking_uri}, a file: start a server (mlflow server) and name it"
+            f"{why}, and {TRACKING_URI_ENV} is {workspace.tracking_uri}, a file: "
+            "start a server (mlflow server) and name it"
         )
-    probe = storage / f".probe-{uuid.uuid4().hex}"
+    probe = workspace.storage / f".probe-{uuid.uuid4().hex}"
     write_text(probe, "")
     look = ray.remote(num_cpus=0, max_retries=0)(probe_node)
     tasks = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            probe, published, tracking_uri, versions()
+            probe, workspace.published, workspace.tracking_uri, versions()
         )
         for node in alive
     ]

@@ -1,10 +1,13 @@
-"""What a far worker is doing, on this terminal: the worker keeps a small file beside its checkpoints up to date,
-the driver reads it and shows a progress bar. (Ray relays what workers print, but not their progress bars.)"""
+"""The progress of far workers, on this terminal: rank 0 keeps a small file beside its checkpoints up to date, the
+driver reads it and draws a bar.
+
+Ray's own way, ray.experimental.tqdm_ray, was tried and not taken: see docs/log.md.
+"""
 
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,21 +16,21 @@ from tqdm import tqdm
 from pipeline.common.periodic import PeriodicJsonFile, interval_of
 from pipeline.common.storage import AnyPath, as_os_error
 
-INTERVAL_S = 0.5
+PROGRESS_INTERVAL_S = 0.5
 REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
 """A log keeps every state of the bar."""
 
 
-class Reporter:
-    """The worker's side. Writing the file is cheap, and done twice a second at most.
+class ProgressReporter:
+    """Writes the progress file, from rank 0: cheap, and twice a second at most.
 
-    A worker that takes a dead one's place adds to what that one said.
+    A worker that takes a dead one's place adds to its messages.
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self.file = PeriodicJsonFile(path, INTERVAL_S)
-        news = _read(path)
-        self.said: list[str] = news["said"] if news else []
+        self.file = PeriodicJsonFile(path, PROGRESS_INTERVAL_S)
+        found = _read(path)
+        self.messages: list[str] = found["messages"] if found else []
         self.step, self.text = 0, ""
 
     def progress(self, step: int, text: str) -> None:
@@ -35,12 +38,12 @@ class Reporter:
         if self.file.is_due():
             self.flush()
 
-    def say(self, line: str) -> None:
-        self.said.append(line)
+    def log(self, message: str) -> None:
+        self.messages.append(message)
         self.flush()
 
     def flush(self) -> None:
-        self.file.write({"step": self.step, "text": self.text, "said": [*self.said]})
+        self.file.write({"step": self.step, "text": self.text, "messages": [*self.messages]})
 
     def close(self) -> None:
         self.flush()
@@ -48,12 +51,54 @@ class Reporter:
 
 
 @contextmanager
-def shown(path: AnyPath, total: int, name: str) -> Iterator[None]:
-    """Show what the Reporter of this path writes, from now to the end of the block."""
+def show_progress(path: AnyPath, total: int, name: str) -> Iterator[None]:
+    """Show the messages and the steps of this path's ProgressReporter, from now to the end of the block."""
+    num_shown = 0
+
+    def look() -> tuple[int, str] | None:
+        nonlocal num_shown
+        found = _read(path)
+        if found is None:
+            return None
+        for message in found["messages"][num_shown:]:
+            tqdm.write(f"{name}: {message}", file=sys.stderr)
+        num_shown = len(found["messages"])
+        return (found["step"], found["text"]) if found["step"] else None
+
     with suppress(OSError), as_os_error(path):
         path.unlink(missing_ok=True)
+    with show_bar(name, total, interval_of(path, PROGRESS_INTERVAL_S), look):
+        yield
+
+
+@contextmanager
+def show_bar(name: str, total: int, interval_s: float, look: Callable[[], tuple[int, str] | None]) -> Iterator[None]:
+    """Draw a bar of `total` steps until the block ends. `look`, called every `interval_s` seconds and once more at
+    the end, returns how many are done and a text; None, or OSError of a store that is away, means nothing new."""
     done = threading.Event()
-    thread = threading.Thread(target=_show, args=(path, total, name, done), daemon=True)
+
+    def draw() -> None:
+        bar: tqdm | None = None
+        ended = False
+        while not ended:
+            ended = done.wait(interval_s)
+            try:
+                found = look()
+            except OSError:
+                found = None
+            if found is None:
+                continue
+            step, text = found
+            if bar is None:  # now, because the bar's estimate of the time left begins where a resumed run begins
+                bar = tqdm(
+                    total=total, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=REDRAW_S
+                )
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(step - bar.n)
+        if bar:
+            bar.close()
+
+    thread = threading.Thread(target=draw, name=f"bar of {name}", daemon=True)
     thread.start()
     try:
         yield
@@ -62,39 +107,10 @@ def shown(path: AnyPath, total: int, name: str) -> Iterator[None]:
         thread.join()
 
 
-def _show(path: AnyPath, total: int, name: str, done: threading.Event) -> None:
-    bar: tqdm | None = None
-    num_said = 0
-    ended = False
-    while not ended:
-        ended = done.wait(interval_of(path, INTERVAL_S))  # and once more after the end
-        news = _read(path)
-        if news is None:
-            continue
-        for line in news["said"][num_said:]:
-            tqdm.write(f"{name}: {line}", file=sys.stderr)
-        num_said = len(news["said"])
-        if news["step"]:
-            # the bar's own estimate of the time left begins where a resumed run begins
-            if bar is None:
-                bar = tqdm(
-                    total=total,
-                    initial=news["step"],
-                    desc=name,
-                    unit="step",
-                    dynamic_ncols=True,
-                    mininterval=REDRAW_S,
-                )
-            bar.set_postfix_str(news["text"], refresh=False)
-            bar.update(news["step"] - bar.n)
-    if bar:
-        bar.close()
-
-
-def step(path: AnyPath) -> int:
-    """How far the run of this path is."""
-    news = _read(path)
-    return int(news["step"]) if news else 0
+def steps_done(path: AnyPath) -> int:
+    """The step that the run of this progress file has reached."""
+    found = _read(path)
+    return int(found["step"]) if found else 0
 
 
 def _read(path: AnyPath) -> dict[str, Any] | None:

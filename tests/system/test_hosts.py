@@ -170,7 +170,7 @@ class Run:
     def resumed(self) -> int:
         """The step from which training was continued last; 0 if it was not."""
         try:
-            said = json.loads((self.folder / "progress.json").read_text())["said"]
+            said = json.loads((self.folder / "progress.json").read_text())["messages"]
         except (OSError, ValueError):  # not yet
             return 0
         steps = [re.fullmatch(r"continuing from the checkpoint of step (\d+)", line) for line in said]

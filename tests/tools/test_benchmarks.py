@@ -129,7 +129,7 @@ while True:
     step, end = step + 1, time.perf_counter() + 0.01
     while time.perf_counter() < end:
         pass
-    open("new", "w").write(json.dumps({"step": step, "text": "", "said": []}))
+    open("new", "w").write(json.dumps({"step": step, "text": "", "messages": []}))
     os.replace("new", sys.argv[1])
 """
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from pipeline.cluster.progress import Reporter
+from pipeline.cluster.progress import ProgressReporter
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import load_settings
 from pipeline.training.loop import TrainState
@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     settings = load_settings(arguments.project)
     train = replace(settings.train, checkpoint_every=2 * settings.train.max_steps)
-    reporter = Reporter(arguments.progress)
+    reporter = ProgressReporter(arguments.progress)
 
     def progress(state: TrainState, loss: float) -> None:
         reporter.progress(state.step, "")

@@ -101,9 +101,9 @@ class Runner:
         return float(np.interp(last, steps, times) - np.interp(first, steps, times))
 
     def _step(self) -> int:
-        from pipeline.cluster import progress
+        from pipeline.cluster.progress import steps_done
 
-        return max((progress.step(file) for file in self.folder.glob(self.progress)), default=0)
+        return max((steps_done(file) for file in self.folder.glob(self.progress)), default=0)
 
     def _processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]

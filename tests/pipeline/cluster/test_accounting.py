@@ -1,4 +1,4 @@
-"""What a run has taken, by a clock that the tests set."""
+"""The cost of a run, by a clock that the tests set."""
 
 import json
 import time
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import accounting as module
-from pipeline.cluster.accounting import INTERVAL_S, Usage, UsageRecorder, total_usage
-from pipeline.common import atomic_io as files
+from pipeline.cluster import accounting
+from pipeline.cluster.accounting import USAGE_INTERVAL_S, Usage, UsageRecorder, total_usage
+from pipeline.common import periodic
 
 
 class Clock:
@@ -32,38 +32,38 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(files, "time", clock)
+    monkeypatch.setattr(accounting, "time", clock)
+    monkeypatch.setattr(periodic, "time", clock)
     return clock
 
 
 def attempt(clock: Clock, folder: Path, devices: int, steps: int, seconds_a_step: float) -> UsageRecorder:
-    meter = UsageRecorder(folder, devices)
+    recorder = UsageRecorder(folder, devices)
     for _ in range(steps):
         clock.now += seconds_a_step
-        meter.step()
-    return meter
+        recorder.count_step()
+    return recorder
 
 
-def test_a_run_that_has_not_begun_has_taken_nothing(tmp_path):
+def test_total_usage_of_a_run_that_has_not_begun_is_nothing(tmp_path):
     assert total_usage(tmp_path / "run") == Usage(attempts=0, device_seconds=0.0, steps=0, first_step_at=None)
 
 
-def test_device_seconds_are_wall_time_from_the_first_line_to_the_last_times_all_devices(tmp_path, clock):
+def test_total_usage_is_wall_time_times_devices(tmp_path, clock):
     began = clock.time()
-    meter = UsageRecorder(tmp_path, devices=7)
+    recorder = UsageRecorder(tmp_path, devices=7)
     clock.now += 3  # before the first step
-    meter.step()
+    recorder.count_step()
     clock.now += 5
-    meter.step()
+    recorder.count_step()
     clock.now += 11  # after the last
-    meter.write()
+    recorder.write()
     found = total_usage(tmp_path)
     assert (found.attempts, found.device_seconds, found.steps) == (1, 7 * 19.0, 2)
     assert (found.first_step_at, found.last_sign_at) == (began + 3, pytest.approx(began + 19))
 
 
-def test_attempts_add_up_each_with_its_own_devices(tmp_path, clock):
+def test_total_usage_adds_attempts_each_with_its_own_devices(tmp_path, clock):
     attempt(clock, tmp_path, devices=2, steps=5, seconds_a_step=3.0).write()
     clock.now += 1_000  # nobody at work
     began = clock.time()
@@ -73,45 +73,45 @@ def test_attempts_add_up_each_with_its_own_devices(tmp_path, clock):
     assert (found.first_step_at, found.last_sign_at) == (began + 11, pytest.approx(began + 77))
 
 
-def test_an_attempt_that_is_killed_counts_but_for_its_last_moments(tmp_path, clock):
+def test_total_usage_of_a_killed_attempt_lacks_its_last_moments(tmp_path, clock):
     attempt(clock, tmp_path, devices=1, steps=97, seconds_a_step=0.5)
     killed = total_usage(tmp_path)
-    assert 97 * 0.5 - INTERVAL_S - 0.5 <= killed.device_seconds < 97 * 0.5
+    assert 97 * 0.5 - USAGE_INTERVAL_S - 0.5 <= killed.device_seconds < 97 * 0.5
     assert killed.steps == 2 * killed.device_seconds
     attempt(clock, tmp_path, devices=1, steps=13, seconds_a_step=0.5).write()
     assert total_usage(tmp_path).device_seconds == killed.device_seconds + 6.5
     assert total_usage(tmp_path).steps == killed.steps + 13
 
 
-def test_an_attempt_that_is_killed_before_its_first_step_counts_as_one_and_has_no_first_step(tmp_path, clock):
+def test_total_usage_counts_an_attempt_killed_before_its_first_step(tmp_path, clock):
     attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0).write()
     UsageRecorder(tmp_path, devices=1)
     found = total_usage(tmp_path)
     assert (found.attempts, found.steps, found.first_step_at) == (2, 5, None)
 
 
-def test_the_file_is_written_every_other_second_at_most(tmp_path, clock, monkeypatch):
+def test_usage_recorder_writes_every_other_second_at_most(tmp_path, clock, monkeypatch):
     written = []
-    monkeypatch.setattr(files, "write_json", lambda path, values: written.append(values["steps"]))
+    monkeypatch.setattr(periodic, "write_json", lambda path, values: written.append(values["steps"]))
     attempt(clock, tmp_path, devices=1, steps=100, seconds_a_step=0.25)  # 25 seconds
     assert written[0] == 0
     assert 8 <= len(written) <= 13
 
 
-def test_a_worker_in_a_long_step_gives_signs_until_it_is_closed(tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
-    meter = UsageRecorder(tmp_path, devices=1)
+def test_usage_recorder_gives_signs_during_a_long_step_until_it_is_closed(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(accounting, "HEARTBEAT_S", 0.01)
+    recorder = UsageRecorder(tmp_path, devices=1)
     began = clock.time()
     clock.now += 1_000
     deadline = time.monotonic() + 60
     while (total_usage(tmp_path).last_sign_at or 0) < began + 999:
         assert time.monotonic() < deadline
-    meter.close()
-    meter.heartbeat.join(60)
-    assert not meter.heartbeat.is_alive()
+    recorder.close()
+    recorder.heartbeat.join(60)
+    assert not recorder.heartbeat.is_alive()
 
 
-def test_what_a_kill_cut_short_in_writing_is_not_read(tmp_path, clock):
+def test_total_usage_ignores_a_file_that_a_kill_cut_short(tmp_path, clock):
     attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0).write()
     (path,) = (tmp_path / "usage").iterdir()
     path.with_name(f".{path.name}.partial").write_text(path.read_text()[:9])
@@ -119,14 +119,14 @@ def test_what_a_kill_cut_short_in_writing_is_not_read(tmp_path, clock):
     assert json.loads(path.read_text())["devices"] == 1
 
 
-def test_a_disk_that_is_full_does_not_stop_training(tmp_path, clock, monkeypatch):
+def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", full)
-        meter = attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0)
-        meter.write()
+        patch.setattr(periodic, "write_json", full)
+        recorder = attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0)
+        recorder.write()
     assert total_usage(tmp_path) == Usage()
-    meter.write()  # there is space again
+    recorder.write()  # there is space again
     assert total_usage(tmp_path).steps == 5

@@ -9,6 +9,7 @@ import ray
 from pipeline.cluster.preflight import preflight, probe_node, versions
 from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV
 from pipeline.common.settings import load_settings
+from pipeline.data.workspace import Workspace
 
 HARDWARE = load_settings(Path(__file__).parents[3]).hardware
 
@@ -28,7 +29,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch):
 
 def test_preflight_of_one_node_asks_for_nothing(nodes, tmp_path):
     nodes(1, "RAY_ADDRESS")
-    preflight(HARDWARE, tmp_path, tmp_path, None, "sqlite:///mlflow.db")
+    preflight(HARDWARE, Workspace(tmp_path, tmp_path, None, "sqlite:///mlflow.db"))
 
 
 @pytest.mark.parametrize(
@@ -45,11 +46,11 @@ def test_preflight_refuses_what_other_nodes_could_not_see(
     nodes(count, joined_by)
     hardware = replace(HARDWARE, num_workers=workers)
     with pytest.raises(ValueError, match=f"{why}.* and RUN_STORAGE is not set: name a folder that all nodes see"):
-        preflight(hardware, tmp_path, tmp_path, None, "http://127.0.0.1:9")
+        preflight(hardware, Workspace(tmp_path, tmp_path, None, "http://127.0.0.1:9"))
     monkeypatch.setenv("RUN_STORAGE", str(tmp_path / "shared"))
     for uri in ("sqlite:///x.db", "file:///x", "/mlruns"):
         with pytest.raises(ValueError, match=f"{why}.* and MLFLOW_TRACKING_URI is {uri}, a file"):
-            preflight(hardware, tmp_path, tmp_path / "shared", None, uri)
+            preflight(hardware, Workspace(tmp_path, tmp_path / "shared", None, uri))
 
 
 def probe(tmp_path: Path, **changes: object) -> str | None:

@@ -1,30 +1,31 @@
 import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.cluster import progress
-from pipeline.cluster.progress import Reporter, shown, step
-from pipeline.common import atomic_io as files
+from pipeline.cluster.progress import ProgressReporter, show_bar, show_progress, steps_done
+from pipeline.common import periodic
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(progress, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(progress, "PROGRESS_INTERVAL_S", 0.02)
 
 
 def wait() -> None:
     time.sleep(0.1)
 
 
-def test_lines_and_the_bar_reach_the_terminal_once_each(tmp_path, capfd):
+def test_show_progress_draws_messages_and_bar_once_each(tmp_path, capfd):
     path = tmp_path / "run" / "progress.json"
-    with shown(path, total=31, name="train"):
-        reporter = Reporter(path)
-        reporter.say("first")
+    with show_progress(path, total=31, name="train"):
+        reporter = ProgressReporter(path)
+        reporter.log("first")
         wait()
-        reporter.say("second")
+        reporter.log("second")
         reporter.progress(17, "loss 1.234")
         reporter.flush()
         wait()
@@ -34,32 +35,32 @@ def test_lines_and_the_bar_reach_the_terminal_once_each(tmp_path, capfd):
     assert "loss 1.234" in err
 
 
-def test_what_is_written_last_is_shown(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(progress, "INTERVAL_S", 60.0)
-    with shown(tmp_path / "p.json", total=7, name="train"):
-        Reporter(tmp_path / "p.json").say("at the very end")
+def test_show_progress_draws_what_is_written_last(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "PROGRESS_INTERVAL_S", 60.0)
+    with show_progress(tmp_path / "p.json", total=7, name="train"):
+        ProgressReporter(tmp_path / "p.json").log("at the very end")
     assert "train: at the very end" in capfd.readouterr().err
 
 
-def test_the_bar_begins_where_a_resumed_run_begins(tmp_path, capfd):
-    with shown(tmp_path / "p.json", total=31, name="train"):
-        reporter = Reporter(tmp_path / "p.json")
+def test_show_progress_begins_where_a_resumed_run_begins(tmp_path, capfd):
+    with show_progress(tmp_path / "p.json", total=31, name="train"):
+        reporter = ProgressReporter(tmp_path / "p.json")
         reporter.progress(29, "")
         reporter.flush()
     assert " 94%" in capfd.readouterr().err
 
 
-def test_a_worker_that_takes_a_dead_ones_place_is_heard(tmp_path, capfd):
+def test_show_progress_hears_a_worker_that_takes_a_dead_ones_place(tmp_path, capfd):
     path = tmp_path / "p.json"
-    with shown(path, total=31, name="train"):
-        first = Reporter(path)
-        first.say("one")
-        first.say("two")
+    with show_progress(path, total=31, name="train"):
+        first = ProgressReporter(path)
+        first.log("one")
+        first.log("two")
         first.progress(19, "")
         first.flush()
         wait()
-        second = Reporter(path)
-        second.say("continuing from step 11")
+        second = ProgressReporter(path)
+        second.log("continuing from step 11")
         second.progress(13, "")
         second.flush()
         wait()
@@ -69,17 +70,17 @@ def test_a_worker_that_takes_a_dead_ones_place_is_heard(tmp_path, capfd):
     assert "13/31" in err.rpartition("\r")[2]  # the bar goes back
 
 
-def test_what_an_earlier_run_left_is_not_shown(tmp_path, capfd):
+def test_show_progress_ignores_what_an_earlier_run_left(tmp_path, capfd):
     path = tmp_path / "p.json"
-    Reporter(path).say("of yesterday")
-    with shown(path, total=31, name="train"):
+    ProgressReporter(path).log("of yesterday")
+    with show_progress(path, total=31, name="train"):
         wait()
     assert capfd.readouterr().err == ""
 
 
-def test_the_file_is_written_twice_a_second_at_most(tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "INTERVAL_S", 60.0)
-    reporter = Reporter(tmp_path / "p.json")
+def test_progress_reporter_writes_twice_a_second_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "PROGRESS_INTERVAL_S", 60.0)
+    reporter = ProgressReporter(tmp_path / "p.json")
     reporter.flush()
     reporter.progress(5, "")
     assert json.loads((tmp_path / "p.json").read_text())["step"] == 0
@@ -87,29 +88,47 @@ def test_the_file_is_written_twice_a_second_at_most(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "p.json").read_text())["step"] == 5
 
 
-def test_a_disk_that_is_full_does_not_stop_training(tmp_path, monkeypatch):
+def test_progress_reporter_goes_on_when_the_disk_is_full(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_json", full)
-    reporter = Reporter(tmp_path / "p.json")
-    reporter.say("still here")
-    reporter.progress(3, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(periodic, "write_json", full)
+        reporter = ProgressReporter(tmp_path / "p.json")
+        reporter.log("still here")
+        reporter.progress(3, "")
+    reporter.flush()  # there is space again
+    assert json.loads((tmp_path / "p.json").read_text()) == {"step": 3, "text": "", "messages": ["still here"]}
 
 
-def test_the_display_ends_with_the_block_though_it_raises(tmp_path):
-    with pytest.raises(KeyError), shown(Path(tmp_path / "p.json"), total=3, name="train"):
+def test_show_progress_ends_with_the_block_though_it_raises(tmp_path):
+    before = threading.active_count()
+    with pytest.raises(KeyError), show_progress(Path(tmp_path / "p.json"), total=3, name="train"):
         raise KeyError
-    assert not [thread for thread in progress.threading.enumerate() if thread.name.endswith("(_show)")]
+    assert threading.active_count() == before
 
 
-def test_how_far_a_run_is_can_be_asked_from_outside(tmp_path):
+def test_show_bar_passes_over_a_store_that_is_away(capfd):
+    answers = iter([OSError("away"), (2, "two"), OSError("away")])
+
+    def look() -> tuple[int, str]:
+        answer = next(answers, (5, "five"))
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    with show_bar("sweep", 7, 0.01, look):
+        wait()
+    assert "5/7" in capfd.readouterr().err.rpartition("\r")[2]
+
+
+def test_steps_done_can_be_asked_from_outside(tmp_path):
     path = tmp_path / "run" / "progress.json"
-    assert step(path) == 0  # not begun
-    reporter = Reporter(path)
+    assert steps_done(path) == 0  # not begun
+    reporter = ProgressReporter(path)
     for number in (3, 17):
         reporter.progress(number, "loss 1.234")
         reporter.flush()
-        assert step(path) == number
+        assert steps_done(path) == number
     path.write_text('{"step": 1')
-    assert step(path) == 0
+    assert steps_done(path) == 0
