@@ -36,14 +36,14 @@ class TransformerConfig:
         for name, kind in get_type_hints(type(self)).items():  # resolved, even if annotations are strings
             value = getattr(self, name)
             if kind is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}: a whole number from 1 up is needed")
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}: a number from 0 up to, not including, 1 is needed")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         for name, allowed in (("positions", get_args(Positions)), ("norm", get_args(Norm))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)} is needed")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.vocab_size <= EOS + 1:
-            raise ValueError(f"vocab_size is {self.vocab_size}: more than the {EOS + 1} reserved pieces are needed")
+            raise ValueError(f"vocab_size must be > {EOS + 1}, the number of reserved tokens, got {self.vocab_size}")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model is {self.d_model}: sinusoidal positions need an even number")
         if self.positions == "rotary" and self.d_k % 2:

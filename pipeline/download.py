@@ -60,7 +60,7 @@ def download(settings: Download, mirror: str | None = None) -> None:
         _unpack(settings, _obtain(remote, mirror), origin, corpus.licence)
     else:
         known = ", ".join(sorted((*CORPORA, "files", "grammar")))
-        raise ValueError(f"download.corpus is {settings.corpus!r}: one of {known} is needed")
+        raise ValueError(f"download.corpus must be one of {known}, got {settings.corpus!r}")
 
 
 def _check_languages(settings: Download, languages: tuple[str, ...]) -> None:
@@ -101,7 +101,7 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
     """Where each file lies on this machine, complete and verified."""
     folder = None if mirror is None or mirror.startswith(("http://", "https://")) else Path(mirror).expanduser()
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"CORPUS_MIRROR is {mirror!r}: a folder or an http(s) address is needed")
+        raise ValueError(f"CORPUS_MIRROR must be a folder or an http(s) address, got {mirror!r}")
     total = sum(file.num_bytes for file in remote.values())
     have = 0 if folder else sum(_bytes_there(DOWNLOADS / file.path) for file in remote.values())
     paths = {}

@@ -146,7 +146,7 @@ def rows(settings: Settings, chosen: Sequence[str], free: Mapping[str, Sequence[
     """
     for name in chosen:
         if name not in NAMES:
-            raise ValueError(f"sweep.rows has {name!r}: one of {', '.join(NAMES)} is needed")
+            raise ValueError(f"each of sweep.rows must be one of {', '.join(NAMES)}, got {name!r}")
     other_norm = "pre" if settings.model.norm == "post" else "post"
     norm = _row(f"norm-{other_norm}", "beyond", "norm", {"model.norm": other_norm})
     wanted = {"base", *chosen}
@@ -200,7 +200,7 @@ def _free_rows(settings: Settings, free: Mapping[str, Sequence[Any]]) -> Iterato
                 "train.warmup_steps, ...), for all rows share data, hardware and search"
             )
         if key not in types:
-            raise ValueError(f"sweep.free has {key!r}: one of {', '.join(types)} is needed")
+            raise ValueError(f"each key of sweep.free must be one of {', '.join(types)}, got {key!r}")
         for value in values:
             check_type(Path("sweep.free"), key, value, types[key])
     keys = [key for key in types if key in free]

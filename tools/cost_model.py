@@ -19,7 +19,7 @@ import torch
 from model.flops import training_flops
 from model.loss import CHUNK_LOGITS_GPU
 from model.transformer import Transformer
-from pipeline.common.settings import load_settings
+from pipeline.common.settings import load_settings, require
 from pipeline.data.batching import MIN_MICRO_BATCHES, easily_shared
 
 VOCAB_SIZE = 37_000
@@ -128,15 +128,15 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for option, value in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
-            _require(value >= 1, option, value, "a number from 1 up")
-        _require(self.gpu in CARDS, "gpu", repr(self.gpu), f"one of {', '.join(CARDS)}")
-        _require(0 < self.mfu <= 1, "mfu", self.mfu, "a share above 0, up to 1")
-        _require(self.network_gbit > 0, "network-gbit", self.network_gbit, "a number above 0")
-        _require(self.launch_us >= 0, "launch-us", self.launch_us, "0 or more")
-        _require(self.price >= 0, "price", self.price, "0 or more")
+            require(value >= 1, f"--{option}", value, ">= 1")
+        require(self.gpu in CARDS, "--gpu", self.gpu, f"one of {', '.join(CARDS)}")
+        require(0 < self.mfu <= 1, "--mfu", self.mfu, "in (0, 1]")
+        require(self.network_gbit > 0, "--network-gbit", self.network_gbit, "> 0")
+        require(self.launch_us >= 0, "--launch-us", self.launch_us, ">= 0")
+        require(self.price >= 0, "--price", self.price, ">= 0")
         whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
         node = self.gpus_per_node
-        _require(whole, "gpus", self.gpus, f"at most {node} (--gpus-per-node) or a multiple of {node}")
+        require(whole, "--gpus", self.gpus, f"at most {node} (--gpus-per-node) or a multiple of {node}")
 
     @property
     def card(self) -> Card:
@@ -158,15 +158,10 @@ class Cluster:
         return self.card.link_bytes_per_s if self.nodes == 1 else min(self.card.link_bytes_per_s, network)
 
 
-def _require(condition: bool, option: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"--{option} is {value}: {allowed} is needed")
-
-
 def workload(model: str, root: Path = Path()) -> Work:
     """Of the preset `model` in `root`. Raises ValueError if there is none."""
     known = sorted(path.stem for path in (root / "conf/model").glob("*.yaml"))
-    _require(model in known or not known, "model", repr(model), f"one of {', '.join(known)}")
+    require(model in known or not known, "--model", model, f"one of {', '.join(known)}")
     settings = load_settings(root, model=model)
     config, t = settings.model.config(VOCAB_SIZE), settings.train
     with torch.device("meta"):
@@ -486,7 +481,7 @@ def main() -> None:
     add("--price", type=float, metavar="DOLLARS", help="per device and hour (a round assumption for each card)")
     options = parser.parse_args()
     try:
-        _require(options.gpu in CARDS, "gpu", repr(options.gpu), f"one of {', '.join(CARDS)}")
+        require(options.gpu in CARDS, "--gpu", options.gpu, f"one of {', '.join(CARDS)}")
         price = CARDS[options.gpu].price if options.price is None else options.price
         works = [workload(name) for name in options.model]
         gpus = sorted(set(options.gpus))

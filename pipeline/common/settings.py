@@ -28,9 +28,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{key} is {value!r}: {allowed} is needed")
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,10 @@ class Download:
         for key in ("seed", "train_pairs", "valid_pairs", "test_pairs"):
             value = getattr(self, key)
             if self.corpus == "grammar":
-                _require(value is not None and value > 0, f"download.{key}", value, "a number from 1 up")
+                require(value is not None and value > 0, f"download.{key}", value, ">= 1")
             else:
-                _require(value is None, f"download.{key}", value, "nothing (only grammar is generated)")
-        _require(self.src != self.tgt, "download.tgt", self.tgt, "a language other than src")
+                require(value is None, f"download.{key}", value, "left out (only grammar is generated)")
+        require(self.src != self.tgt, "download.tgt", self.tgt, "a language other than src")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ class Validate:
     max_dropped_share: float
 
     def __post_init__(self) -> None:
-        _require(self.max_words >= 1, "validate.max_words", self.max_words, "a number from 1 up")
-        _require(self.max_length_ratio >= 1, "validate.max_length_ratio", self.max_length_ratio, "1 or more")
+        require(self.max_words >= 1, "validate.max_words", self.max_words, ">= 1")
+        require(self.max_length_ratio >= 1, "validate.max_length_ratio", self.max_length_ratio, ">= 1")
         share = self.max_dropped_share
-        _require(0 <= share <= 1, "validate.max_dropped_share", share, "a share from 0 to 1")
+        require(0 <= share <= 1, "validate.max_dropped_share", share, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Tokenize:
     lowercase: bool  # the encoding lower-cases what it is given
 
     def __post_init__(self) -> None:
-        _require(self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "more than the 4 reserved pieces")
+        require(self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "> 4, the number of reserved tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +128,20 @@ class Train:
 
     def __post_init__(self) -> None:
         for key in ("batch_tokens", "max_steps", "warmup_steps", "log_every", "validate_every", "checkpoint_every"):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "a number from 1 up")
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
         for key in ("label_smoothing", "beta1", "beta2"):
             value = getattr(self, key)
-            _require(0 <= value < 1, f"train.{key}", value, "a number from 0 up to, not including, 1")
+            require(0 <= value < 1, f"train.{key}", value, "in [0, 1)")
         for key in ("lr_scale", "eps"):
-            _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "a number above 0")
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "> 0")
         for key in ("max_grad_norm", "patience"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), ">= 0")
         kept, averaged = self.keep_checkpoints, self.average_checkpoints
-        _require(
+        require(
             1 <= averaged <= kept,
             "train.average_checkpoints",
             averaged,
-            f"a number from 1 to train.keep_checkpoints ({kept})",
+            f"in [1, train.keep_checkpoints ({kept})]",
         )
 
 
@@ -161,17 +161,15 @@ class Hardware:
 
     def __post_init__(self) -> None:
         workers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
-        _require(
+        require(
             len(workers) == 2 and 1 <= workers[0] <= workers[1],
             "hardware.num_workers",
             self.num_workers,
-            "a number from 1 up, or [least, most],",
+            ">= 1 or [least, most]",
         )
-        _require(
-            self.micro_batch_tokens >= 1, "hardware.micro_batch_tokens", self.micro_batch_tokens, "a number from 1 up"
-        )
+        require(self.micro_batch_tokens >= 1, "hardware.micro_batch_tokens", self.micro_batch_tokens, ">= 1")
         for key in ("cpus_per_worker", "max_failures"):
-            _require(getattr(self, key) >= 0, f"hardware.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"hardware.{key}", getattr(self, key), ">= 0")
 
     @property
     def min_workers(self) -> int:
@@ -196,9 +194,9 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         for key in ("beam", "batch_tokens"):
-            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "a number from 1 up")
+            require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), ">= 1")
         for key in ("alpha", "max_extra", "num_samples"):
-            _require(getattr(self, key) >= 0, f"evaluate.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"evaluate.{key}", getattr(self, key), ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,31 +222,36 @@ class Sweep:
     price_per_device_hour: float
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.seeds)
             and len(set(self.seeds)) == len(self.seeds)
             and 0 <= min(self.seeds) <= max(self.seeds) < 2**63,
             "sweep.seeds",
             self.seeds,
-            "a list of different numbers from 0 up to 2^63 - 1",
+            "a list of different numbers in [0, 2^63)",
         )
-        _require(bool(self.rows or self.free), "sweep.rows", self.rows, "at least one row, or sweep.free,")
+        require(
+            bool(self.rows or self.free),
+            "sweep.rows",
+            self.rows,
+            "one row or more, for sweep.free is empty",
+        )
         for key, values in self.free.items():
-            _require(bool(values), f"sweep.free.{key}", values, "a list of one value or more")
+            require(bool(values), f"sweep.free.{key}", values, "a list of one value or more")
         asha = self.scheduler == "asha"
-        _require(
+        require(
             not (asha and self.rows),
             "sweep.rows",
             self.rows,
-            "an empty list with sweep.scheduler asha, which ends trials early: rows of a table must be comparable. "
-            "It is for sweep.free, and an empty list",
+            "empty with sweep.scheduler asha, which ends trials early: rows of a table must be comparable, values of "
+            "sweep.free need not",
         )
-        _require(self.average_checkpoints >= 1, "sweep.average_checkpoints", self.average_checkpoints, "1 or more")
-        _require(self.cpus_per_worker >= 0, "sweep.cpus_per_worker", self.cpus_per_worker, "0 or more")
+        require(self.average_checkpoints >= 1, "sweep.average_checkpoints", self.average_checkpoints, ">= 1")
+        require(self.cpus_per_worker >= 0, "sweep.cpus_per_worker", self.cpus_per_worker, ">= 0")
         for row, workers in self.num_workers.items():
-            _require(workers >= 1, f"sweep.num_workers.{row}", workers, "a number from 1 up")
+            require(workers >= 1, f"sweep.num_workers.{row}", workers, ">= 1")
         for key in ("flops_per_second", "price_per_device_hour"):
-            _require(getattr(self, key) >= 0, f"sweep.{key}", getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, f"sweep.{key}", getattr(self, key), ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +273,7 @@ class Settings:
     sweep: Sweep
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "a number from 0 up to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
 
 
 SECTIONS: dict[str, dict[str, type]] = {
@@ -302,7 +305,7 @@ def load_settings(root: Path = Path(), model: str | None = None) -> Settings:
         if params[kind] not in known:
             key = "sweep.model" if kind == "model" and model is not None else kind
             raise ValueError(
-                f"{path}: {key} is {params[kind]!r}: one of {', '.join(known)} is needed (files of {folder})"
+                f"{path}: {key} must be one of {', '.join(known)} (files of {folder}), got {params[kind]!r}"
             )
         preset = folder / f"{params[kind]}.yaml"
         sections |= _sections(preset, _read(preset), SECTIONS[kind])
@@ -321,18 +324,18 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: sections of `key: value` lines are needed")
+        raise ValueError(f"{path} must hold sections of `key: value` lines")
     return values
 
 
-def _sections(path: Path, values: dict[str, Any], types: dict[str, type]) -> dict[str, Any]:
-    _check_keys(path, "", values, set(types))
-    return {name: _section(path, name, values[name], section) for name, section in types.items()}
+def _sections(path: Path, values: dict[str, Any], sections: dict[str, type]) -> dict[str, Any]:
+    _check_keys(path, "", values, set(sections))
+    return {name: _section(path, name, values[name], section) for name, section in sections.items()}
 
 
 def _section(path: Path, name: str, values: Any, section: type) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: {name} is {values!r}: a section of `key: value` lines is needed")
+        raise ValueError(f"{path}: {name} must be a section of `key: value` lines, got {values!r}")
     known = {field.name: field for field in fields(section)}
     required = {key for key, field in known.items() if not _optional(field.type)}
     _check_keys(path, f"{name}.", values, set(known), required)
@@ -350,7 +353,7 @@ def _optional(kind: Any) -> bool:
 
 def _check_keys(path: Path, prefix: str, values: dict, known: set[str], required: set[str] | None = None) -> None:
     for key in sorted(set(values) - known, key=str):
-        raise ValueError(f"{path}: {prefix}{key} is unknown: one of {', '.join(sorted(known))} is needed")
+        raise ValueError(f"{path}: {prefix}{key} is unknown: it must be one of {', '.join(sorted(known))}")
     for key in sorted((known if required is None else required) - set(values)):
         raise ValueError(f"{path}: {prefix}{key} is missing")
 
@@ -368,7 +371,7 @@ def check_type(path: Path, key: str, value: object, kind: Any) -> None:
         for item in value if type(value) is list else ():
             check_type(path, key, item, get_args(kind)[0])
     elif get_origin(kind) is dict:
-        fits, allowed = type(value) is dict, "`name: value` lines, or {},"
+        fits, allowed = type(value) is dict, "`name: value` lines, or {}"
         for name, item in value.items() if type(value) is dict else ():
             check_type(path, f"{key}.{name}", item, get_args(kind)[1])
     elif kind is object:
@@ -379,7 +382,7 @@ def check_type(path: Path, key: str, value: object, kind: Any) -> None:
         names = {int: "a whole number", bool: "true or false", str: "text (in quotes)"}
         fits, allowed = type(value) is kind, names[kind]
     if not fits:
-        raise ValueError(f"{path}: {key} is {value!r}: {allowed} is needed")
+        raise ValueError(f"{path}: {key} must be {allowed}, got {value!r}")
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -37,9 +37,7 @@ def run_storage(root: Path) -> AnyPath:
     if not uri:
         return root.resolve()
     if not is_absolute(uri):
-        raise ValueError(
-            f"{RUN_STORAGE_ENV} is {uri!r}: an absolute path or a URI such as s3://bucket/runs is needed"
-        )
+        raise ValueError(f"{RUN_STORAGE_ENV} must be an absolute path or a URI such as s3://bucket/runs, got {uri!r}")
     if "://" not in uri:
         return Path(uri)
     from upath import UPath  # here, so that training on this machine's own disk does without

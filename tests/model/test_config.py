@@ -15,7 +15,7 @@ WHOLE = ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v
 @pytest.mark.parametrize("value", [0, -3, 2.0, "7", True, None])
 @pytest.mark.parametrize("name", WHOLE)
 def test_config_sizes_are_whole_numbers_from_1_up(name, value):
-    message = f"{name} is {value!r}: a whole number from 1 up is needed"
+    message = f"{name} must be a whole number >= 1, got {value!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**{name: value})
 
@@ -25,13 +25,13 @@ def test_config_sizes_are_checked_even_if_annotations_are_postponed():
     module = {"__name__": model.config.__name__}
     exec(compile(f"from __future__ import annotations\n{source}", "config.py", "exec", dont_inherit=True), module)
     assert isinstance(module["TransformerConfig"].__annotations__["d_model"], str)
-    with pytest.raises(ValueError, match=r"d_model is 2.0: a whole number"):
+    with pytest.raises(ValueError, match=r"d_model must be a whole number >= 1, got 2.0"):
         module["TransformerConfig"](**asdict(config()) | {"d_model": 2.0})
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan"), "0.1", None, True])
 def test_config_dropout_is_in_0_to_1(value):
-    message = f"dropout is {value!r}: a number from 0 up to, not including, 1 is needed"
+    message = f"dropout must be in [0, 1), got {value!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
         config(dropout=value)
 
@@ -45,14 +45,14 @@ def test_config_dropout_is_in_0_to_1(value):
     ],
 )
 def test_config_positions_and_norm_are_among_the_known_ones(name, value, allowed):
-    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}: one of {allowed} is needed")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be one of {allowed}, got {value!r}")):
         config(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 3}, "vocab_size is 3: more than the 4 reserved pieces are needed"),
+        ({"vocab_size": 3}, "vocab_size must be > 4, the number of reserved tokens, got 3"),
         ({"d_model": 13}, "d_model is 13: sinusoidal positions need an even number"),
         ({"positions": "rotary", "d_k": 5}, "d_k is 5: rotary positions need an even number"),
     ],
@@ -68,7 +68,7 @@ def test_config_sizes_may_be_odd_where_nothing_is_halved(positions):
 
 
 def test_config_vocabulary_has_a_token_besides_the_reserved_ones():
-    with pytest.raises(ValueError, match="vocab_size is 4"):
+    with pytest.raises(ValueError, match="vocab_size must be > 4"):
         config(vocab_size=4)
 
 

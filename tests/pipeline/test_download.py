@@ -356,7 +356,7 @@ def test_grammar_is_generated_with_the_settings_and_described():
     ("corpus", "src", "tgt", "message"),
     [
         ("toy", "en", "fr", "download.tgt is 'fr': toy has en, de"),
-        ("toi", "en", "de", "download.corpus is 'toi': one of files, grammar, toy is needed"),
+        ("toi", "en", "de", "download.corpus must be one of files, grammar, toy, got 'toi'"),
     ],
 )
 def test_unknown_corpus_or_language_is_refused(corpus, src, tgt, message):
@@ -376,4 +376,4 @@ def test_command_line_reports_a_fault_in_one_line_with_exit_code_1(project):
     )
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == "download: CORPUS_MIRROR is 'nowhere': a folder or an http(s) address is needed\n"
+    assert result.stderr == "download: CORPUS_MIRROR must be a folder or an http(s) address, got 'nowhere'\n"

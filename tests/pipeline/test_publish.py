@@ -163,13 +163,3 @@ def test_what_is_not_encoded_yet_cannot_be_published(storage, tmp_path):
     (root / TOKENIZER / "spm.model").unlink()
     with pytest.raises(ValueError, match=r"spm\.model does not exist: run dvc repro tokenize first"):
         publish(SETTINGS, root, storage)
-
-
-def test_the_storage_that_is_named_is_absolute_or_a_uri(tmp_path, monkeypatch):
-    for uri in ("/srv/runs", "s3://bucket/runs"):
-        monkeypatch.setenv("RUN_STORAGE", uri)
-        assert str(run_storage(tmp_path) / "x") == f"{uri}/x"
-    for uri, fault in (("runs", "an absolute path or a URI"), ("nowhere://runs", "Unsupported filesystem")):
-        monkeypatch.setenv("RUN_STORAGE", uri)
-        with pytest.raises(ValueError, match=f"^RUN_STORAGE is '{uri}': {fault}"):
-            run_storage(tmp_path)

@@ -186,7 +186,7 @@ def test_a_row_keeps_the_papers_ratios_or_is_skipped(num_heads: int, d_k: int, n
             assert {key: Fraction(str(row.changes[key])) for key in exact} == exact
         else:
             assert " x " in str(row.skipped)
-            with pytest.raises(ValueError, match="a whole number from 1 up is needed"):
+            with pytest.raises(ValueError, match="must be a whole number >= 1, got"):
                 apply(here, row)
 
 
@@ -203,13 +203,13 @@ def test_a_row_keeps_the_papers_ratios_or_is_skipped(num_heads: int, d_k: int, n
         (
             {"dropout": 0.5},
             "D-dropout0.2",
-            "model.dropout is 1.0: a number from 0 up to, not including, 1 is needed",
+            "model.dropout must be in [0, 1), got 1.0",
         ),
-        ({"dropout": 0.4}, "big", "model.dropout is 1.2: a number from 0 up to, not including, 1 is needed"),
+        ({"dropout": 0.4}, "big", "model.dropout must be in [0, 1), got 1.2"),
         (
             {"label_smoothing": 0.6},
             "D-ls0.2",
-            "train.label_smoothing is 1.2: a number from 0 up to, not including, 1 is needed",
+            "train.label_smoothing must be in [0, 1), got 1.2",
         ),
         ({"positions": "rotary"}, "positions-rotary", "is the base itself"),
         ({"positions": "learned"}, "E-learned", "is the base itself"),
@@ -283,8 +283,8 @@ def test_norm_is_the_other_norm():
 @pytest.mark.parametrize("name", ["F", "base", "a", "attention", 3, None])
 def test_an_unknown_name_is_refused_with_those_that_there_are(name):
     message = (
-        f"sweep.rows has {name!r}: one of A, B, C, D, E, big, heads, d_k, layers, d_model, d_ff, dropout, "
-        "label_smoothing, positions, norm is needed"
+        "each of sweep.rows must be one of A, B, C, D, E, big, heads, d_k, layers, d_model, d_ff, dropout, "
+        f"label_smoothing, positions, norm, got {name!r}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         rows(preset("mini"), ["A", name], {})
@@ -357,14 +357,14 @@ SHARED = (
         ({"tokenize.vocab_size": [500]}, f"sweep.free has 'tokenize.vocab_size': {SHARED}"),
         ({"d_ff": [64]}, f"sweep.free has 'd_ff': {SHARED}"),
         ({3: [64]}, f"sweep.free has 3: {SHARED}"),
-        ({"model.d_ff": ["64"]}, "sweep.free: model.d_ff is '64': a whole number is needed"),
-        ({"model.d_ff": [64, 2.5]}, "sweep.free: model.d_ff is 2.5: a whole number is needed"),
-        ({"model.num_heads": [True]}, "sweep.free: model.num_heads is True: a whole number is needed"),
-        ({"train.lr_scale": ["high"]}, "sweep.free: train.lr_scale is 'high': a number is needed"),
+        ({"model.d_ff": ["64"]}, "sweep.free: model.d_ff must be a whole number, got '64'"),
+        ({"model.d_ff": [64, 2.5]}, "sweep.free: model.d_ff must be a whole number, got 2.5"),
+        ({"model.num_heads": [True]}, "sweep.free: model.num_heads must be a whole number, got True"),
+        ({"train.lr_scale": ["high"]}, "sweep.free: train.lr_scale must be a number, got 'high'"),
         (
             {"model.positions": ["absolute"]},
-            "sweep.free: model.positions is 'absolute': one of sinusoidal, learned, none, relative, rotary, alibi "
-            "is needed",
+            "sweep.free: model.positions must be one of sinusoidal, learned, none, relative, rotary, alibi, "
+            "got 'absolute'",
         ),
     ],
 )
@@ -374,6 +374,8 @@ def test_a_free_setting_that_is_not_to_be_is_refused(free, message):
 
 
 def test_an_unknown_free_setting_is_refused_with_those_that_there_are():
-    message = r"^sweep.free has 'model.colour': one of model.num_layers, .*, train.average_checkpoints is needed$"
+    message = (
+        r"^each key of sweep.free must be one of model.num_layers, .*, train.average_checkpoints, got 'model.colour'$"
+    )
     with pytest.raises(ValueError, match=message):
         rows(preset("mini"), [], {"model.colour": ["blue"]})

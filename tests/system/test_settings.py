@@ -70,22 +70,22 @@ def test_status_names_the_stages_that_read_a_changed_setting(all_stages, restore
 @pytest.mark.parametrize(
     ("command", "path", "key", "value", "message"),
     [
-        ("download", "params.yaml", "data", "multi31k", "params.yaml: data is 'multi31k': one of files, grammar, "),
-        ("validate", DATA, "validate.max_words", 0, f"{DATA}: validate.max_words is 0: a number from 1 up is needed"),
+        ("download", "params.yaml", "data", "multi31k", "params.yaml: data must be one of files, grammar, "),
+        ("validate", DATA, "validate.max_words", 0, f"{DATA}: validate.max_words must be >= 1, got 0"),
         (
             "train_tokenizer",
             DATA,
             "tokenize.vocab_size",
             "8k",
-            f"{DATA}: tokenize.vocab_size is '8k': a whole number",
+            f"{DATA}: tokenize.vocab_size must be a whole number, got '8k'",
         ),
-        ("train", MODEL, "model.positions", "polar", f"{MODEL}: model.positions is 'polar': one of sinusoidal, "),
+        ("train", MODEL, "model.positions", "polar", f"{MODEL}: model.positions must be one of sinusoidal, "),
         (
             "evaluate",
             "params.yaml",
             "evaluate.beam",
             0,
-            "params.yaml: evaluate.beam is 0: a number from 1 up is needed",
+            "params.yaml: evaluate.beam must be >= 1, got 0",
         ),
     ],
 )
@@ -101,7 +101,7 @@ def test_command_with_a_bad_value_ends_with_one_line_and_exit_code_1(
 
 def test_exp_run_names_a_bad_value(new_project):
     output = new_project.run("dvc", "exp", "run", "--set-param", f"{MODEL}:model.dropout=2", code=255)
-    assert f"{MODEL}: model.dropout is 2" in " ".join(output.split())
+    assert f"{MODEL}: model.dropout must be in [0, 1), got 2" in " ".join(output.split())
     assert "Traceback" not in output
 
 
@@ -109,4 +109,4 @@ def test_download_names_a_mirror_that_is_not_there(untouched, restored):
     project = restored(untouched)
     project.edit("params.yaml", "data", "multi30k")
     output = project.run("python", "-m", "pipeline.download", code=1, CORPUS_MIRROR="/no/such/mirror")
-    assert output == "download: CORPUS_MIRROR is '/no/such/mirror': a folder or an http(s) address is needed\n"
+    assert output == "download: CORPUS_MIRROR must be a folder or an http(s) address, got '/no/such/mirror'\n"

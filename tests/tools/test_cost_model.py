@@ -268,17 +268,17 @@ def run_main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--gpus 0", "--gpus is 0: a number from 1 up is needed"),
-        ("--gpus 8 12", "--gpus is 12: at most 8 (--gpus-per-node) or a multiple of 8 is needed"),
-        ("--gpus 12 --gpus-per-node 5", "--gpus is 12: at most 5 (--gpus-per-node) or a multiple of 5 is needed"),
-        ("--gpus-per-node 0", "--gpus-per-node is 0: a number from 1 up is needed"),
-        ("--gpu V100", f"--gpu is 'V100': one of {', '.join(CARDS)} is needed"),
-        ("--mfu 1.5", "--mfu is 1.5: a share above 0, up to 1 is needed"),
-        ("--mfu nan", "--mfu is nan: a share above 0, up to 1 is needed"),
-        ("--network-gbit 0", "--network-gbit is 0.0: a number above 0 is needed"),
-        ("--launch-us -1", "--launch-us is -1.0: 0 or more is needed"),
-        ("--price -3", "--price is -3.0: 0 or more is needed"),
-        ("--model huge", "--model is 'huge': one of base, big, mini, nano, tiny is needed"),
+        ("--gpus 0", "--gpus must be >= 1, got 0"),
+        ("--gpus 8 12", "--gpus must be at most 8 (--gpus-per-node) or a multiple of 8, got 12"),
+        ("--gpus 12 --gpus-per-node 5", "--gpus must be at most 5 (--gpus-per-node) or a multiple of 5, got 12"),
+        ("--gpus-per-node 0", "--gpus-per-node must be >= 1, got 0"),
+        ("--gpu V100", f"--gpu must be one of {', '.join(CARDS)}, got 'V100'"),
+        ("--mfu 1.5", "--mfu must be in (0, 1], got 1.5"),
+        ("--mfu nan", "--mfu must be in (0, 1], got nan"),
+        ("--network-gbit 0", "--network-gbit must be > 0, got 0.0"),
+        ("--launch-us -1", "--launch-us must be >= 0, got -1.0"),
+        ("--price -3", "--price must be >= 0, got -3.0"),
+        ("--model huge", "--model must be one of base, big, mini, nano, tiny, got 'huge'"),
     ],
 )
 def test_an_impossible_option_is_one_line_that_names_it_its_value_and_what_is_allowed(

@@ -1,0 +1,57 @@
+import errno
+import time
+
+import pytest
+from upath import UPath
+
+from pipeline.common import storage
+from pipeline.common.storage import retry_unreachable, run_storage, tracking_uri
+
+
+def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
+    for uri in ("/srv/runs", "s3://bucket/runs"):
+        monkeypatch.setenv("RUN_STORAGE", uri)
+        assert str(run_storage(tmp_path) / "x") == f"{uri}/x"
+    for uri, fault in (
+        ("runs", r"must be an absolute path or a URI such as s3://bucket/runs, got 'runs'"),
+        ("nowhere://runs", r"is 'nowhere://runs': Unsupported filesystem"),
+    ):
+        monkeypatch.setenv("RUN_STORAGE", uri)
+        with pytest.raises(ValueError, match=f"^RUN_STORAGE {fault}"):
+            run_storage(tmp_path)
+
+
+def test_run_storage_is_the_project_itself_if_nothing_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("RUN_STORAGE", raising=False)
+    assert run_storage(tmp_path) == tmp_path.resolve()
+
+
+def test_tracking_uri_is_the_servers_or_an_absolute_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(tmp_path.relative_to(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(tmp_path) == "http://mlflow:5000"
+
+
+def test_retry_unreachable_waits_for_a_store_and_says_for_how_long(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    left = [OSError("away"), OSError("away")]
+
+    def action() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    lines: list[str] = []
+    assert retry_unreachable(action, UPath("memory://runs"), lines.append) == "done"
+    assert len(lines) == 2
+    assert lines[0] in (f"away; trying again for {storage.PATIENCE_S - late} s" for late in range(5))
+
+
+def test_retry_unreachable_raises_a_disks_error_at_once(tmp_path):
+    def action() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        retry_unreachable(action, tmp_path, pytest.fail)
