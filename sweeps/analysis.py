@@ -5,7 +5,7 @@ Read from data/sweep: trials.json, references.txt and the translations, as sweep
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from sweeps.significance import LEVEL, Interval, holm, mean_and_deviation, paire
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class SeedMeans:
     """A row's means over the seeds that finished; costs are of one training, restarts included."""
 
     seeds: list[int]
@@ -32,18 +32,18 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row's differences from base, over the seeds that both finished. `p` is corrected for the number of rows."""
+    """A row's differences from base, over the seeds that both finished. `p_holm`: with Holm's correction."""
 
-    bleu: float
+    bleu_difference: float
     interval: Interval
-    p: float
-    ppl: float
+    p_holm: float
+    ppl_difference: float
 
     @property
     def verdict(self) -> Literal["better", "worse", "not significant"]:
-        if not (self.p < LEVEL and self.interval.excludes_zero):
+        if not (self.p_holm < LEVEL and self.interval.excludes_zero):
             return "not significant"
-        return "better" if self.bleu > 0 else "worse"
+        return "better" if self.bleu_difference > 0 else "worse"
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Paper:
     bleu_difference: float | None
     ppl: float
     ppl_difference: float | None
-    params: int | None  # in millions; None where the paper leaves it blank
+    params_millions: int | None  # None where the paper leaves it blank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """A line of the table. Without a `result`, `state` says how that came about, and `note` why."""
+class RowResult:
+    """A row of the table. Without `means`, `state` is how that came about, and `note` why."""
 
     id: str
     group: str
@@ -70,14 +70,14 @@ class Line:
     note: str
     attempts: int
     paper: Paper | None
-    result: Result | None = None
+    means: SeedMeans | None = None
     comparison: Comparison | None = None
 
     @property
     def verdict(self) -> str:
         if self.comparison:
             return self.comparison.verdict
-        if not self.result:
+        if not self.means:
             return self.state
         return "base" if self.axis == "base" else "not compared"
 
@@ -92,7 +92,7 @@ class Line:
             return None
         if not self.is_significant or self.paper.bleu_difference == 0:
             return "open"
-        same = (self.comparison.bleu > 0) == (self.paper.bleu_difference > 0)
+        same = (self.comparison.bleu_difference > 0) == (self.paper.bleu_difference > 0)
         return "as the paper" if same else "against the paper"
 
 
@@ -115,34 +115,34 @@ def _read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} does not exist: run the sweep again (python -m sweeps.run)") from None
 
 
-def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> list[Line]:
-    """A line for each row, base first. Raises ValueError if translations and references do not belong together."""
+def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> list[RowResult]:
+    """A result for each row, base first. Raises ValueError if translations and references do not belong together."""
     base_row = sweep["rows"][0]
     trials: dict[str, list[dict]] = {row["id"]: [] for row in sweep["rows"]}
     for trial in sweep["trials"]:
         trials[trial["row"]].append(trial)
-    base = finished_state(trials[base_row["id"]])
-    lines = []
+    base = by_seed(trials[base_row["id"]])
+    results = []
     for row in tqdm(sweep["rows"], desc="comparing with base", unit=" rows", disable=not progress):
-        line, ours = _line(row, trials[row["id"]], base_row["published"]), finished_state(trials[row["id"]])
+        result, ours = _row_result(row, trials[row["id"]], base_row["published"]), by_seed(trials[row["id"]])
         if ours and row is not base_row:
-            line = _compared(line, ours, base, folder, sweep["references"])
-        lines.append(line)
-    comparisons = [line.comparison for line in lines if line.comparison]
-    corrected = iter(holm([comparison.p for comparison in comparisons]))
-    return [
-        replace(line, comparison=replace(line.comparison, p=next(corrected))) if line.comparison else line
-        for line in lines
-    ]
+            result = _compared(result, ours, base, folder, sweep["references"])
+        results.append(result)
+    corrected = iter(holm([result.comparison.p_holm for result in results if result.comparison]))
+    for index, result in enumerate(results):
+        if result.comparison:
+            results[index] = replace(result, comparison=replace(result.comparison, p_holm=next(corrected)))
+    return results
 
 
-def finished_state(trials: Iterable[dict]) -> dict[int, dict]:
+def by_seed(trials: Iterable[dict]) -> dict[int, dict]:
+    """Those that finished."""
     return {trial["seed"]: trial for trial in trials if trial["status"] == "finished"}
 
 
-def _line(row: Mapping[str, Any], trials: Sequence[dict], base: Mapping[str, Any] | None) -> Line:
+def _row_result(row: Mapping[str, Any], trials: Sequence[dict], base: Mapping[str, Any] | None) -> RowResult:
     """All but the comparison with base; `base` is the paper's."""
-    finished = list(finished_state(trials).values())
+    finished = list(by_seed(trials).values())
     states = sorted({trial["status"] for trial in trials})
     if finished:
         state, note = "finished", ""
@@ -150,22 +150,22 @@ def _line(row: Mapping[str, Any], trials: Sequence[dict], base: Mapping[str, Any
         state, note = "skipped", row["skipped"]
     else:
         state, note = " or ".join(states) or "not run", trials[0].get("error") or "" if trials else ""
-    return Line(
+    return RowResult(
         **{key: row[key] for key in ("id", "group", "axis", "label", "changes")},
         state=state,
         note=note,
         attempts=sum(trial.get("attempts") or 0 for trial in trials),
         paper=_paper(row["published"], None if row["axis"] == "base" else base) if row["published"] else None,
-        result=_result(finished) if finished else None,
+        means=_means(finished) if finished else None,
     )
 
 
-def _result(trials: Sequence[dict]) -> Result:
+def _means(trials: Sequence[dict]) -> SeedMeans:
     def mean(key: str) -> float:
         return fmean(trial[key] for trial in trials)
 
     bleu, bleu_sd = mean_and_deviation([trial["metrics"]["test_bleu"] for trial in trials])
-    return Result(
+    return SeedMeans(
         seeds=[trial["seed"] for trial in trials],
         bleu=bleu,
         bleu_sd=bleu_sd,
@@ -184,14 +184,16 @@ def _paper(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> Paper:
     return Paper(row["bleu"], bleu, row["ppl"], ppl, row["params"])
 
 
-def _compared(line: Line, ours: dict[int, dict], base: dict[int, dict], folder: Path, references: list[str]) -> Line:
+def _compared(
+    result: RowResult, ours: dict[int, dict], base: dict[int, dict], folder: Path, references: list[str]
+) -> RowResult:
     """`ours` and `base` are finished trials by seed. p is not corrected yet."""
     seeds = sorted(ours.keys() & base.keys())
     if not seeds:
         reason = (
             f"no seed in common with base, which has {', '.join(map(str, base))}" if base else "base has no result"
         )
-        return replace(line, note=reason)
+        return replace(result, note=reason)
 
     def differences(metric: str) -> list[float]:
         return [ours[seed]["metrics"][metric] - base[seed]["metrics"][metric] for seed in seeds]
@@ -199,10 +201,11 @@ def _compared(line: Line, ours: dict[int, dict], base: dict[int, dict], folder: 
     def translations(trials: dict[int, dict]) -> list[list[str]]:
         return [_translations(folder / trials[seed]["translations"], references) for seed in seeds]
 
-    bleu, sides = differences("test_bleu"), (translations(base), translations(ours))
-    interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(sides[0][0], sides[1][0], references)
-    p = paired_p(*sides, references)
-    return replace(line, comparison=Comparison(fmean(bleu), interval, p, fmean(differences("valid_averaged_ppl"))))
+    bleu, systems = differences("test_bleu"), (translations(base), translations(ours))
+    interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(systems[0][0], systems[1][0], references)
+    p = paired_p(*systems, references)
+    comparison = Comparison(fmean(bleu), interval, p, fmean(differences("valid_averaged_ppl")))
+    return replace(result, comparison=comparison)
 
 
 def _translations(path: Path, references: Sequence[str]) -> list[str]:
@@ -215,51 +218,36 @@ def _translations(path: Path, references: Sequence[str]) -> list[str]:
     return lines
 
 
-def values(line: Line) -> dict[str, Any]:
-    """All of a line by name, as the CSV file has it. None is what is not known or does not apply."""
-    result, comparison, paper = line.result, line.comparison, line.paper
-    interval = comparison and comparison.interval
-    return {
-        "id": line.id,
-        "group": line.group,
-        "axis": line.axis,
-        "label": line.label,
-        "changes": " ".join(f"{key}={value}" for key, value in line.changes.items()),
-        "verdict": line.verdict,
-        "note": line.note,
-        "seeds": " ".join(map(str, result.seeds)) if result else None,
-        "num_seeds": len(result.seeds) if result else None,
-        "bleu": result and result.bleu,
-        "bleu_sd": result and result.bleu_sd,
-        "bleu_difference": comparison and comparison.bleu,
-        "interval_low": interval and interval.low,
-        "interval_high": interval and interval.high,
-        "interval_covers": interval and interval.covers,
-        "p_holm": comparison and comparison.p,
-        "paper_bleu": paper and paper.bleu,
-        "paper_bleu_difference": paper and paper.bleu_difference,
-        "agreement": line.agreement,
-        "ppl": result and result.ppl,
-        "ppl_difference": comparison and comparison.ppl,
-        "paper_ppl": paper and paper.ppl,
-        "paper_ppl_difference": paper and paper.ppl_difference,
-        "params": result and result.params,
-        "paper_params_millions": paper and paper.params,
-        "updates": result and result.updates,
-        "device_hours": result and result.device_hours,
-        "flops": result and result.flops,
-        "tokens_per_second": result and result.tokens_per_second,
-        "attempts": line.attempts,
+def as_dict(row: RowResult) -> dict[str, Any]:
+    """All of a row by column of the CSV file. None is what is not known or does not apply."""
+    interval = row.comparison and row.comparison.interval
+    columns: dict[str, Any] = {
+        **{key: getattr(row, key) for key in ("id", "group", "axis", "label")},
+        "changes": " ".join(f"{key}={value}" for key, value in row.changes.items()),
+        **{key: getattr(row, key) for key in ("verdict", "note", "attempts")},
+        **_columns(SeedMeans, row.means),
+        "num_seeds": row.means and len(row.means.seeds),
+        **_columns(Comparison, row.comparison),
+        **_columns(Interval, interval, "interval_"),
+        **_columns(Paper, row.paper, "paper_"),
+        "agreement": row.agreement,
     }
+    del columns["interval"]
+    return columns | {"seeds": row.means and " ".join(map(str, row.means.seeds))}
+
+
+def _columns(kind: type, values: object | None, prefix: str = "") -> dict[str, Any]:
+    """The fields of a dataclass by name; None for each if there are no values."""
+    return {f"{prefix}{field.name}": values and getattr(values, field.name) for field in fields(kind)}
 
 
 OVERHEAD = ("seconds", "seconds_to_first_step", "seconds_of_overhead")
 """Of a trial's wall time; the last is what is neither training nor evaluation, but Ray, MLflow and imports."""
 
 
-def totals(sweep: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, float]:
-    """What all trials came to and cost together, those that failed included; OVERHEAD is a mean over those that came
-    to their end at the first attempt."""
+def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, float]:
+    """Counts and costs of all trials together, those that failed included; OVERHEAD is a mean over those that
+    finished at the first attempt."""
 
     def spent(key: str) -> float:
         return sum(trial.get(key) or 0 for trial in sweep["trials"])
@@ -269,8 +257,8 @@ def totals(sweep: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, float]:
     return {
         "trials_finished": finished,
         "trials_not_finished": len(sweep["trials"]) - finished,
-        "rows_different_from_base": sum(line.is_significant for line in lines),
-        "rows_not_significant": sum(line.verdict == "not significant" for line in lines),
+        "rows_different_from_base": sum(row.is_significant for row in rows),
+        "rows_not_significant": sum(row.verdict == "not significant" for row in rows),
         "training_device_hours": spent("device_hours"),
         "evaluation_device_hours": spent("evaluation_device_hours"),
         "training_flops": spent("flops"),
@@ -278,6 +266,6 @@ def totals(sweep: Mapping[str, Any], lines: Sequence[Line]) -> dict[str, float]:
     }
 
 
-def covered(lines: Sequence[Line]) -> list[str]:
+def covered(rows: Sequence[RowResult]) -> list[str]:
     """Which chances the intervals are about: "seeds", "sentences"."""
-    return sorted({line.comparison.interval.covers for line in lines if line.comparison})
+    return sorted({row.comparison.interval.covers for row in rows if row.comparison})

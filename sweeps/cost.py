@@ -26,7 +26,7 @@ from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training.trainer import batch_plan
-from sweeps.trials import Sweep, Trial, load_sweep
+from sweeps.trials import SweepPlan, Trial, load_sweep
 
 MEASURED_S = 3.0
 
@@ -42,7 +42,7 @@ class Cost:
     flops: float
 
 
-def costs(sweep: Sweep, root: Path) -> list[Cost]:
+def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
     """Row by row, without those that are left out."""
     found = []
     for row in sweep.rows:
@@ -126,7 +126,7 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
 Measure = Callable[[Settings, Path, torch.device], float]
 
 
-def text(sweep: Sweep, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
+def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
     """The plan for people, as Markdown. `devices` is how many compute at once; `measure` (default: `measured_rate`)
     is asked for the rate of one if the settings state none."""
     found = costs(sweep, root)
@@ -176,7 +176,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.devices is not None and arguments.devices < 1:
-        parser.error(f"--devices is {arguments.devices}: a number from 1 up is needed")
+        parser.error(f"--devices must be >= 1, got {arguments.devices}")
     gpus = torch.cuda.device_count()
     with cli.exit_on_error("cost"):
         sweep = load_sweep(Path().resolve())
@@ -186,7 +186,7 @@ def main() -> None:
                 "hardware.device is gpu and there is none here: state its rate in sweep.flops_per_second"
             )
         here = gpus if gpu else len(os.sched_getaffinity(0))
-        print(text(sweep, Path().resolve(), arguments.devices or here, gpu))
+        print(render_plan(sweep, Path().resolve(), arguments.devices or here, gpu))
 
 
 if __name__ == "__main__":

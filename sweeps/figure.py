@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from sweeps.analysis import Line, covered
+from sweeps.analysis import RowResult, covered
 
 AXES = {
     "heads": ("heads h", "model.num_heads"),
@@ -29,21 +29,21 @@ OURS, PAPERS, GREY = "#0072b2", "#d55e00", "#6e7781"  # blue and vermilion of Ok
 APART = 0.15  # our points from the paper's, of the distance between two categories
 
 
-def figure(sweep: Mapping[str, Any], lines: Sequence[Line]) -> bytes:
+def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
     """PNG: a panel for each axis, our differences from base with their intervals beside the paper's."""
-    base, *rows = lines
-    axes = list(dict.fromkeys(line.axis for line in rows)) or ["no rows but base"]
+    base, *others = rows
+    axes = list(dict.fromkeys(row.axis for row in others)) or ["no rows but base"]
     columns = min(2, len(axes))  # with more, the letters are too small at a page's width
     height = -(-len(axes) // columns)
     canvas = Figure(figsize=(6.4 if columns == 1 else 4.8 * columns, 3.1 * height + 1.1), layout="constrained")
     panels = canvas.subplots(height, columns, squeeze=False).flatten()
     for panel, axis in zip(panels, axes, strict=False):
-        draw_panel(panel, axis, [base, *(line for line in rows if line.axis == axis)], sweep.get("base", {}))
+        draw_panel(panel, axis, [base, *(row for row in others if row.axis == axis)], sweep.get("base", {}))
     for panel in panels[len(axes) :]:
         panel.remove()
     for panel in panels[: len(axes) : columns]:
         panel.set_ylabel("difference from base, BLEU")
-    seeds, chances = len(sweep["seeds"]), covered(lines)
+    seeds, chances = len(sweep["seeds"]), covered(rows)
     title = f"{sweep['data']}, model {sweep['model']}, {seeds} seed{'s' if seeds > 1 else ''}"
     if chances:
         title += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'test sentences')}"
@@ -60,35 +60,35 @@ def figure(sweep: Mapping[str, Any], lines: Sequence[Line]) -> bytes:
     return target.getvalue()
 
 
-def draw_panel(panel: Axes, axis: str, lines: list[Line], base: Mapping[str, Any]) -> None:
+def draw_panel(panel: Axes, axis: str, rows: list[RowResult], base: Mapping[str, Any]) -> None:
     """`base` is the base model's settings, {"model.d_k": 64, ...}. Numbers are in their order, base among them."""
     name, key = AXES.get(axis, (axis, ""))
-    shown: list[tuple[Any, Line]] = [
-        ((base if line.axis == "base" else line.changes).get(key), line) for line in lines
+    shown: list[tuple[Any, RowResult]] = [
+        ((base if row.axis == "base" else row.changes).get(key), row) for row in rows
     ]
     if all(isinstance(value, int | float) for value, _ in shown):
         shown.sort(key=lambda pair: pair[0])
     panel.axhline(0, color=GREY, linewidth=0.8)
-    for x, (_, line) in enumerate(shown):
-        if line.comparison:
-            difference, interval = line.comparison.bleu, line.comparison.interval
+    for x, (_, row) in enumerate(shown):
+        if row.comparison:
+            difference, interval = row.comparison.bleu_difference, row.comparison.interval
             panel.plot([x - APART] * 2, [interval.low, interval.high], "_-", color=OURS, linewidth=1.3)
-            fill = OURS if line.is_significant else "white"
+            fill = OURS if row.is_significant else "white"
             panel.plot(x - APART, difference, "o", color=OURS, markerfacecolor=fill)
-            _write(panel, f"{difference:+z.1f}", x - APART, difference, OURS, left_of_it=True)
-        elif line.axis != "base":
+            _write(panel, f"{difference:+z.1f}", x - APART, difference, OURS, to_the_left=True)
+        elif row.axis != "base":
             middle = panel.get_xaxis_transform()
             panel.text(
-                x - APART, 0.5, line.verdict, transform=middle, rotation=90, ha="center", va="center", color=GREY
+                x - APART, 0.5, row.verdict, transform=middle, rotation=90, ha="center", va="center", color=GREY
             )
-        elif line.result:
+        elif row.means:
             panel.plot(x, 0, "o", color=GREY)
-            _write(panel, f"{line.result.bleu:.1f}", x, 0, GREY)
-        if line.paper and line.paper.bleu_difference is not None:
-            difference = line.paper.bleu_difference
+            _write(panel, f"{row.means.bleu:.1f}", x, 0, GREY)
+        if row.paper and row.paper.bleu_difference is not None:
+            difference = row.paper.bleu_difference
             panel.plot(x + APART, difference, "D", color=PAPERS, markersize=5)
             _write(panel, f"{difference:+z.1f}", x + APART, difference, PAPERS)
-    panel.set_xticks(range(len(shown)), [_category(line, value) for value, line in shown], fontsize=9)
+    panel.set_xticks(range(len(shown)), [_category(row, value) for value, row in shown], fontsize=9)
     panel.set_xlim(-0.7, len(shown) - 0.3)
     panel.set_xlabel(name)
     panel.margins(y=0.12)
@@ -98,16 +98,16 @@ def draw_panel(panel: Axes, axis: str, lines: list[Line], base: Mapping[str, Any
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _write(panel: Axes, text: str, x: float, y: float, color: str, left_of_it: bool = False) -> None:
-    """The value beside its mark: to the left, or where the line at zero is not."""
-    shift, across, up = ((-6, 0), "right", "center") if left_of_it else ((0, -6), "center", "top")
-    if y > 0 and not left_of_it:
+def _write(panel: Axes, text: str, x: float, y: float, color: str, to_the_left: bool = False) -> None:
+    """The value next to its mark: to the left, or away from the line at zero."""
+    shift, across, up = ((-6, 0), "right", "center") if to_the_left else ((0, -6), "center", "top")
+    if y > 0 and not to_the_left:
         shift, up = (0, 6), "bottom"
     label = panel.annotate(text, (x, y), shift, "data", "offset points", ha=across, va=up, fontsize=8, color=color)
     label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # legible where a line runs through
 
 
-def _category(line: Line, value: Any) -> str:
-    if line.axis == "base":
+def _category(row: RowResult, value: Any) -> str:
+    if row.axis == "base":
         return "base" if value is None else f"{value}\n(base)"
-    return "\n".join(textwrap.wrap(line.label.removeprefix("free: "), 14)) if value is None else str(value)
+    return "\n".join(textwrap.wrap(row.label.removeprefix("free: "), 14)) if value is None else str(value)

@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sweeps.analysis import Line, covered, totals, values
+from sweeps.analysis import RowResult, as_dict, covered, totals
 from sweeps.significance import LEVEL, RESAMPLES, SHUFFLES
 
 
 @dataclass(frozen=True)
 class Table:
-    """`sides` has an < or > for each column: how it is aligned."""
+    """`align` has a < or > for each column."""
 
     head: list[str]
-    sides: str
+    align: str
     rows: list[list[str]]
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """A section of the document: points, then a table with its legend, then the figure. Backticks mark code."""
 
     title: str
@@ -31,22 +31,22 @@ class Part:
     has_figure: bool = False
 
 
-def document(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[Part]:
-    """What the Markdown and the HTML file say; the first part's title is that of the whole."""
-    gaps = missing(sweep, lines)
+def document(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[Section]:
+    """The sections of the Markdown and the HTML file; the title of the first is that of the whole."""
+    gaps = missing(sweep, rows)
     return [
-        Part(f"Table 3 on {sweep['data']}, model {sweep['model']}", _header(sweep, lines)),
-        Part("What can be said", findings(lines)),
-        Part("BLEU", table=table_of(BLEU_COLUMNS, lines), legend=_bleu_legend(lines), has_figure=True),
-        Part("Perplexity, size, cost", table=table_of(COST_COLUMNS, lines), legend=COST_LEGEND),
-        *([Part("What is missing, what was started again", gaps)] if gaps else []),
+        Section(f"Table 3 on {sweep['data']}, model {sweep['model']}", _header(sweep, rows)),
+        Section("What can be said", findings(rows)),
+        Section("BLEU", table=table_of(BLEU_COLUMNS, rows), legend=_bleu_legend(rows), has_figure=True),
+        Section("Perplexity, size, cost", table=table_of(COST_COLUMNS, rows), legend=COST_LEGEND),
+        *([Section("What is missing, what was started again", gaps)] if gaps else []),
     ]
 
 
-def _header(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
-    sums = totals(sweep, lines)
+def _header(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
+    sums = totals(sweep, rows)
     training, evaluation = sums["training_device_hours"], sums["evaluation_device_hours"]
-    updates = sorted(round(line.result.updates) for line in lines if line.result) or [0]
+    updates = sorted(round(row.means.updates) for row in rows if row.means) or [0]
     span = f"{updates[0]:,}" + (f" to {updates[-1]:,}" if updates[-1] > updates[0] else "")
     points = [
         f"Corpus: {sweep['data']}, {len(sweep['references']):,} test sentences.",
@@ -64,14 +64,16 @@ def _header(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
     return points
 
 
-def findings(lines: Sequence[Line]) -> list[str]:
+def findings(rows: Sequence[RowResult]) -> list[str]:
     def named(title: str, labels: list[str]) -> str:
         return f"{title}: {'; '.join(labels) or 'none'}."
 
     different = [
-        f"{line.label} ({line.comparison.bleu:+.2f})" for line in lines if line.comparison and line.is_significant
+        f"{row.label} ({row.comparison.bleu_difference:+.2f})"
+        for row in rows
+        if row.comparison and row.is_significant
     ]
-    unclear = [line.label for line in lines if line.verdict == "not significant"]
+    unclear = [row.label for row in rows if row.verdict == "not significant"]
     points = [
         named("Different from base", different),
         named("Not significant: this table cannot tell them from base", unclear),
@@ -81,17 +83,15 @@ def findings(lines: Sequence[Line]) -> list[str]:
         "against the paper": "Different, with the opposite sign",
     }
     for agreement, title in titles.items():
-        points.append(named(title, [line.label for line in lines if line.agreement == agreement]))
-    if "sentences" in covered(lines):
+        points.append(named(title, [row.label for row in rows if row.agreement == agreement]))
+    if "sentences" in covered(rows):
         points.append("Where one seed is all there is, this is about these models: another seed may say otherwise.")
-    without = [
-        f"{line.label} ({line.verdict})" for line in lines if not line.result or line.verdict == "not compared"
-    ]
+    without = [f"{row.label} ({row.verdict})" for row in rows if not row.means or row.verdict == "not compared"]
     return [*points, named("No result", without)] if without else points
 
 
 def _number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
-    """Of `values`, the one named `key`; nothing where it is None."""
+    """Formats the column `key` of `as_dict`; empty where it is None."""
     return lambda value: "" if value[key] is None else format(value[key], form)
 
 
@@ -131,7 +131,7 @@ BLEU_COLUMNS = [
     ("diff", ">", _number("paper_bleu_difference", "+z.1f")),
     ("agrees?", "<", _number("agreement", "")),
 ]
-"""Heading, alignment, and the cell from a line's `values`."""
+"""Heading, alignment, and the cell from a row's `as_dict`."""
 
 COST_COLUMNS = [
     ("row", "<", _number("label", "")),
@@ -148,9 +148,9 @@ COST_COLUMNS = [
 ]
 
 
-def table_of(columns: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]], lines: Sequence[Line]) -> Table:
-    rows = [[cell(value) for _, _, cell in columns] for value in map(values, lines)]
-    return Table([head for head, _, _ in columns], "".join(side for _, side, _ in columns), rows)
+def table_of(columns: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]], rows: Sequence[RowResult]) -> Table:
+    cells = [[cell(value) for _, _, cell in columns] for value in map(as_dict, rows)]
+    return Table([head for head, _, _ in columns], "".join(align for _, align, _ in columns), cells)
 
 
 COVERS = {
@@ -161,11 +161,11 @@ COVERS = {
 }
 
 
-def _bleu_legend(lines: Sequence[Line]) -> list[str]:
-    num_compared = sum(line.comparison is not None for line in lines)
+def _bleu_legend(rows: Sequence[RowResult]) -> list[str]:
+    num_compared = sum(row.comparison is not None for row in rows)
     return [
         "BLEU, sd: mean and standard deviation over n seeds. diff: from base, over the seeds that both have.",
-        *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(lines)),
+        *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(rows)),
         f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations, of a sentence "
         f"those of all seeds together, with Holm's correction for {num_compared} rows. It asks about these models on "
         "other sentences.",
@@ -184,12 +184,12 @@ COST_LEGEND = [
 ]
 
 
-def missing(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+def missing(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
     """Rows and trials without a result, and why; trials that took several attempts."""
     points = [
-        f"{line.label}: {line.verdict}{f' ({line.note})' if line.note else ''}."
-        for line in lines
-        if line.verdict in ("skipped", "not run", "not compared")
+        f"{row.label}: {row.verdict}{f' ({row.note})' if row.note else ''}."
+        for row in rows
+        if row.verdict in ("skipped", "not run", "not compared")
     ]
     for trial in sweep["trials"]:
         if trial["status"] != "finished":
@@ -205,16 +205,16 @@ def missing(sweep: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
 ALT = "Differences from base in BLEU, ours and the paper's, one panel for each axis"
 
 
-def markdown(parts: Sequence[Part], image: str) -> str:
+def markdown(sections: Sequence[Section], image: str) -> str:
     """`image` is the figure's file name, beside the document."""
     blocks = []
-    for level, part in enumerate(parts):
-        blocks.append(f"{'##' if level else '#'} {part.title}")
-        if part.points:
-            blocks.append("\n".join(f"- {point}" for point in part.points))
-        if part.table:
-            blocks += [markdown_table(part.table), "\n".join(f"- {line}" for line in part.legend)]
-        if part.has_figure:
+    for level, section in enumerate(sections):
+        blocks.append(f"{'##' if level else '#'} {section.title}")
+        if section.points:
+            blocks.append("\n".join(f"- {point}" for point in section.points))
+        if section.table:
+            blocks += [markdown_table(section.table), "\n".join(f"- {line}" for line in section.legend)]
+        if section.has_figure:
             blocks.append(f"![{ALT}]({image})")
     return "\n\n".join(blocks) + "\n"
 
@@ -224,11 +224,11 @@ def markdown_table(table: Table) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [
-        "-" * (width + 1) + ("-" if side == "<" else ":") for width, side in zip(widths, table.sides, strict=True)
+        "-" * (width + 1) + ("-" if side == "<" else ":") for width, side in zip(widths, table.align, strict=True)
     ]
     lines = []
     for row in cells:
-        padded = (f" {cell:{side}{width}} " for cell, side, width in zip(row, table.sides, widths, strict=True))
+        padded = (f" {cell:{side}{width}} " for cell, side, width in zip(row, table.align, widths, strict=True))
         lines.append(f"|{'|'.join(padded)}|")
     return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
@@ -248,20 +248,20 @@ img { max-width: 100%; background: white; border-radius: 6px; padding: .5rem; bo
 """
 
 
-def html_page(parts: Sequence[Part], png: bytes) -> str:
+def html_page(sections: Sequence[Section], png: bytes) -> str:
     """One file with all in it; light or dark as the reader's system is."""
     blocks = []
-    for level, part in enumerate(parts):
+    for level, section in enumerate(sections):
         tag = "h2" if level else "h1"
-        blocks.append(f"<{tag}>{html.escape(part.title)}</{tag}>")
-        if part.points:
-            blocks.append(_html_list(part.points))
-        if part.table:
-            blocks += [_html_table(part.table), _html_list(part.legend, ' class="legend"')]
-        if part.has_figure:
+        blocks.append(f"<{tag}>{html.escape(section.title)}</{tag}>")
+        if section.points:
+            blocks.append(_html_list(section.points))
+        if section.table:
+            blocks += [_html_table(section.table), _html_list(section.legend, ' class="legend"')]
+        if section.has_figure:
             source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
             blocks.append(f'<img alt="{html.escape(ALT)}" src="{source}">')
-    title, body = html.escape(parts[0].title), "\n".join(blocks)
+    title, body = html.escape(sections[0].title), "\n".join(blocks)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
@@ -277,7 +277,7 @@ def _html_list(items: Sequence[str], attributes: str = "") -> str:
 def _html_table(table: Table) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         found = []
-        for text, side in zip(cells, table.sides, strict=True):
+        for text, side in zip(cells, table.align, strict=True):
             name = "right" if side == ">" else text if text in ("better", "worse") else "left"
             found.append(f'<{tag} class="{name}">{html.escape(text)}</{tag}>')
         return f"<tr>{''.join(found)}</tr>"

@@ -17,7 +17,7 @@ from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
 from pipeline.tracking.results import log_report
 from pipeline.tracking.views import share_view
-from sweeps.analysis import Line, assess, read_sweep, totals, values
+from sweeps.analysis import RowResult, as_dict, assess, read_sweep, totals
 from sweeps.figure import figure
 from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
 
@@ -34,51 +34,51 @@ def write_report(folder: Path, reports: Path, progress: bool = True) -> list[Pat
     return write_files(sweep, assess(sweep, folder, progress), reports)
 
 
-def write_files(sweep: Mapping[str, Any], lines: Sequence[Line], reports: Path) -> list[Path]:
-    page, site, sheet, image, metrics = (reports / f"table3.{end}" for end in ("md", "html", "csv", "png", "json"))
-    parts, png = document(sweep, lines), figure(sweep, lines)
-    write_text(page, markdown(parts, image.name))
-    write_text(site, html_page(parts, png))
-    write_csv(sheet, [values(line) for line in lines])
+def write_files(sweep: Mapping[str, Any], results: Sequence[RowResult], reports: Path) -> list[Path]:
+    md, html, csv, image, metrics = (reports / f"table3.{end}" for end in ("md", "html", "csv", "png", "json"))
+    sections, png = document(sweep, results), figure(sweep, results)
+    write_text(md, markdown(sections, image.name))
+    write_text(html, html_page(sections, png))
+    write_csv(csv, [as_dict(row) for row in results])
     write_bytes(image, png)
     rows = {
-        line.id: {
-            "test_bleu": line.result and line.result.bleu,
-            "test_bleu_difference": line.comparison and line.comparison.bleu,
-            "valid_averaged_ppl": line.result and line.result.ppl,
+        row.id: {
+            "test_bleu": row.means and row.means.bleu,
+            "test_bleu_difference": row.comparison and row.comparison.bleu_difference,
+            "valid_averaged_ppl": row.means and row.means.ppl,
         }
-        for line in lines
+        for row in results
     }
-    write_json(metrics, {**totals(sweep, lines), "rows": rows})
-    return [page, site, sheet, image, metrics]
+    write_json(metrics, {**totals(sweep, results), "rows": rows})
+    return [md, html, csv, image, metrics]
 
 
-def run(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
-    """The stage: write the files, print what they say, tell MLflow. Raises ValueError with one line."""
+def report_sweep(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
+    """The stage: write the files, print the main points, tell MLflow. Raises ValueError with one line."""
     sweep = read_sweep(folder)
-    lines = assess(sweep, folder)
-    files = write_files(sweep, lines, reports)
-    print(markdown_table(table_of(BLEU_COLUMNS, lines)))
-    print("\n".join([*findings(lines), *missing(sweep, lines), f"All of it: {', '.join(map(str, files))}"]))
+    results = assess(sweep, folder)
+    files = write_files(sweep, results, reports)
+    print(markdown_table(table_of(BLEU_COLUMNS, results)))
+    print("\n".join([*findings(results), *missing(sweep, results), f"All of it: {', '.join(map(str, files))}"]))
     store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
-        log_report(*store, files, totals(sweep, lines))
-        if address := share_view(*store, _changed(lines), METRICS):
+        log_report(*store, files, totals(sweep, results))
+        if address := share_view(*store, _changed(results), METRICS):
             print(f"In MLflow (make ui): {address}")
     except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
         print(f"Not in MLflow: {error}")
 
 
-def _changed(lines: Sequence[Line]) -> list[str]:
+def _changed(results: Sequence[RowResult]) -> list[str]:
     """The parameters in which the rows differ, by their names in MLflow; d_v goes with d_k and the heads."""
-    names = (key.partition(".")[2] for line in lines for key in line.changes)
+    names = (key.partition(".")[2] for row in results for key in row.changes)
     return [name for name in dict.fromkeys(names) if name != "d_v"]
 
 
 def main() -> None:
     cli.parser("sweeps.report", __doc__).parse_args()
     with cli.exit_on_error("report"):
-        run()
+        report_sweep()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -51,14 +51,14 @@ from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
 from pipeline.training import checkpoint
 from pipeline.training.run import write_model
-from sweeps.cost import flops_per_step, is_done, measured_rate, text
-from sweeps.trials import Sweep, Trial, load_sweep
+from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan
+from sweeps.trials import SweepPlan, Trial, load_sweep
 
 REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
 LOOK_INTERVAL_S = 1.0
 
 
-def run(root: Path) -> None:
+def run_sweep(root: Path) -> None:
     """Raises ValueError or OSError with one line for what a user can mend."""
     workspace = open_workspace(load_settings(root), root)
     sweep = load_sweep(root)
@@ -87,24 +87,25 @@ def run(root: Path) -> None:
         finish_run(uri, parent)
 
 
-def _run_trials(sweep: Sweep, to_run: list[Trial], workspace: Workspace, parent: str) -> None:
+def _run_trials(sweep: SweepPlan, to_run: list[Trial], workspace: Workspace, parent: str) -> None:
     """Plan them, say so, run them: as many at once as the cluster has room for. Raises ValueError if it has none."""
-    slots = {need: _slots(need) for need in {_need(trial) for trial in to_run}}
-    if len({gpu for gpu, _, _ in slots}) > 1:
+    slots = {resources: _num_concurrent(resources) for resources in {_resources_of(trial) for trial in to_run}}
+    if len({resources.use_gpu for resources in slots}) > 1:
         raise ValueError(
             "some rows would run on GPUs and others, for want of them, on CPUs: "
             "set hardware.device to one of both, or lower sweep.num_workers"
         )
     root, uri = workspace.root, workspace.tracking_uri
-    devices = max(slots[need] * _devices(need) for need in slots)
-    plan = text(sweep, root, devices, gpu=any(gpu for gpu, _, _ in slots), measure=partial(_measure, workspace))
+    devices = max(number * resources.num_devices for resources, number in slots.items())
+    gpu = any(resources.use_gpu for resources in slots)
+    plan = render_plan(sweep, root, devices, gpu, measure=partial(_measure, workspace))
     print(plan, flush=True)
     write_text(root / CHECKPOINTS / "plan.md", plan + "\n")
     log_report(uri, parent, [root / CHECKPOINTS / "plan.md"], {})
     try:
         with _show_progress(sweep.trials):
-            for need, group in groupby(sorted(to_run, key=_need, reverse=True), key=_need):
-                _tune(list(group), slots[need], workspace, parent)
+            for resources, group in groupby(sorted(to_run, key=_resources_of, reverse=True), key=_resources_of):
+                _tune(list(group), slots[resources], workspace, parent)
     finally:
         end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
@@ -118,35 +119,39 @@ def _measure(workspace: Workspace, settings: Settings, root: Path, device: torch
     return there() if device.type == "cpu" else ray.get(ray.remote(num_gpus=1, max_calls=1)(there).remote())
 
 
-Need = tuple[bool, int, int]
-"""What a trial takes: whether GPUs, CPUs of each worker, number of workers."""
+class TrialResources(NamedTuple):
+    """What a trial takes."""
+
+    use_gpu: bool
+    cpus_per_worker: int
+    num_workers: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_workers * (1 if self.use_gpu else self.cpus_per_worker)
 
 
-def _need(trial: Trial) -> Need:
+def _resources_of(trial: Trial) -> TrialResources:
     try:
         gpu, cpus = share_of_each_worker(trial.settings.hardware)
     except ValueError as error:
         raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
     hardware = trial.settings.hardware
-    return gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, capacity(node_resources(), cpus, gpu)))
+    room = capacity(node_resources(), cpus, gpu)
+    return TrialResources(gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, room)))
 
 
-def _slots(need: Need) -> int:
-    """How many trials of this need run at once. Ray does not count a trial's workers as the trial's, so that Tune
+def _num_concurrent(resources: TrialResources) -> int:
+    """How many such trials run at once. Ray does not count a trial's workers as the trial's, so that Tune
     would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
-    gpu, cpus, num_workers = need
-    workers = capacity(node_resources(), cpus, gpu)
-    if workers < num_workers:
+    gpu, cpus, num_workers = resources
+    room = capacity(node_resources(), cpus, gpu)
+    if room < num_workers:
         raise ValueError(
             f"a trial wants {num_workers} workers of {cpus} CPUs{' and a GPU' if gpu else ''}, and the nodes of the "
-            f"cluster have room for {workers}: lower sweep.cpus_per_worker, hardware.num_workers or sweep.num_workers"
+            f"cluster have room for {room}: lower sweep.cpus_per_worker, hardware.num_workers or sweep.num_workers"
         )
-    return workers // num_workers
-
-
-def _devices(need: Need) -> int:
-    gpu, cpus, num_workers = need
-    return num_workers * (1 if gpu else cpus)
+    return room // num_workers
 
 
 def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) -> None:
@@ -263,7 +268,8 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
         trial.settings, workspace, trial.run_key, trial.folder, tags=tags, show=False, callbacks=callbacks
     ) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
-        gpu, cpus, _ = need = _need(trial)
+        resources = _resources_of(trial)
+        gpu, cpus = resources.use_gpu, resources.cpus_per_worker
         # Not in the trial's own placement group, which holds no CPU.
         outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
         task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
@@ -286,7 +292,7 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
         record |= {
             "seconds": seconds,
             "seconds_to_first_step": used.first_step_at - started,
-            "seconds_of_overhead": seconds - evaluation - used.device_seconds / _devices(need),
+            "seconds_of_overhead": seconds - evaluation - used.device_seconds / resources.num_devices,
         }
     return _cost(trial, root) | record
 
@@ -341,7 +347,7 @@ def _begun_since(folder: AnyPath, moment: float) -> bool:
     return any(int(path.stem) >= moment * 1e9 for path in folder.glob("[0-9]*.json"))
 
 
-def _write_results(sweep: Sweep, root: Path, parent: str) -> None:
+def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
     """data/sweep: trials.json, the references, and the translations of every trial that is finished."""
     settings = sweep.base
     trials = []
@@ -383,7 +389,7 @@ def main() -> None:
     cli.parser("sweeps.run", __doc__).parse_args()
     cli.end_with_dvc()
     with cli.exit_on_error("sweep", interrupted="interrupted; the same command goes on where this one was"):
-        run(Path().resolve())
+        run_sweep(Path().resolve())
 
 
 if __name__ == "__main__":

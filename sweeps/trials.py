@@ -66,7 +66,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepPlan:
     """All rows, those too that are left out (`skipped` says why), and the trials of the others.
 
     `run_key` finds its run in MLflow; it stands for data, code, base and search: rows and seeds may be added to a
@@ -79,7 +79,7 @@ class Sweep:
     run_key: str
 
 
-def load_sweep(root: Path) -> Sweep:
+def load_sweep(root: Path) -> SweepPlan:
     """The sweep that params.yaml asks for. Raises ValueError that names the setting."""
     settings = load_settings(root, model=load_settings(root).sweep.model)
     sweep = settings.sweep
@@ -107,7 +107,7 @@ def load_sweep(root: Path) -> Sweep:
         kept.append(row)
         trials += of_row
     _check_num_workers(sweep.num_workers)
-    return Sweep(base, kept, trials, f"sweep {_run_key(replace(base, seed=0), root)}")
+    return SweepPlan(base, kept, trials, f"sweep {_run_key(replace(base, seed=0), root)}")
 
 
 def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
@@ -124,7 +124,7 @@ def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
 def _check_num_workers(num_workers: Mapping[str, int]) -> None:
     for name in num_workers:
         if name not in table3.NAMES:
-            raise ValueError(f"sweep.num_workers has {name!r}: one of {', '.join(table3.NAMES)} is needed")
+            raise ValueError(f"each key of sweep.num_workers must be one of {', '.join(table3.NAMES)}, got {name!r}")
 
 
 def _run_key(settings: Settings, root: Path) -> str:

@@ -19,9 +19,9 @@ from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
 from pipeline.training.run import WEIGHTS_CODE
-from sweeps import cost as plan
-from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, text
-from sweeps.trials import EVALUATION_CODE, Sweep, load_sweep
+from sweeps import cost
+from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, render_plan
+from sweeps.trials import EVALUATION_CODE, SweepPlan, load_sweep
 from tests.support.settings_files import copy_settings, edit
 
 VOCAB = 29
@@ -79,7 +79,7 @@ def flops_of(settings: Settings, split: EncodedSplit, indices: np.ndarray) -> in
     return training_flops(settings.model.config(VOCAB), *batch.src.shape, batch.tgt_in.shape[1])
 
 
-def finish(sweep: Sweep, statuses: dict[str, str]) -> None:
+def finish(sweep: SweepPlan, statuses: dict[str, str]) -> None:
     for trial in sweep.trials:
         if trial.id in statuses:
             trial.write_record({"status": statuses[trial.id]})
@@ -149,7 +149,7 @@ def test_the_plan_says_what_is_done_what_is_left_out_and_what_the_rest_costs(roo
     edit(root, "params.yaml", "sweep", price_per_device_hour=2.5)
     sweep = load_sweep(root)
     finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished", "B-dk32.5": "finished"})
-    lines = text(sweep, root, devices=4, gpu=False).splitlines()
+    lines = render_plan(sweep, root, devices=4, gpu=False).splitlines()
     flops = 13 * flops_per_step(sweep.base, root)  # of the one that failed
     hours = flops / 1e6 / 3600
     assert lines[0] == "table3-grammar-nano: 2 rows x 2 seeds, 3 trials done, 1 to run"
@@ -169,14 +169,14 @@ def test_the_plan_says_what_is_done_what_is_left_out_and_what_the_rest_costs(roo
 
 
 def test_without_a_price_none_is_named_and_on_gpus_the_hours_are_gpu_hours(root):
-    lines = text(load_sweep(root), root, devices=1, gpu=True).splitlines()
+    lines = render_plan(load_sweep(root), root, devices=1, gpu=True).splitlines()
     assert "GPU hours at" in lines[-1]
     assert "CPU" not in "".join(lines)
 
 
 def test_twice_the_devices_take_half_the_time_and_cost_the_same(root):
     edit(root, "params.yaml", "sweep", price_per_device_hour=2.5, flops_per_second=1e4)
-    one, two = (text(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
+    one, two = (render_plan(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
     hours = [float(re.search(r"([\d.]+) hours on", plan)[1]) for plan in (one, two)]
     assert hours[0] == pytest.approx(2 * hours[1], abs=0.11)
     assert one.splitlines()[-1] == two.splitlines()[-1]
@@ -184,18 +184,18 @@ def test_twice_the_devices_take_half_the_time_and_cost_the_same(root):
 
 def test_a_sweep_that_is_done_costs_nothing_and_measures_nothing(root, monkeypatch):
     edit(root, "params.yaml", "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
-    monkeypatch.setattr(plan, "measured_rate", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
     sweep = load_sweep(root)
     finish(sweep, {trial.id: "finished" for trial in sweep.trials})
-    lines = text(sweep, root, devices=1, gpu=False).splitlines()
+    lines = render_plan(sweep, root, devices=1, gpu=False).splitlines()
     assert lines[0].endswith("4 trials done, 0 to run")
     assert lines[-1].startswith("| B: d_k 3.5 | left out")
 
 
 def test_a_rate_that_is_not_stated_is_measured_and_the_plan_says_so(root, monkeypatch):
     edit(root, "params.yaml", "sweep", flops_per_second=0.0)
-    monkeypatch.setattr(plan, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
-    assert "at 7e+06 FLOPs a second (measured here)" in text(load_sweep(root), root, devices=1, gpu=False)
+    monkeypatch.setattr(cost, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
+    assert "at 7e+06 FLOPs a second (measured here)" in render_plan(load_sweep(root), root, devices=1, gpu=False)
 
 
 def test_the_measured_rate_is_what_is_computed_after_the_warm_up_by_the_time_it_takes(root, monkeypatch):
@@ -213,14 +213,14 @@ def test_the_measured_rate_is_what_is_computed_after_the_warm_up_by_the_time_it_
 
 def run_main(root: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.chdir(root)
-    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    monkeypatch.setattr(sys, "argv", ["cost", *arguments])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    plan.main()
+    cost.main()
 
 
 def test_the_command_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys):
     run_main(root, monkeypatch, "--devices", "8")
-    assert capsys.readouterr().out == text(load_sweep(root), root, devices=8, gpu=False) + "\n"
+    assert capsys.readouterr().out == render_plan(load_sweep(root), root, devices=8, gpu=False) + "\n"
 
 
 def test_a_gpu_that_is_not_here_can_be_planned_for_if_its_rate_is_stated(root, monkeypatch, capsys):
@@ -239,4 +239,4 @@ def test_a_fault_in_the_settings_is_one_line(root, monkeypatch, capsys):
     edit(root, "params.yaml", "sweep", rows=["colour"])
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
-    assert capsys.readouterr().err.startswith("cost: sweep.rows has 'colour': one of A, B, ")
+    assert capsys.readouterr().err.startswith("cost: each of sweep.rows must be one of A, B, ")

@@ -18,7 +18,7 @@ from sacrebleu.metrics import BLEU
 from sweeps import report
 from sweeps.analysis import assess, read_sweep
 from sweeps.figure import draw_panel
-from sweeps.report import main, run, write_report
+from sweeps.report import main, report_sweep, write_report
 from sweeps.significance import holm, paired_p, seed_interval, sentence_interval
 
 NUM_SENTENCES = 41
@@ -438,7 +438,7 @@ def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
     monkeypatch.setattr(report, "log_report", lambda *arguments: told.append(arguments))
     monkeypatch.setattr(report, "share_view", lambda *arguments: f"a view of {arguments}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
-    run(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
+    report_sweep(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
     [(uri, run_id, files, metrics)] = told
     assert (uri, run_id) == ("sqlite:///x.db", "parent")
     assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
@@ -455,6 +455,6 @@ def test_a_sweep_that_another_store_knows_is_reported_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    run(write_sweep(tmp_path / "sweep", [1]), tmp_path / "reports")
+    report_sweep(write_sweep(tmp_path / "sweep", [1]), tmp_path / "reports")
     assert (tmp_path / "reports/table3.html").is_file()
     assert f"Not in MLflow: sqlite:///{tmp_path}/mlflow.db has no run parent" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.common.settings import load_settings
 from pipeline.training.run import WEIGHTS_CODE
-from sweeps.trials import EVALUATION_CODE, Sweep, Trial, load_sweep
+from sweeps.trials import EVALUATION_CODE, SweepPlan, Trial, load_sweep
 from tests.support.settings_files import REPOSITORY, copy_settings, edit
 
 CODE = (*EVALUATION_CODE, *WEIGHTS_CODE)
@@ -41,16 +41,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sweep_with(root: Path, **values: Any) -> Sweep:
+def sweep_with(root: Path, **values: Any) -> SweepPlan:
     edit(root, "params.yaml", "sweep", **values)
     return load_sweep(root)
 
 
-def keys(sweep: Sweep) -> dict[str, str]:
+def keys(sweep: SweepPlan) -> dict[str, str]:
     return {trial.id: trial.key for trial in sweep.trials}
 
 
-def workers(sweep: Sweep) -> dict[str, int]:
+def workers(sweep: SweepPlan) -> dict[str, int]:
     return {trial.row.id: trial.settings.hardware.num_workers for trial in sweep.trials}
 
 
@@ -120,7 +120,7 @@ def test_more_workers_reach_the_rows_that_they_are_for_by_axis_before_group(root
 
 
 def test_workers_for_a_row_that_nobody_knows_are_an_error(root):
-    message = "sweep.num_workers has 'head': one of A, B, C, D, E, big, heads, d_k, layers, "
+    message = "each key of sweep.num_workers must be one of A, B, C, D, E, big, heads, d_k, layers, "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         sweep_with(root, num_workers={"heads": 2, "head": 3})
 
