@@ -1,4 +1,4 @@
-"""What one worker (rank) of a training run does: data, model and checkpoints around the loop. No Ray, no MLflow."""
+"""One rank of a training run: data, model, validation and checkpoints around the loop. No Ray, no MLflow."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -32,19 +32,19 @@ def train_rank(
     progress: Callable[[TrainState, float], None],
     log: Callable[[str], None],
 ) -> TrainState:
-    """Train on the encoded corpus in `data` until done, from the last checkpoint in `run_folder` if there is one.
+    """Train on the encoded corpus in `data` to the end, from the last checkpoint in `run_folder` if there is one.
 
-    Every rank calls this alike; `report` gets metrics and their step, `progress` the state and the loss after each
-    step, `log` a line for people. Raises NotFiniteError, and ValueError for data that does not fit the settings.
+    Every rank calls this with the same arguments; `report` gets metrics and their step, `progress` the state and the
+    loss after each step, `log` a line for the user. Raises NotFiniteError, and ValueError for data that does not fit
+    the settings.
     """
-    t = settings.train
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
     info = CorpusInfo.open(data)
     torch.manual_seed(settings.seed)
     model = Transformer(settings.model.config(info.vocab_size)).to(device)
-    optimizer = adam(model, t.beta1, t.beta2, t.eps)
+    optimizer = adam(model, settings.train.beta1, settings.train.beta2, settings.train.eps)
     state = _resume(run_folder, model, optimizer, rank, device, log)
-    for curve in (state.training_curve, state.validation_curve):  # what a worker that died had still to deliver
+    for curve in (state.training_curve, state.validation_curve):  # a worker that died may not have delivered them
         for point in curve:
             report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
@@ -53,12 +53,11 @@ def train_rank(
         log(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
     if rank == 0 and (advice := share_advice(plan, num_ranks)):
         log(advice)
-    valid_batches = _all_batches(valid_split, settings)
-    mine = [collate(valid_split, indices) for indices in valid_batches[rank::num_ranks]]
+    valid_batches = [collate(valid_split, part) for part in _valid_batches(valid_split, settings)[rank::num_ranks]]
     bf16 = settings.hardware.precision == "bf16"
 
     def validate() -> dict[str, float]:
-        total, tokens = cross_entropy(model, mine, bf16)
+        total, tokens = cross_entropy(model, valid_batches, bf16)
         return {
             "valid_loss": total / tokens,
             "valid_ppl": perplexity(total, tokens),
@@ -66,7 +65,7 @@ def train_rank(
         }
 
     def write_checkpoint(state: TrainState) -> None:
-        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints)
+        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), settings.train.keep_checkpoints)
 
     def save(state: TrainState) -> None:
         if rank != 0:
@@ -77,7 +76,7 @@ def train_rank(
             write_checkpoint(state)
         except checkpoint.DiskFullError:
             raise
-        except OSError as error:  # a store that is away may be back for the next
+        except OSError as error:  # a store that is away may be back for the next one
             log(f"{error}; training goes on")
 
     batches = _global_batches(plan, train_split, state.position, rank, num_ranks)
@@ -86,7 +85,7 @@ def train_rank(
             parallel,
             optimizer,
             batches,
-            t,
+            settings.train,
             state,
             seed=settings.seed,
             bf16=bf16,
@@ -117,14 +116,14 @@ def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
 
 
 def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
-    """What to say if workers have to wait for others for too long."""
+    """A line for the user if workers would wait for others for too long; None if they would not."""
     num_micro = plan.most_micro_batches
     if parallel_efficiency(num_micro, num_ranks) >= MIN_EFFICIENCY:
         return None
     enough = num_micro
     while enough != easily_shared(enough) or parallel_efficiency(enough, num_ranks) < MIN_EFFICIENCY:
         enough += 1
-    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, for sentences fit badly
+    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more: sentences do not fill it
     way_out = (
         f"set hardware.micro_batch_tokens to {micro_batch_tokens}, which is another run"
         if micro_batch_tokens >= plan.longest
@@ -133,8 +132,8 @@ def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
     return f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: {way_out}"
 
 
-def _all_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
-    """Micro-batches of the split for validation, of which no pair may be left out."""
+def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
+    """Micro-batches of the validation split. Raises ValueError for a pair that is too long: none is left out."""
     longest = settings.model.max_length
     num_skipped = int((np.maximum(split.src.lengths, split.tgt.lengths) >= longest).sum())
     if num_skipped:
@@ -169,7 +168,7 @@ def _resume(
     device: torch.device,
     log: Callable[[str], None],
 ) -> TrainState:
-    """The last whole checkpoint, as rank 0 finds it: all ranks go on from the same step."""
+    """Restore the last whole checkpoint that rank 0 finds, on all ranks: they have to start at the same step."""
     found = retry_unreachable(lambda: checkpoint.load_latest(run_folder, log), run_folder, log) if rank == 0 else None
     step = torch.tensor(found.state.step if found else -1, device=device)
     if dist.is_initialized():

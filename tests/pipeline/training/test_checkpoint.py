@@ -54,7 +54,7 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in checkpoint.folders(folder)]
 
 
-def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
+def test_load_returns_every_field_weight_and_moment_that_was_saved(tmp_path):
     state = TrainState(
         step=13,
         position=(3, 5),
@@ -86,17 +86,17 @@ def test_every_field_of_the_state_every_weight_and_moment_come_back(tmp_path):
     assert json.loads((folder / "state.json").read_text())["settings"] == SETTINGS
 
 
-def test_a_state_that_has_no_validation_yet_comes_back(tmp_path):
+def test_load_returns_a_state_without_validation(tmp_path):
     assert checkpoint.load(save(tmp_path, 3)).state == TrainState(step=3, best_valid_loss=math.inf)
 
 
-def test_only_the_last_k_are_kept(tmp_path):
+def test_save_keeps_the_last_k(tmp_path):
     for step in (3, 5, 7, 11, 13):
         save(tmp_path, step, keep=3)
     assert steps(tmp_path) == [7, 11, 13]
 
 
-def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
+def test_load_latest_of_a_folder_without_checkpoints_is_none(tmp_path):
     assert checkpoint.load_latest(tmp_path / "none", pytest.fail) is None
 
 
@@ -143,7 +143,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_named(tmp_path, damage):
+def test_load_latest_passes_over_a_damaged_checkpoint_and_names_it(tmp_path, damage):
     save(tmp_path, 5)
     damage(save(tmp_path, 7))
     with pytest.raises(DamagedCheckpointError, match=re.escape(f"{tmp_path / 'step_00000007'}") + ".* is damaged: "):
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it_and_named(tmp
     assert warnings[0].endswith("; going back to the checkpoint before it")
 
 
-def test_when_all_are_damaged_each_is_named_and_there_is_no_latest(tmp_path):
+def test_load_latest_is_none_and_names_each_when_all_are_damaged(tmp_path):
     for step in (5, 7):
         flip_a_byte(save(tmp_path, step))
     warnings: list[str] = []
@@ -165,12 +165,12 @@ def test_when_all_are_damaged_each_is_named_and_there_is_no_latest(tmp_path):
     assert ["step_00000007" in warnings[0], "step_00000005" in warnings[1]] == [True, True]
 
 
-def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
+def test_save_replaces_a_damaged_checkpoint_of_its_step(tmp_path):
     flip_a_byte(save(tmp_path, 7))
     assert checkpoint.load(save(tmp_path, 7)).state.step == 7
 
 
-def test_damaged_later_checkpoints_do_not_push_out_new_ones_and_are_replaced_in_their_turn(tmp_path):
+def test_save_replaces_later_damaged_checkpoints_at_their_steps(tmp_path):
     save(tmp_path, 3)
     for step in (5, 7):
         flip_a_byte(save(tmp_path, step))
@@ -182,7 +182,7 @@ def test_damaged_later_checkpoints_do_not_push_out_new_ones_and_are_replaced_in_
     assert checkpoint.load(checkpoint.folder_of(tmp_path, 7)).state.step == 7
 
 
-def test_a_store_holds_what_a_disk_does(tmp_path):
+def test_save_writes_the_same_files_to_a_store_and_a_disk(tmp_path):
     store = UPath("memory://checkpoints/run")
     for step in (3, 5, 7):
         on_disk, stored = save(tmp_path, step, keep=2), save(store, step, keep=2)
@@ -196,7 +196,7 @@ def test_a_store_holds_what_a_disk_does(tmp_path):
     assert [p.name for p in store.iterdir()] == ["step_00000005", "step_00000007"]
 
 
-def test_in_a_store_one_that_is_cut_short_or_damaged_is_passed_over_by_name(tmp_path):
+def test_load_latest_passes_over_incomplete_and_damaged_ones_in_a_store(tmp_path):
     store = UPath("memory://checkpoints/damaged")
     for step in (3, 5, 7, 9):
         save(store, step)
@@ -212,7 +212,7 @@ def test_in_a_store_one_that_is_cut_short_or_damaged_is_passed_over_by_name(tmp_
     assert [name in line for name, line in zip(("009", "007", "005"), warnings, strict=True)] == [True] * 3
 
 
-def test_a_store_that_is_away_is_an_error_and_no_reason_to_go_back(tmp_path, monkeypatch):
+def test_load_latest_raises_when_the_store_is_away(tmp_path, monkeypatch):
     store = UPath("memory://checkpoints/away")
     save(store, 3)
 
@@ -272,7 +272,7 @@ def test_finished_state_raises_when_the_store_is_away(monkeypatch):
         checkpoint.finished_state(store)
 
 
-def test_nothing_is_unpickled(tmp_path):
+def test_load_latest_unpickles_nothing(tmp_path):
     marker = tmp_path / "unpickled"
 
     class Payload:
@@ -306,7 +306,7 @@ def files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it_and_nothing_else(tmp_path):
+def test_save_that_fails_leaves_earlier_checkpoints_and_nothing_else(tmp_path):
     save(tmp_path, 3)
     save(tmp_path, 5)
     before = files(tmp_path)
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it_and_nothing_
     assert checkpoint.load_latest(tmp_path, pytest.fail).state.step == 5  # type: ignore[union-attr]
 
 
-def test_a_state_that_cannot_be_written_leaves_nothing_either(tmp_path, monkeypatch):
+def test_save_that_cannot_write_the_state_leaves_nothing_else(tmp_path, monkeypatch):
     save(tmp_path, 3)
     before = files(tmp_path)
     model, optimizer = trained(5)
@@ -334,7 +334,7 @@ def test_a_state_that_cannot_be_written_leaves_nothing_either(tmp_path, monkeypa
     assert files(tmp_path) == before
 
 
-def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path):
+def test_save_model_that_fails_is_an_os_error_that_names_the_file(tmp_path):
     model, _ = trained(1)
     with almost_full_disk(), pytest.raises(OSError, match=r"too large .*weights\.safetensors"):
         checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
@@ -343,7 +343,7 @@ def test_a_model_that_cannot_be_written_is_an_os_error_that_names_it(tmp_path):
 # --- the average (section 6.1)
 
 
-def test_the_average_is_the_mean_of_the_last_checkpoints_weights(tmp_path):
+def test_average_is_the_mean_of_the_last_checkpoints_weights(tmp_path):
     for step in (3, 5, 7, 11):
         save(tmp_path, step)
     weights, averaged = checkpoint.average(tmp_path, 3, pytest.fail)
@@ -356,7 +356,7 @@ def test_the_average_is_the_mean_of_the_last_checkpoints_weights(tmp_path):
         assert value.dtype == torch.float32
 
 
-def test_the_average_leaves_a_damaged_checkpoint_out_and_takes_one_more(tmp_path):
+def test_average_leaves_a_damaged_checkpoint_out_and_takes_one_more(tmp_path):
     for step in (3, 5, 7, 11):
         save(tmp_path, step)
     flip_a_byte(tmp_path / "step_00000007")
@@ -367,14 +367,14 @@ def test_the_average_leaves_a_damaged_checkpoint_out_and_takes_one_more(tmp_path
     assert warnings[0].endswith("; left out of the average")
 
 
-def test_the_average_of_more_than_there_are_is_that_of_all(tmp_path):
+def test_average_of_more_than_there_are_is_that_of_all(tmp_path):
     save(tmp_path, 3)
     weights, averaged = checkpoint.average(tmp_path, 5, pytest.fail)
     assert averaged == [3]
     assert all(torch.equal(value, trained(3)[0].state_dict()[name]) for name, value in weights.items())
 
 
-def test_there_is_no_average_of_nothing(tmp_path):
+def test_average_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         checkpoint.average(tmp_path, 5, pytest.fail)
 
@@ -382,7 +382,7 @@ def test_there_is_no_average_of_nothing(tmp_path):
 # --- the final model
 
 
-def test_a_saved_model_comes_back_in_evaluation_mode(tmp_path):
+def test_load_model_returns_what_was_saved_in_evaluation_mode(tmp_path):
     model, _ = trained(1)
     checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
     loaded = checkpoint.load_model(tmp_path)
@@ -392,7 +392,7 @@ def test_a_saved_model_comes_back_in_evaluation_mode(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
-def test_a_model_that_lacks_a_file_says_which_stage_makes_it(tmp_path, name):
+def test_load_model_names_the_stage_that_makes_a_missing_file(tmp_path, name):
     checkpoint.save_model(tmp_path, trained(1)[0].state_dict(), CONFIG)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} does not exist: run the train stage first")):
@@ -410,14 +410,14 @@ def test_a_model_that_lacks_a_file_says_which_stage_makes_it(tmp_path, name):
     ],
     ids=["no JSON", "a field missing", "other sizes", "cut off", "other weights"],
 )
-def test_a_damaged_model_is_named(tmp_path, damage):
+def test_load_model_names_a_damaged_folder(tmp_path, damage):
     checkpoint.save_model(tmp_path, trained(1)[0].state_dict(), CONFIG)
     damage(tmp_path)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r" is damaged \(.*run the train stage again"):
         checkpoint.load_model(tmp_path)
 
 
-def test_weights_are_one_file_that_other_tools_read(tmp_path):
+def test_save_model_writes_one_file_that_other_tools_read(tmp_path):
     model, _ = trained(1)
     checkpoint.save_model(tmp_path, model.state_dict(), CONFIG)
     assert load_file(tmp_path / "weights.safetensors").keys() == model.state_dict().keys()

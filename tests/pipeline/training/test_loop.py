@@ -1,6 +1,5 @@
 """The loop on its own: no corpus, no Ray; a model so small that a step takes milliseconds."""
 
-import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -70,7 +69,7 @@ class Descent(torch.optim.SGD):
 # --- one step
 
 
-def test_four_micro_batches_of_unlike_size_equal_one():
+def test_train_loop_of_four_micro_batches_of_unlike_size_equals_one():
     one, four = new_model(), new_model()
     curves = [
         run(one, [micro_batches([31])]).training_curve,
@@ -82,7 +81,7 @@ def test_four_micro_batches_of_unlike_size_equal_one():
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_a_step_follows_the_gradient_of_torchs_loss_per_token_of_the_whole_step():
+def test_train_step_follows_the_gradient_of_torchs_loss_per_token():
     model, twin = new_model(), new_model()
     whole, parts = micro_batches([31])[0], micro_batches([2, 3, 19, 7])
     expected = torchs_loss(twin, whole, 0.1)
@@ -96,7 +95,7 @@ def test_a_step_follows_the_gradient_of_torchs_loss_per_token_of_the_whole_step(
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_the_loss_curve_is_that_of_torchs_own_operators(monkeypatch):
+def test_train_loop_has_the_loss_curve_of_torchs_own_operators(monkeypatch):
     """oneDNN's products, attention by batched products, the loss by chunks and micro-batches, beside linear,
     scaled_dot_product_attention, cross_entropy over all logits, and Adam: with dropout, and while it learns."""
     config = replace(DROPPING, d_model=128, d_ff=256, num_heads=4, d_k=32, d_v=32)
@@ -164,7 +163,7 @@ def test_adam_is_the_formula_of_section_5_3():
     assert differ.float().mean() < 0.01
 
 
-def test_each_step_has_its_learning_rate():
+def test_train_step_sets_the_learning_rate_of_its_step():
     model = new_model()
     optimizer = Descent(model)
     settings = replace(SETTINGS, max_steps=7)
@@ -177,7 +176,7 @@ def test_each_step_has_its_learning_rate():
 
 
 @pytest.mark.parametrize(("max_grad_norm", "clipped"), [(0.0, False), (0.01, True), (100.0, False)])
-def test_the_gradient_is_clipped_to_its_largest_norm_and_keeps_its_direction(max_grad_norm, clipped):
+def test_train_step_clips_the_gradient_to_its_norm_in_its_direction(max_grad_norm, clipped):
     moves = []
     for limit in (max_grad_norm, 0.0):
         model = new_model()
@@ -191,7 +190,7 @@ def test_the_gradient_is_clipped_to_its_largest_norm_and_keeps_its_direction(max
     assert F.cosine_similarity(*moves, dim=0) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_dropout_differs_by_seed_step_and_place_and_by_nothing_else():
+def test_seed_dropout_differs_by_seed_step_and_place_and_nothing_else():
     def noise(*parts: int) -> tuple[float, ...]:
         seed_dropout(torch.device("cpu"), *parts)
         return tuple(torch.rand(3).tolist())
@@ -201,22 +200,29 @@ def test_dropout_differs_by_seed_step_and_place_and_by_nothing_else():
     assert noise(1, 2, 3) == noise(1, 2, 3)
 
 
-def test_dropout_is_on_in_training_and_off_in_validation():
-    model = new_model(DROPPING)
+def test_train_loop_has_dropout_on_after_a_validation_too():
     micro = micro_batches([13])[0]
-    losses = [
-        run(new_model(config), [[micro]], replace(SETTINGS, max_steps=1)).training_curve[0]["train_loss"]
-        for config in (CONFIG, DROPPING)
-    ]
-    assert losses[0] != losses[1]
-    with torch.no_grad():
-        expected = torchs_loss(copy.deepcopy(model).eval(), micro, 0.0).item()
-    total, tokens = cross_entropy(model.train(), [micro])
-    assert total / tokens == pytest.approx(expected, rel=1e-5)
-    assert model.training
+
+    def losses(config: TransformerConfig) -> list[float]:
+        model = new_model(config)
+
+        def validate() -> dict[str, float]:
+            total, tokens = cross_entropy(model, [micro])
+            return {"valid_loss": total / tokens}
+
+        settings = replace(SETTINGS, max_steps=2, validate_every=1)
+        rate = 1e-9  # the weights stay as they are: only dropout makes a difference
+        state = run(model, [[micro]], settings, learning_rate=lambda step: rate, validate=validate)
+        valid = [point["valid_loss"] for point in state.validation_curve]
+        assert valid[0] == pytest.approx(valid[1], abs=1e-5)
+        return [point["train_loss"] for point in state.training_curve]
+
+    without, with_dropout = losses(CONFIG), losses(DROPPING)
+    assert without[0] == pytest.approx(without[1], abs=1e-5)
+    assert len({round(loss, 4) for loss in (without[0], *with_dropout)}) == 3
 
 
-def test_bf16_changes_the_step_a_little_and_keeps_weights_in_single_precision():
+def test_train_step_in_bf16_changes_little_and_keeps_weights_in_fp32():
     models = [new_model(), new_model()]
     losses = [
         run(model, [micro_batches([13])], replace(SETTINGS, max_steps=1), bf16=bf16).training_curve[0]["train_loss"]
@@ -229,7 +235,7 @@ def test_bf16_changes_the_step_a_little_and_keeps_weights_in_single_precision():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 1e-2)])
-def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
+def test_train_loop_takes_the_steps_of_double_precision_on_each_device(device, bf16, tolerance):
     exact, model = new_model().double(), new_model().to(device)
     epoch = [micro_batches([5, 7]), micro_batches([3], seed=2)]
     settings = replace(SETTINGS, max_steps=6)
@@ -242,7 +248,7 @@ def test_a_device_takes_the_steps_of_double_precision(device, bf16, tolerance):
     assert sums[1][1] == sums[0][1]
 
 
-def test_dropout_is_seeded_as_torch_seeds_it_and_by_torch_on_a_gpu(monkeypatch):
+def test_seed_dropout_seeds_as_torch_does_and_by_torch_on_a_gpu(monkeypatch):
     seeds: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(torch, "manual_seed", seeds.append)
@@ -254,7 +260,7 @@ def test_dropout_is_seeded_as_torch_seeds_it_and_by_torch_on_a_gpu(monkeypatch):
     assert torch.equal(torch.rand(5), drawn)
 
 
-def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypatch):
+def test_compile_sends_every_micro_batch_through_the_compiled_model(monkeypatch):
     calls: list[int] = []  # by which thread
 
     class Compiled(nn.Module):
@@ -290,7 +296,7 @@ def test_compile_sends_every_training_batch_through_the_compiled_model(monkeypat
 
 @pytest.mark.slow  # half a minute of the C++ compiler
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_takes_the_steps_of_the_plain_one():
+def test_compile_takes_the_steps_of_the_plain_model():
     models = [new_model(), new_model()]
     for model, on in zip(models, (False, True), strict=True):
         run(model, [micro_batches([5, 7]), micro_batches([3], seed=2)], compile=on)
@@ -300,7 +306,7 @@ def test_a_compiled_model_takes_the_steps_of_the_plain_one():
 # --- faults
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_says_where_and_what_to_do():
+def test_train_step_refuses_a_loss_that_is_not_finite_and_says_where():
     model = new_model()
     plan = endless([micro_batches([3]), micro_batches([5])], TrainState())
     before: list[Tensor] = []
@@ -337,7 +343,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_says_where_and_what
     assert (state.step, state.position, saved) == (2, (1, 0), [])
 
 
-def test_a_gradient_that_is_not_finite_stops_too_though_the_loss_is():
+def test_train_step_refuses_a_gradient_that_is_not_finite():
     model = new_model()
     before = weights(model)
     next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
@@ -372,7 +378,7 @@ def at(seen: list[tuple[str, int]], what: str) -> list[int]:
     return [step for name, step in seen if name == what]
 
 
-def test_reports_validations_and_checkpoints_come_as_often_as_set_and_at_the_end():
+def test_train_loop_reports_validates_and_saves_as_often_as_set():
     settings = replace(SETTINGS, max_steps=13, log_every=4, validate_every=5, checkpoint_every=3)
     state, seen = events(settings)
     assert at(seen, "train") == [4, 8, 12, 13]
@@ -383,13 +389,13 @@ def test_reports_validations_and_checkpoints_come_as_often_as_set_and_at_the_end
     assert [point["step"] for point in state.validation_curve] == [5, 10, 13]
 
 
-def test_a_last_step_that_is_due_anyway_is_not_reported_twice():
+def test_train_loop_reports_a_last_step_that_is_due_anyway_once():
     _, seen = events(replace(SETTINGS, max_steps=6, log_every=3, validate_every=3, checkpoint_every=3))
     assert seen[-4:] == [("validate", 6), ("valid", 6), ("train", 6), ("save", 6)]
     assert len(seen) == 8
 
 
-def test_patience_ends_training_after_so_many_validations_without_a_better_loss():
+def test_patience_ends_training_after_validations_without_a_better_loss():
     settings = replace(SETTINGS, max_steps=100, validate_every=2, patience=3, checkpoint_every=7)
     state, seen = events(settings, [3.0, 2.0, 2.5, 2.0, 1.5, 1.6, 1.5, 1.7, 0.1])
     assert at(seen, "validate") == [2, 4, 6, 8, 10, 12, 14, 16]  # 1.5, then three times not below it
@@ -397,31 +403,31 @@ def test_patience_ends_training_after_so_many_validations_without_a_better_loss(
     assert at(seen, "save") == [7, 14, 16]
 
 
-def test_training_that_patience_ends_keeps_its_last_training_point():
+def test_patience_keeps_the_last_training_point():
     settings = replace(SETTINGS, max_steps=100, log_every=50, validate_every=2, patience=1, checkpoint_every=7)
     state, seen = events(settings, [1.0, 2.0])
     assert [point["step"] for point in state.training_curve] == at(seen, "train") == [4]
 
 
-def test_a_validation_loss_that_is_no_number_stops_training_before_a_checkpoint_is_written():
+def test_train_loop_refuses_a_validation_loss_that_is_no_number():
     settings = replace(SETTINGS, max_steps=4, validate_every=2, checkpoint_every=2)
     with pytest.raises(NotFiniteError, match=r"step 4: the validation loss is nan. lower train.lr_scale"):
         events(settings, [1.0, math.nan])
 
 
-def test_without_patience_a_worse_loss_ends_nothing():
+def test_patience_of_zero_never_ends_training():
     state, _ = events(replace(SETTINGS, max_steps=9, validate_every=1), [float(i) for i in range(9)])
     assert (state.step, state.stale_validations) == (9, 8)
 
 
-def test_finished_training_takes_no_further_step():
+def test_train_loop_that_is_finished_takes_no_further_step():
     model = new_model()
     before = weights(model)
     run(model, [micro_batches([2])], state=TrainState(step=3, finished=True))
     assert torch.equal(weights(model), before)
 
 
-def test_the_training_curve_is_the_mean_over_the_tokens_since_the_last_point():
+def test_training_curve_is_the_mean_over_the_tokens_since_the_last_point():
     epoch = [micro_batches([2], seed=1), micro_batches([17], seed=2), micro_batches([5], seed=3)]
     every = run(new_model(), epoch).training_curve
     whole = run(new_model(), epoch, replace(SETTINGS, log_every=3)).training_curve
@@ -430,7 +436,7 @@ def test_the_training_curve_is_the_mean_over_the_tokens_since_the_last_point():
     assert whole[0]["train_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_tokens_are_counted_over_all_steps():
+def test_train_loop_counts_tokens_over_all_steps():
     epoch = [micro_batches([2, 3]), micro_batches([7])]
     state = run(new_model(), epoch, replace(SETTINGS, max_steps=5))
     per_step = [sum(micro.num_tokens for micro in step) for step in epoch]
@@ -488,7 +494,7 @@ def twice_half_and_whole(folder: Path, config: TransformerConfig, log_every: int
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("config", [CONFIG, DROPPING], ids=["no dropout", "dropout"])
-def test_k_steps_a_checkpoint_and_k_steps_are_2k_steps_bit_for_bit(tmp_path, config, num_threads):
+def test_resume_after_k_steps_equals_2k_steps_bit_for_bit(tmp_path, config, num_threads):
     torch.set_num_threads(num_threads)
     resumed, undisturbed = twice_half_and_whole(tmp_path, config, log_every=5)
     assert torch.equal(resumed["weights"], undisturbed["weights"])
@@ -500,7 +506,7 @@ def test_k_steps_a_checkpoint_and_k_steps_are_2k_steps_bit_for_bit(tmp_path, con
     assert resumed["state"] == undisturbed["state"]
 
 
-def test_a_checkpoint_between_two_points_of_the_training_curve_does_not_change_the_curve(tmp_path):
+def test_resume_between_two_points_does_not_change_the_training_curve(tmp_path):
     resumed, undisturbed = twice_half_and_whole(tmp_path, CONFIG, log_every=4)
     curves = [without_time(result["state"]["training_curve"]) for result in (resumed, undisturbed)]
     assert curves[0] == curves[1]
@@ -551,7 +557,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.nda
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_two_ranks_equal_one_with_dropout_on(two_ranks, name):
+def test_ranks_two_equal_one_with_dropout_on(two_ranks, name):
     model = new_model(DROPPING)
     state = run(model, steps_of(name))
     losses = [point["train_loss"] for point in state.training_curve]
@@ -561,13 +567,13 @@ def test_two_ranks_equal_one_with_dropout_on(two_ranks, name):
     assert (two_ranks[0][name] == two_ranks[1][name]).all()
 
 
-def test_two_ranks_share_validation_though_one_has_none_of_it(two_ranks):
+def test_ranks_share_validation_though_one_has_none_of_it(two_ranks):
     expected = cross_entropy(new_model(), micro_batches([7]))
     for results in two_ranks:
         np.testing.assert_allclose(results["cross_entropy"], expected, rtol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_both(two_ranks):
+def test_ranks_both_stop_when_one_gradient_is_not_finite(two_ranks):
     for results in two_ranks:
         assert str(results["error"]).startswith("step 1 (epoch 0, batch 0 of it)")
 
@@ -575,7 +581,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both(two_ranks):
 # --- it learns
 
 
-def test_it_learns_to_copy():
+def test_train_loop_learns_to_copy():
     """Pieces by chance: nothing but the source tells the next one; perplexity would stay at 19 without it."""
     config = replace(CONFIG, d_model=64, d_ff=64, d_k=16, d_v=16, num_heads=4, norm="pre")
     rng = np.random.default_rng(3)

@@ -48,7 +48,7 @@ def does_something(file: str) -> bool:
     return not all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
-def test_weights_code_is_what_training_imports_but_for_what_decides_no_weights():
+def test_weights_code_is_what_training_imports_that_decides_weights():
     imported = {file for file in reached(["pipeline/training/trainer.py"]) if does_something(file)}
     counted = set(WEIGHTS_CODE)
     assert not counted & set(DECIDES_NO_WEIGHTS)
@@ -145,7 +145,7 @@ def write_checkpoint(folder: Path, step: int, finished: bool = False) -> Path:
     return checkpoint.save(folder, model, optimizer, state, {}, keep=5)
 
 
-def test_log_how_it_starts_names_the_run_that_is_continued_or_the_last_of_others(tmp_path, capsys):
+def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, capsys):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     log_how_it_starts(first)
     assert capsys.readouterr().err == ""

@@ -38,7 +38,7 @@ def threads_of_a_new_thread() -> int:
 
 @pytest.mark.parametrize("num_threads", [2, 3, 4, 16])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_threads_with_a_micro_batch_each_equal_one_thread_with_dropout_on(num_threads, bf16):
+def test_threads_with_a_micro_batch_each_equal_one_with_dropout_on(num_threads, bf16):
     epoch = [micro_batches([5, 7, 2, 9, 3, 8]), micro_batches([4], seed=2), micro_batches([6, 1, 3, 3], seed=3)]
     (expected, alone), (found, together) = run_by(1, epoch, bf16), run_by(num_threads, epoch, bf16)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 if bf16 else 1e-4)
@@ -47,7 +47,7 @@ def test_threads_with_a_micro_batch_each_equal_one_thread_with_dropout_on(num_th
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2 if bf16 else 1e-4)
 
 
-def test_threads_give_the_same_weights_to_the_bit_again():
+def test_threads_give_the_same_weights_bit_for_bit_again():
     epoch = [micro_batches([5, 7, 2, 9, 3, 1]), micro_batches([6, 1, 3], seed=3)]
     first = run_by(3, epoch)[0]
     for _ in range(5):
@@ -61,11 +61,11 @@ def test_threads_give_the_same_weights_to_the_bit_again():
         (6, 4, 2), (7, 8, 2), (8, 4, 4), (8, 32, 8), (12, 24, 6), (16, 4, 4), (16, 16, 8), (64, 24, 8), (4, 0, 1),
     ],
 )  # fmt: skip
-def test_there_are_as_many_replicas_as_keep_the_threads_busy(num_threads, num_micro_batches, expected):
+def test_number_of_replicas_is_the_most_that_keep_the_threads_busy(num_threads, num_micro_batches, expected):
     assert number_of_replicas(num_threads, num_micro_batches) == expected
 
 
-def test_replicas_are_at_work_at_once_and_share_out_torchs_threads(monkeypatch):
+def test_replicas_work_at_once_and_share_torchs_threads(monkeypatch):
     seen: dict[int, int] = {}  # of each micro-batch's sentences: the thread's number of threads
 
     def spy(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def sum_of_outputs(model: Transformer, micro: Sentences) -> Tensor:
     return model(micro.src, micro.tgt_in).sum()
 
 
-def test_replicas_hold_the_weights_once_and_are_no_more_than_have_had_work():
+def test_replicas_share_the_weights_and_are_no_more_than_had_work():
     torch.set_num_threads(6)
     model = new_model()
     with ThreadedDataParallel(model) as parallel:
@@ -100,7 +100,7 @@ def test_replicas_hold_the_weights_once_and_are_no_more_than_have_had_work():
     assert len({replica.gradient.data_ptr() for replica in parallel.replicas}) == 6
 
 
-def test_a_fault_in_a_thread_is_raised_when_no_other_is_at_work(monkeypatch):
+def test_threads_raise_a_fault_when_no_other_is_at_work(monkeypatch):
     done = []
 
     def fail(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -98,7 +97,7 @@ def model_of(folder: Path, step: int = 9) -> Transformer:
     return model.eval()
 
 
-def test_it_trains_to_the_last_step_and_leaves_checkpoints_with_the_settings(data, tmp_path):
+def test_train_rank_trains_to_the_last_step_and_leaves_checkpoints(data, tmp_path):
     reported: list[tuple[int, bool]] = []
     state = run(data, tmp_path / "run", report=lambda m, step: reported.append((step, "valid_loss" in m)))
     assert (state.step, state.position, state.finished) == (9, (2, 1), True)
@@ -108,14 +107,14 @@ def test_it_trains_to_the_last_step_and_leaves_checkpoints_with_the_settings(dat
     assert content["settings"] == asdict(make_settings())
 
 
-def test_an_epoch_counts_every_target_token_once_with_its_end_of_sentence(data, tmp_path):
+def test_train_rank_counts_every_target_token_of_an_epoch_with_its_eos(data, tmp_path):
     state = run(data, tmp_path / "run", make_settings(train={"max_steps": 4}))
     offsets = np.load(encoded_paths(data, "train", "tgt")[1])
     assert state.position == (1, 0)
     assert state.tokens == offsets[-1] + PAIRS["train"]
 
 
-def test_validation_is_torchs_cross_entropy_sentence_by_sentence(data, tmp_path):
+def test_train_rank_validates_by_the_cross_entropy_of_torch(data, tmp_path):
     last = run(data, tmp_path / "run").validation_curve[-1]
     model = model_of(tmp_path / "run")
     total, tokens = 0.0, 0
@@ -132,33 +131,33 @@ def test_validation_is_torchs_cross_entropy_sentence_by_sentence(data, tmp_path)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_run_that_is_stopped_and_started_again_gives_the_undisturbed_one_bit_for_bit(data, tmp_path, num_threads):
+def test_resume_equals_the_undisturbed_run_bit_for_bit(data, tmp_path, num_threads):
     torch.set_num_threads(num_threads)
     whole = run(data, tmp_path / "whole")
-    said: list[str] = []
+    messages: list[str] = []
     for stop in (5, 8):
         with pytest.raises(Stopped):
-            run(data, tmp_path / "parts", stop=stop, log=said.append)
-    parts = run(data, tmp_path / "parts", log=said.append)
-    assert said == [f"continuing from the checkpoint of step {step}" for step in (3, 6)]
+            run(data, tmp_path / "parts", stop=stop, log=messages.append)
+    parts = run(data, tmp_path / "parts", log=messages.append)
+    assert messages == [f"continuing from the checkpoint of step {step}" for step in (3, 6)]
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
     assert without_time(parts) == without_time(whole)
 
 
-def test_a_damaged_last_checkpoint_is_said_and_changes_nothing_in_the_end(data, tmp_path):
+def test_resume_behind_a_damaged_checkpoint_logs_it_and_ends_the_same(data, tmp_path):
     run(data, tmp_path / "whole")
     with pytest.raises(Stopped):
         run(data, tmp_path / "parts", stop=8)
     (checkpoint.folder_of(tmp_path / "parts", 6) / "state.json").unlink()
-    said: list[str] = []
-    run(data, tmp_path / "parts", log=said.append)
-    assert len(said) == 2
-    assert "step_00000006 is damaged" in said[0]
-    assert said[1] == "continuing from the checkpoint of step 3"
+    messages: list[str] = []
+    run(data, tmp_path / "parts", log=messages.append)
+    assert len(messages) == 2
+    assert "step_00000006 is damaged" in messages[0]
+    assert messages[1] == "continuing from the checkpoint of step 3"
     assert same(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
 
 
-def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_have_arrived(data, tmp_path):
+def test_resume_reports_the_points_of_its_checkpoint_again(data, tmp_path):
     whole: list[tuple[int, dict[str, float]]] = []
     run(data, tmp_path / "whole", report=lambda metrics, step: whole.append((step, metrics)))
     with pytest.raises(Stopped):
@@ -173,13 +172,16 @@ def test_a_resumed_run_reports_the_points_of_its_checkpoint_again_which_may_not_
     assert points(again) == points(whole)
 
 
-@pytest.mark.parametrize(("micro_batch_tokens", "advice"), [(600, True), (64, False)])
-def test_workers_that_would_wait_for_others_are_said_once(data, tmp_path, micro_batch_tokens, advice):
+@pytest.mark.parametrize(("micro_batch_tokens", "advises"), [(600, True), (64, False)])
+def test_train_rank_logs_once_that_workers_would_wait_for_others(data, tmp_path, micro_batch_tokens, advises):
     settings = make_settings(train={"batch_tokens": 400}, hardware={"micro_batch_tokens": micro_batch_tokens})
-    torch.multiprocessing.spawn(as_rank, (3, str(tmp_path), settings), nprocs=3)
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
-    plan = batch_plan(EncodedSplit.open(data, "train"), settings)
-    assert said == [[share_advice(plan, 3)] if advice else [], [], []]
+    advice = share_advice(batch_plan(EncodedSplit.open(data, "train"), settings), 3)
+    assert (advice is not None) == advises
+    for rank in range(3):  # each on its own: without a process group, none waits for another
+        messages: list[str] = []
+        with pytest.raises(Stopped):
+            run(data, tmp_path / f"{rank}", settings, stop=1, log=messages.append, rank=rank, num_ranks=3)
+        assert messages == ([advice] if advises and rank == 0 else [])
 
 
 def plan_of(batch_tokens: int, micro_batch_tokens: int) -> BatchPlan:
@@ -191,7 +193,7 @@ def plan_of(batch_tokens: int, micro_batch_tokens: int) -> BatchPlan:
 
 @pytest.mark.parametrize("batch_tokens", [4096, 25_000])
 @pytest.mark.parametrize("num_ranks", [3, 5, 6, 7, 8, 12, 24])
-def test_who_follows_the_advice_for_a_number_of_workers_hears_no_more(batch_tokens, num_ranks):
+def test_share_advice_that_is_followed_is_not_repeated(batch_tokens, num_ranks):
     advice = share_advice(plan_of(batch_tokens, 100_000), num_ranks)
     assert advice is not None
     found = re.fullmatch(
@@ -204,23 +206,23 @@ def test_who_follows_the_advice_for_a_number_of_workers_hears_no_more(batch_toke
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_one_two_and_four_workers_share_every_step_and_hear_nothing(num_ranks):
+def test_share_advice_is_none_for_one_two_and_four_workers(num_ranks):
     assert share_advice(plan_of(4096, 100_000), num_ranks) is None
 
 
-def test_more_workers_than_sentences_can_be_shared_out_to_are_advised_to_be_fewer():
+def test_share_advice_is_fewer_workers_if_sentences_are_too_long():
     assert share_advice(plan_of(1024, 1100), 64) == (
         "64 workers share 4 micro-batches a step, and some wait for others: take fewer workers"
     )
 
 
-def test_a_few_steps_that_are_short_of_a_micro_batch_are_no_reason_for_advice():
+def test_share_advice_ignores_a_few_steps_short_of_a_micro_batch():
     plan = plan_of(1024, 600)
     assert sorted(len(step) for step in plan.steps(0)) == [3] * 2 + [4] * (plan.num_steps - 2)
     assert share_advice(plan, 4) is None
 
 
-def test_a_finished_run_is_not_trained_further(data, tmp_path):
+def test_train_rank_trains_a_finished_run_no_further(data, tmp_path):
     first = run(data, tmp_path / "run")
     before = tensors(tmp_path / "run")
     assert run(data, tmp_path / "run") == first
@@ -244,7 +246,7 @@ CHANGES: list[tuple[str, Any]] = [
 ]
 
 
-def test_every_setting_that_decides_the_weights_does(data, tmp_path):
+def test_train_rank_weights_change_with_each_setting_of_the_run_key(data, tmp_path):
     short = make_settings(train={"max_steps": 3})
     run(data, tmp_path / "plain", short)
     plain = tensors(tmp_path / "plain", 3)["model.embedding.weight"]
@@ -257,7 +259,7 @@ def test_every_setting_that_decides_the_weights_does(data, tmp_path):
         assert not torch.equal(tensors(tmp_path / key, 3)["model.embedding.weight"], plain), key
 
 
-def test_training_pairs_that_are_too_long_are_left_out_and_counted_aloud(data, tmp_path):
+def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
     for side in SIDES:  # validation fits: five pieces each
         ids_path, offsets_path = encoded_paths(data, "valid", side)
         np.save(ids_path, np.full(5 * PAIRS["valid"], EOS + 1, np.uint16))
@@ -265,12 +267,12 @@ def test_training_pairs_that_are_too_long_are_left_out_and_counted_aloud(data, t
     lengths = [np.diff(np.load(encoded_paths(data, "train", side)[1])) + 1 for side in SIDES]
     too_long = int((np.maximum(*lengths) > 9).sum())
     settings = make_settings()
-    said: list[str] = []
-    run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), log=said.append)
-    assert said == [f"{too_long} training pairs are longer than model.max_length and left out"]
+    messages: list[str] = []
+    run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), log=messages.append)
+    assert messages == [f"{too_long} training pairs are longer than model.max_length and left out"]
 
 
-def test_validation_pairs_that_are_too_long_stop_it_with_the_way_out(data, tmp_path):
+def test_train_rank_refuses_validation_pairs_that_are_too_long(data, tmp_path):
     settings = make_settings()
     with pytest.raises(
         ValueError, match=r"^\d+ validation pairs have more than 7 pieces on one side: raise model\.m"
@@ -279,25 +281,26 @@ def test_validation_pairs_that_are_too_long_stop_it_with_the_way_out(data, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def as_rank(rank: int, num_ranks: int, folder: str, settings: Settings | None = None) -> None:
+def as_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(2)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet-{os.getppid()}-{settings and settings.hardware.micro_batch_tokens}",
-        rank=rank,
-        world_size=num_ranks,
-    )
-    said: list[str] = []
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_ranks)
+    messages: list[str] = []
     try:
-        parts = Path(folder) / ("parts" if settings is None else f"{settings.hardware.micro_batch_tokens}")
-        run(Path(folder) / "encoded", parts, settings, stop=8, log=said.append, rank=rank, num_ranks=num_ranks)
+        run(
+            Path(folder) / "encoded",
+            Path(folder) / "parts",
+            stop=8,
+            log=messages.append,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
     except Stopped:
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(messages))
     dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
     dist.destroy_process_group()
 
 
-def test_the_number_of_ranks_may_change_from_one_checkpoint_to_the_next(data, tmp_path):
+def test_resume_with_other_numbers_of_ranks_changes_only_rounding(data, tmp_path):
     """Steps 1 to 3 on one rank, 4 to 6 on two, 7 to 9 on one: the weights of one rank but for rounding."""
     whole = run(data, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -314,7 +317,7 @@ def test_the_number_of_ranks_may_change_from_one_checkpoint_to_the_next(data, tm
         assert point["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-4)
 
 
-def test_the_learning_rate_peaks_at_the_end_of_warm_up_scaled_by_model_and_setting():
+def test_rate_of_step_peaks_at_the_end_of_warm_up():
     settings = load_settings(Path(__file__).parents[3])
     m, t = settings.model, settings.train
     rate = rate_of_step(settings)
