@@ -24,6 +24,7 @@ SETTINGS = settings()
 DECIDES_NO_WEIGHTS = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/retry.py": "when a store is asked again",
     "pipeline/common/settings.py": "its values are in the key",
     "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
