@@ -1,15 +1,14 @@
-"""What one training run takes on many devices, before it starts: hours, money, network, and what limits it.
+"""Estimate what one training run takes on many devices: hours, money, network, and its bottleneck.
 
     python -m tools.cost_model                                  base and big on 1, 8, 64 and 512 H100s
     python -m tools.cost_model --model big --gpu A100 --gpus 8 16 --network-gbit 400
     python -m tools.cost_model --gpu P100 --mfu 0.31 --gpus 8   the paper's machine
 
-The global batch is the preset's whatever the number of devices, so that the experiment stays the same. Arithmetic
-is counted by model/flops.py; rates of GPUs and networks are assumptions, named here; the rest was measured.
-docs/scale.md goes through the numbers. What a whole sweep costs, `python -m sweeps.cost` says.
+The global batch is the preset's whatever the number of devices, so the experiment stays the same. model/flops.py
+counts the arithmetic; rates of GPUs and networks are assumptions, named in this file; the rest was measured.
+docs/scale.md explains the numbers. `python -m sweeps.cost` estimates a whole sweep.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,30 +18,31 @@ import torch
 from model.flops import training_flops
 from model.loss import CHUNK_LOGITS_GPU
 from model.transformer import Transformer
+from pipeline.common.cli import exit_on_error, parser
 from pipeline.common.settings import load_settings, require
 from pipeline.data.batching import MIN_MICRO_BATCHES, easily_shared
 
 VOCAB_SIZE = 37_000
 LENGTH = 30
-"""Assumed mean pieces of a WMT 2014 En-De sentence on either side, end of sentence counted."""
+"""Assumed mean tokens of a WMT 2014 En-De sentence, in either language, with the end of sentence."""
 PAIRS = 4_500_000
 NETWORK_SHARE = 0.8
-"""Assumed: what an all-reduce reaches of a network's rate."""
+"""Assumed share of a network's rate that an all-reduce reaches."""
 RESTART_S = 60.0
-"""Assumed: from the end of a machine to the first step of its replacement, beside reading the checkpoint."""
+"""Assumed time from the end of a machine to the first step of its replacement, without reading the checkpoint."""
 WRITER_PAUSE_S = 1.0
-"""Between two calls of MetricWriter: points that come faster share a call."""
+"""Time between two calls of MLflow by a run: points that come faster share a call."""
 LARGE_SHARE = 0.15
-"""Of a step: what takes more is worth a setting."""
+"""Share of a step above which a part is worth a setting."""
 CHECKPOINT_S = 600.0
-"""Between checkpoints, when they cost too much: the paper's ten minutes (section 6.1)."""
+"""Advised time between checkpoints when they cost too much: the paper's ten minutes (section 6.1)."""
 PAPER = {"base": (8, 0.4, 12.0), "big": (8, 1.0, 84.0)}
 """Section 5.2: P100s, seconds a step, hours in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What `python tools/benchmarks/scale_constants.py` prints."""
+    """What `python -m tools.benchmarks.scale_constants` prints."""
 
     checkpoint_write_bytes_per_s: float  # by checkpoint.save: checksums and fsync in it
     checkpoint_load_bytes_per_s: float
@@ -55,8 +55,8 @@ class Measured:
     launches_per_chunk: float  # of the loss, for CHUNK_LOGITS_GPU logits
 
 
-# On two cores of an AMD EPYC (Zen 3) that others use too, torch 2.13.0, 2026-11-21, launches two days later: the
-# middle of three to six runs. They differ by a third, those of disk and gloo by a factor of two.
+# Medians of three to six runs on two shared cores of an AMD EPYC (Zen 3), torch 2.13.0, 2026-11-21 (launches: 11-23).
+# Runs differ by a third, those of disk and gloo by a factor of two.
 MEASURED = Measured(
     checkpoint_write_bytes_per_s=3.7e8,
     checkpoint_load_bytes_per_s=1.0e9,
@@ -72,18 +72,20 @@ MEASURED = Measured(
 
 @dataclass(frozen=True)
 class Card:
-    """Assumed, from data sheets and round on-demand prices: dense peak, memory, what an all-reduce reaches between
-    devices of one node (0.8 of NVLink's rate in one direction), dollars an hour."""
+    """A device: figures of data sheets and round on-demand prices, assumed.
 
-    flops_per_s: float
+    `link_bytes_per_s` is the rate of an all-reduce inside a node, 0.8 of NVLink's in one direction.
+    """
+
+    flops_per_s: float  # dense peak
     memory_bytes: float
     link_bytes_per_s: float
-    price: float
+    price: float  # dollars an hour
 
 
 CARDS = {
     "P100": Card(9.5e12, 16e9, 64e9, 1.5),  # single precision: the paper's footnote to Table 2
-    "A100": Card(312e12, 80e9, 240e9, 2.0),  # bf16, as those below
+    "A100": Card(312e12, 80e9, 240e9, 2.0),  # bf16, as the two below
     "H100": Card(989e12, 80e9, 360e9, 3.0),
     "H200": Card(989e12, 141e9, 360e9, 4.0),
     "EPYC-core": Card(84.5e9, 4e9, MEASURED.gloo_bytes_per_s, 0.04),  # fp32; measured, the price apart
@@ -92,7 +94,7 @@ CARDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A preset of conf/model, in the numbers that decide what it takes."""
+    """The numbers of a preset of conf/model that decide what its training takes."""
 
     name: str
     parameters: int
@@ -111,12 +113,12 @@ class Work:
 
     @property
     def corpus_bytes(self) -> int:
-        return PAIRS * 2 * (2 * (LENGTH - 1) + 8)  # uint16 pieces without end of sentence, an int64 offset a side
+        return PAIRS * 2 * (2 * (LENGTH - 1) + 8)  # uint16 tokens without end of sentence, an int64 offset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Raises ValueError that names the option, its value and what is allowed."""
+    """The devices and what connects them. Raises ValueError that names the option, its value and what is allowed."""
 
     gpu: str
     gpus: int
@@ -127,16 +129,16 @@ class Cluster:
     price: float  # dollars per device and hour
 
     def __post_init__(self) -> None:
-        for option, value in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
-            require(value >= 1, f"--{option}", value, ">= 1")
+        node = self.gpus_per_node
+        require(self.gpus >= 1, "--gpus", self.gpus, ">= 1")
+        require(node >= 1, "--gpus-per-node", node, ">= 1")
+        whole_nodes = self.gpus <= node or self.gpus % node == 0
+        require(whole_nodes, "--gpus", self.gpus, f"at most --gpus-per-node ({node}) or a multiple of it")
         require(self.gpu in CARDS, "--gpu", self.gpu, f"one of {', '.join(CARDS)}")
         require(0 < self.mfu <= 1, "--mfu", self.mfu, "in (0, 1]")
         require(self.network_gbit > 0, "--network-gbit", self.network_gbit, "> 0")
         require(self.launch_us >= 0, "--launch-us", self.launch_us, ">= 0")
         require(self.price >= 0, "--price", self.price, ">= 0")
-        whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
-        node = self.gpus_per_node
-        require(whole, "--gpus", self.gpus, f"at most {node} (--gpus-per-node) or a multiple of {node}")
 
     @property
     def card(self) -> Card:
@@ -153,15 +155,15 @@ class Cluster:
 
     @property
     def reduce_bytes_per_s(self) -> float:
-        """A ring goes through every device of a node and leaves it once: its slowest link counts."""
+        """Rate of the slowest link of a ring, which goes through every device of a node and leaves it once."""
         network = NETWORK_SHARE * self.network_gbit * 1e9 / 8
         return self.card.link_bytes_per_s if self.nodes == 1 else min(self.card.link_bytes_per_s, network)
 
 
 def workload(model: str, root: Path = Path()) -> Work:
-    """Of the preset `model` in `root`. Raises ValueError if there is none."""
+    """The work of the preset `model` in `root`. Raises ValueError if there is none."""
     known = sorted(path.stem for path in (root / "conf/model").glob("*.yaml"))
-    require(model in known or not known, "--model", model, f"one of {', '.join(known)}")
+    require(model in known, "--model", model, f"one of {', '.join(known)}")
     settings = load_settings(root, model=model)
     config, t = settings.model.config(VOCAB_SIZE), settings.train
     with torch.device("meta"):
@@ -182,7 +184,7 @@ def workload(model: str, root: Path = Path()) -> Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of `work` on `cluster`, while `runs` such runs share one MLflow server. Seconds are of a step."""
+    """One run of `work` on `cluster`, while `runs` such runs share one MLflow server. Seconds are per step."""
 
     work: Work
     cluster: Cluster
@@ -199,7 +201,8 @@ class Plan:
 
     @property
     def launches(self) -> tuple[float, float]:
-        """Operators of a step: of all but the loss; of the loss, which makes logits in chunks."""
+        """Operators that a device launches in a step: of all but the loss; of the loss, which makes logits in
+        chunks."""
         chunks = self.tokens_per_gpu / (CHUNK_LOGITS_GPU // VOCAB_SIZE)
         gpus = self.cluster.gpus
         micro_batches = -(-easily_shared(max(gpus, MIN_MICRO_BATCHES)) // gpus)
@@ -207,29 +210,31 @@ class Plan:
 
     @property
     def launch_s(self) -> float:
-        """What the host takes to launch them; a device that is done sooner waits for it."""
+        """Time that the host takes to launch them; a device that is done sooner waits for it."""
         return sum(self.launches) * self.cluster.launch_us / 1e6
 
     @property
     def reduce_bytes(self) -> float:
-        """Sent by each device: the ring passes single-precision gradients on n - 1 times in parts of 1 / n, to sum
-        them, and as often to tell all."""
+        """Bytes that each device sends in a step.
+
+        A ring passes parts of 1 / n of the single-precision gradients on n - 1 times to sum them, and n - 1 times to
+        give all devices the sums.
+        """
         n = self.cluster.gpus
         return 2 * (n - 1) / n * 4 * self.work.parameters
 
     @property
     def save_s(self) -> float:
-        """Of one checkpoint; all devices wait for the one that writes."""
+        """Time of one checkpoint; all devices wait for the one that writes."""
         return self.work.checkpoint_bytes / self.measured.checkpoint_write_bytes_per_s
 
     @property
     def parts(self) -> dict[str, float]:
-        """What a step is made of, one after the other, as the loop does it: nothing overlaps. All but launches
-        are shared evenly."""
+        """Times of the parts of a step. They follow one another, as in the loop: nothing overlaps."""
         epoch_steps = PAIRS * LENGTH / self.work.batch_tokens
         planning_s = self.measured.epoch_plan_s_per_million * PAIRS / 1e6 / epoch_steps
         return {
-            "arithmetic": self.compute_s,
+            "compute": self.compute_s,
             "launches": max(0.0, self.launch_s - self.compute_s),
             "all-reduce": self.reduce_bytes / self.cluster.reduce_bytes_per_s,
             "data": self.tokens_per_gpu / self.measured.collate_tokens_per_s + planning_s,
@@ -250,27 +255,27 @@ class Plan:
 
     @property
     def lost_share(self) -> float:
-        """Of the step: all but arithmetic."""
+        """Share of a step that is not compute."""
         return 1 - self.compute_s / self.step_s
 
     @property
     def network_bytes(self) -> float:
-        """That leave a node in the whole run."""
+        """Bytes that leave a node in the whole run."""
         return self.reduce_bytes * self.work.steps if self.cluster.nodes > 1 else 0.0
 
     @property
     def points_per_s(self) -> float:
-        """For MLflow, by one run."""
+        """Points of the curves that one run sends to MLflow."""
         return (1 / self.work.log_every + 1 / self.work.validate_every) / self.step_s
 
     @property
     def calls_per_s(self) -> float:
-        """By one run."""
+        """Calls of the MLflow server by one run."""
         return min(self.points_per_s, 1 / WRITER_PAUSE_S)
 
     @property
     def server_share(self) -> float:
-        """Of the MLflow server's time, by all runs."""
+        """Share of the MLflow server's time that all runs take."""
         calls, points = self.calls_per_s, self.points_per_s
         return self.runs * (calls * self.measured.mlflow_s_per_call + points * self.measured.mlflow_s_per_point)
 
@@ -280,112 +285,130 @@ class Plan:
 
     @property
     def interruption_s(self) -> float:
-        """Lost, on average, when a machine is taken away."""
+        """Mean time lost when a machine is taken away."""
         load_s = self.work.checkpoint_bytes / self.measured.checkpoint_load_bytes_per_s
         return self.work.checkpoint_every / 2 * self.step_s + load_s + RESTART_S
 
     @property
-    def limits(self) -> list[str]:
-        """What takes most of a step, then what else of it that is not arithmetic takes more than LARGE_SHARE; before
-        them the MLflow server, if it is too slow for its runs."""
+    def bottlenecks(self) -> list[str]:
+        """The longest part of a step, then others but compute that take more than LARGE_SHARE of it; before them the
+        MLflow server, if it is too slow for its runs."""
         parts = sorted(self.parts, key=self.parts.__getitem__, reverse=True)
-        others = [p for p in parts[1:] if p != "arithmetic" and self.parts[p] > LARGE_SHARE * self.step_s]
+        others = [p for p in parts[1:] if p != "compute" and self.parts[p] > LARGE_SHARE * self.step_s]
         return ["MLflow"] * (self.server_share > 1) + [parts[0], *others]
-
-    def setting(self, limit: str) -> str:
-        """What to turn for it."""
-        work, cluster = self.work, self.cluster
-        if limit == "MLflow":
-            log_every = work.log_every * -(-self.server_share // 0.5)
-            return (
-                f"train.log_every from {work.log_every:,} to {log_every:,.0f}, or a store that is faster than SQLite"
-            )
-        if limit == "arithmetic":
-            more = self._larger()
-            devices, step_ms = more.cluster.gpus, 1e3 * more.step_s
-            if more.step_s < self.step_s:
-                return f"hardware.num_workers up (with {devices:,} a step takes {_number(step_ms)} ms)"
-            return f"nothing here: with {devices:,} devices a step would take {_number(step_ms)} ms"
-        if limit == "data":
-            return "hardware.num_workers up: each worker collates its own part"
-        if limit == "checkpoints":
-            every = f"from {work.checkpoint_every:,} to {_round(CHECKPOINT_S / self.step_s)}"
-            return f"a faster disk, or train.checkpoint_every {every}, which changes what is averaged"
-        layers, loss = self.launches
-        if limit == "launches" and loss > layers:
-            return "CHUNK_LOGITS_GPU of model/loss.py up: the loss makes most of the launches"
-        # Nine parts of arithmetic to one of what does not shrink with the batch.
-        fixed_s = self.parts["all-reduce"] + layers * cluster.launch_us / 1e6
-        tokens = _round(work.batch_tokens * 9 * fixed_s / self.compute_s)
-        fewer = cluster.gpus_per_node if cluster.nodes > 1 else 1
-        return (
-            f"hardware.num_workers down to {fewer}, {cluster.gpus // fewer} runs at once; or train.batch_tokens up "
-            f"(at {tokens} a tenth is lost), another experiment"
-        )
-
-    def _larger(self) -> "Plan":
-        """On twice the devices, as far as they go into whole nodes."""
-        n, node = self.cluster.gpus, self.cluster.gpus_per_node
-        return replace(self, cluster=replace(self.cluster, gpus=min(2 * n, node) if n < node else 2 * n))
 
     @property
     def advice(self) -> str:
-        """The limit and its setting; then those others that ask for another setting."""
+        """Each bottleneck with what to do about it; one whose advice has been given already is left out."""
         lines: dict[str, str] = {}
-        for limit in self.limits:
-            share = "" if limit == "MLflow" else f" ({100 * self.parts[limit] / self.step_s:.0f}% of a step)"
-            start = f"then {limit}{share}: " if lines else f"limit: {limit}{share}; turn: "
-            lines.setdefault(self.setting(limit), start)
-        return "; ".join(start + setting for setting, start in lines.items())
+        for bottleneck in self.bottlenecks:
+            seconds = self.parts.get(bottleneck)
+            share = f" ({100 * seconds / self.step_s:.0f}% of a step)" if seconds else ""
+            lines.setdefault(ADVICE[bottleneck](self), f"{'next' if lines else 'bottleneck'} {bottleneck}{share}: ")
+        return "; ".join(bottleneck + advice for advice, bottleneck in lines.items())
+
+    @property
+    def larger(self) -> "Plan":
+        """The same run on twice the devices, as far as they are whole nodes."""
+        n, node = self.cluster.gpus, self.cluster.gpus_per_node
+        return replace(self, cluster=replace(self.cluster, gpus=min(2 * n, node) if n < node else 2 * n))
 
 
+def _on_compute(plan: Plan) -> str:
+    more = f"{plan.larger.cluster.gpus:,} devices: {_number(1e3 * plan.larger.step_s)} ms a step"
+    if plan.larger.step_s < plan.step_s:
+        return f"raise hardware.num_workers ({more})"
+    return f"more devices do not help ({more})"
+
+
+def _on_launches(plan: Plan) -> str:
+    layers, loss = plan.launches
+    if loss > layers:
+        return "raise CHUNK_LOGITS_GPU of model/loss.py: the loss makes most of the launches"
+    return _on_fixed_costs(plan)
+
+
+def _on_fixed_costs(plan: Plan) -> str:
+    """For the costs of a step that do not shrink with a device's share of the batch."""
+    cluster = plan.cluster
+    fewer = cluster.gpus_per_node if cluster.nodes > 1 else 1
+    # Nine parts of compute to one of the fixed costs.
+    fixed_s = plan.parts["all-reduce"] + plan.launches[0] * cluster.launch_us / 1e6
+    tokens = _round(plan.work.batch_tokens * 9 * fixed_s / plan.compute_s)
+    return (
+        f"lower hardware.num_workers to {fewer}, with {cluster.gpus // fewer} runs at once; or raise "
+        f"train.batch_tokens, another experiment (at {tokens} a tenth is lost)"
+    )
+
+
+def _on_data(plan: Plan) -> str:
+    return "raise hardware.num_workers: each worker collates its own part"
+
+
+def _on_checkpoints(plan: Plan) -> str:
+    every = f"from {plan.work.checkpoint_every:,} to {_round(CHECKPOINT_S / plan.step_s)}"
+    return f"a faster disk, or raise train.checkpoint_every {every}, which changes what is averaged"
+
+
+def _on_mlflow(plan: Plan) -> str:
+    log_every = plan.work.log_every * -(-plan.server_share // 0.5)
+    return f"raise train.log_every from {plan.work.log_every:,} to {log_every:,.0f}, or a faster store than SQLite"
+
+
+ADVICE: dict[str, Callable[[Plan], str]] = {
+    "compute": _on_compute,
+    "launches": _on_launches,
+    "all-reduce": _on_fixed_costs,
+    "data": _on_data,
+    "checkpoints": _on_checkpoints,
+    "MLflow": _on_mlflow,
+}
+"""What to do about each bottleneck."""
 ROWS: dict[str, Callable[[Plan], float]] = {
     "hours": lambda plan: plan.hours,
     "device-hours": lambda plan: plan.hours * plan.cluster.gpus,
     "cost, $": lambda plan: plan.cost,
-    "tokens a device and step, of each side": lambda plan: plan.tokens_per_gpu,
+    "source (or target) tokens per device and step": lambda plan: plan.tokens_per_gpu,
     "step, ms": lambda plan: 1e3 * plan.step_s,
-    "- arithmetic": lambda plan: 1e3 * plan.parts["arithmetic"],
+    "- compute": lambda plan: 1e3 * plan.parts["compute"],
     "- waiting for launches": lambda plan: 1e3 * plan.parts["launches"],
     "- all-reduce": lambda plan: 1e3 * plan.parts["all-reduce"],
     "- data, collated and planned": lambda plan: 1e3 * plan.parts["data"],
     "- checkpoints": lambda plan: 1e3 * plan.parts["checkpoints"],
-    "lost to all but arithmetic, %": lambda plan: 100 * plan.lost_share,
-    "- to checkpoints, %": lambda plan: 100 * plan.parts["checkpoints"] / plan.step_s,
-    "all-reduce, MB sent a device and step": lambda plan: plan.reduce_bytes / 1e6,
-    "network, TB out of a node in all": lambda plan: plan.network_bytes / 1e12,
+    "not compute, %": lambda plan: 100 * plan.lost_share,
+    "- checkpoints, %": lambda plan: 100 * plan.parts["checkpoints"] / plan.step_s,
+    "all-reduce, MB sent per device and step": lambda plan: plan.reduce_bytes / 1e6,
+    "network, TB out of a node in the run": lambda plan: plan.network_bytes / 1e12,
     "data read, MB/s": lambda plan: plan.data_bytes_per_s / 1e6,
     "MLflow, calls/s": lambda plan: plan.calls_per_s,
     "an interruption loses, s": lambda plan: plan.interruption_s,
 }
 
 
-def text(work: Work, cluster: Cluster, gpus: list[int]) -> str:
-    """The plans of one preset as Markdown: one run on so many devices, or runs of a node each at once."""
+def render_plan(work: Work, cluster: Cluster, gpus: list[int]) -> str:
+    """The plans of one preset as Markdown: one run on 1, 8, ... devices, and runs of one node each at once."""
     plans = [Plan(work, replace(cluster, gpus=n)) for n in gpus]
     lines = [
         _assumptions(plans[0]),
         "",
-        *_table(f"one run of {work.name} on so many {cluster.gpu}", [f"{n:,}" for n in gpus], plans, ROWS),
+        *_table(f"one run of {work.name}, number of {cluster.gpu}", [f"{n:,}" for n in gpus], plans, ROWS),
         "",
         *(f"- {plan.cluster.gpus:,}: {plan.advice}." for plan in plans),
     ]
     short = [f"{n:,}" for n in gpus if work.batch_tokens / n < work.max_length]
     if short:
         lines.append(
-            f"- {', '.join(short)}: a device's share of the batch is shorter than the longest sentence may be "
+            f"- {', '.join(short)}: a device's share of the batch is shorter than the longest sentence allowed "
             f"(model.max_length is {work.max_length:,}): lower that, or some workers get nothing in a step."
         )
     node = cluster.gpus_per_node
-    lines += [_side_by_side(Plan(work, replace(cluster, gpus=node), n // node)) for n in gpus if n > node]
+    lines += [_at_once(Plan(work, replace(cluster, gpus=node), n // node)) for n in gpus if n > node]
     return "\n".join(lines)
 
 
-def _side_by_side(plan: Plan) -> str:
-    gpus, written = (
-        plan.runs * plan.cluster.gpus,
-        plan.work.checkpoint_bytes / plan.work.checkpoint_every / plan.step_s,
-    )
+def _at_once(plan: Plan) -> str:
+    gpus = plan.runs * plan.cluster.gpus
+    written = plan.work.checkpoint_bytes / plan.work.checkpoint_every / plan.step_s  # bytes per second
     limit = f" {plan.advice}." if plan.server_share > 1 else ""
     return (
         f"- {gpus:,} as {plan.runs} runs of {plan.cluster.gpus} at once: {_round(24 * plan.runs / plan.hours)} runs "
@@ -401,14 +424,14 @@ def _round(value: float) -> str:
 def _assumptions(plan: Plan) -> str:
     work, cluster, card = plan.work, plan.cluster, plan.cluster.card
     launch_s = cluster.launch_us / 1e6
-    # Of each token's arithmetic, what is left when the loss's launches for it are done, for all other launches.
+    # Compute time per token, less the loss's launches for it: what is left for all other launches.
     left_s = (plan.compute_s - plan.launches[1] * launch_s) / plan.tokens_per_gpu
     few = "any number of tokens"
     if left_s > 0:
         few = f"fewer than {plan.measured.launches * launch_s / left_s:,.0f} tokens"
     return (
-        f"**{work.name}**: {work.parameters:,} parameters, {work.steps:,} steps of {work.batch_tokens:,} tokens of "
-        f"each side, {work.flops_per_step * work.steps:.3g} FLOPs; {100 * cluster.mfu:g}% of "
+        f"**{work.name}**: {work.parameters:,} parameters, {work.steps:,} steps of {work.batch_tokens:,} "
+        f"source and as many target tokens, {work.flops_per_step * work.steps:.3g} FLOPs; {100 * cluster.mfu:g}% of "
         f"{cluster.gpu}'s {card.flops_per_s / 1e12:.3g} TFLOP/s; {_number(card.link_bytes_per_s / 1e9)} GB/s between "
         f"the {cluster.gpus_per_node} of a node, {NETWORK_SHARE:g} x {cluster.network_gbit:g} Gbit/s between nodes; "
         f"${cluster.price:g} an hour. Weights, gradients and Adam take {16 * work.parameters / 1e9:.1f} of "
@@ -431,7 +454,7 @@ def _number(value: float) -> str:
 
 
 def against_the_paper(work: Work) -> str:
-    """What the paper's own run says of the share of the peak that its arithmetic reached."""
+    """The share of the peak that the paper's own run reached, and the plan for it."""
     gpus, step_s, hours = PAPER[work.name]
     peak = gpus * CARDS["P100"].flops_per_s
     theirs, ours = 3600 * hours * peak, work.flops_per_step * work.steps
@@ -440,7 +463,7 @@ def against_the_paper(work: Work) -> str:
     return (
         f"- {work.name}: {hours:g} hours x {gpus} P100 x 9.5 TFLOP/s = {theirs:.2g} FLOPs by the paper's method; "
         f"counted, {ours:.2g}: {100 * ours / theirs:.0f}% of the peak. By its {step_s:.1f} s a step it is "
-        f"{100 * share:.0f}%, and with that this plan says {Plan(work, cluster).hours:.1f} hours."
+        f"{100 * share:.0f}%, with which this plan estimates {Plan(work, cluster).hours:.1f} hours."
     )
 
 
@@ -457,48 +480,34 @@ def _measured(m: Measured) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    options = parser("tools.cost_model", __doc__)
+    add = options.add_argument
     add("--model", nargs="+", default=["base", "big"], metavar="NAME", help="presets of conf/model (base big)")
     add("--gpus", nargs="+", type=int, default=[1, 8, 64, 512], metavar="N", help="devices of a run (1 8 64 512)")
-    add("--gpu", default="H100", metavar="CARD", help=f"which: {', '.join(CARDS)} (H100)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="that share NVLink and one network port (8)")
-    add(
-        "--network-gbit",
-        type=float,
-        default=100,
-        metavar="RATE",
-        help="of a node, Gbit/s (100); rented ones have up to 3,200",
-    )
-    add(
-        "--mfu",
-        type=float,
-        default=0.45,
-        metavar="SHARE",
-        help="of the card's peak that the arithmetic reaches (0.45: a goal, not measured here)",
-    )
-    add("--launch-us", type=float, default=5, metavar="US", help="to launch one operator (5: assumed, not measured)")
+    add("--gpu", default="H100", metavar="CARD", help=f"one of {', '.join(CARDS)} (%(default)s)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="that share NVLink and a port (%(default)s)")
+    add("--network-gbit", type=float, default=100, metavar="RATE", help="Gbit/s of a node, up to 3,200 (%(default)s)")
+    add("--mfu", type=float, default=0.45, metavar="SHARE", help="of the peak that compute reaches (%(default)s)")
+    add("--launch-us", type=float, default=5, metavar="US", help="to launch one operator: assumed (%(default)s)")
     add("--price", type=float, metavar="DOLLARS", help="per device and hour (a round assumption for each card)")
-    options = parser.parse_args()
-    try:
-        require(options.gpu in CARDS, "--gpu", options.gpu, f"one of {', '.join(CARDS)}")
-        price = CARDS[options.gpu].price if options.price is None else options.price
-        works = [workload(name) for name in options.model]
-        gpus = sorted(set(options.gpus))
+    arguments = options.parse_args()
+    with exit_on_error("cost_model"):
+        gpus = sorted(set(arguments.gpus))
         cluster = Cluster(
-            gpu=options.gpu,
+            gpu=arguments.gpu,
             gpus=gpus[0],
-            gpus_per_node=options.gpus_per_node,
-            network_gbit=options.network_gbit,
-            mfu=options.mfu,
-            launch_us=options.launch_us,
-            price=price,
+            gpus_per_node=arguments.gpus_per_node,
+            network_gbit=arguments.network_gbit,
+            mfu=arguments.mfu,
+            launch_us=arguments.launch_us,
+            price=0 if arguments.price is None else arguments.price,
         )
-        print("\n\n".join(text(work, cluster, gpus) for work in works))
-        print("\nAgainst the paper, and on what the rest rests:\n")
+        if arguments.price is None:
+            cluster = replace(cluster, price=cluster.card.price)
+        works = [workload(name) for name in arguments.model]
+        print("\n\n".join(render_plan(work, cluster, gpus) for work in works))
+        print("\nAgainst the paper, and the measurements behind the rest:\n")
         print("\n".join([*(against_the_paper(work) for work in works if work.name in PAPER), _measured(MEASURED)]))
-    except ValueError as error:
-        raise SystemExit(f"plan: {error}") from None
 
 
 if __name__ == "__main__":
