@@ -1,11 +1,10 @@
 """The published corpus: find it in storage, copy it to this machine, verify it."""
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
 
 from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of
 from pipeline.common.environment import RUN_STORAGE_ENV
@@ -33,10 +32,10 @@ def published(settings: Settings, storage: AnyPath) -> AnyPath:
 
 
 def fetch(source: AnyPath) -> Path:
-    """A folder of this machine with the data/ of a published corpus: copied by whoever comes first, while others
-    wait, and verified each time. Raises ValueError if what arrives is not what was published, OSError."""
+    """A folder of this machine with the data/ of a published corpus: copied by the first process, while others wait,
+    and verified each time. Raises ValueError if the copy is not what was published, OSError."""
     target = cache() / source.name
-    with _locked(cache() / f"{source.name}.lock"), as_os_error(source):
+    with FileLock(cache() / f"{source.name}.lock"), as_os_error(source):
         if not _is_whole(target):
             sums = _read_sums(source)
             with replace_folder(target) as partial:
@@ -48,7 +47,7 @@ def fetch(source: AnyPath) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the copy is all there: what cleans up temporary folders may have taken some of it."""
+    """Whether the copy is complete: what cleans up temporary folders may have taken some of it."""
     try:
         sums = _read_sums(folder)
         return all(sha256_of(folder / name) == digest for name, digest in sums.items())
@@ -57,8 +56,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def ensure_local_data(settings: Settings, root: Path, storage: AnyPath) -> AnyPath | None:
-    """Make data/ of `root` be there, from what is published if need be; where other machines find the same, None if
-    it is not published. Raises ValueError if both are there and differ, or neither is."""
+    """Ensure that data/ of `root` exists, linking the published copy if needed. Returns the published folder, or None
+    if the storage is `root` itself. Raises ValueError if both exist and differ, or neither does."""
     if storage == root.resolve():  # where other machines see it too, if there are any
         return None
     source = published(settings, storage)
@@ -90,11 +89,3 @@ def _read_sums(source: AnyPath) -> dict[str, str]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{source / SUMS} names {name!r}, outside of its folder")
     return sums
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """For one process of this machine at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

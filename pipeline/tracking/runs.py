@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
@@ -88,18 +89,22 @@ def open_run(
     client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
-        source = json.dumps({"uri": str((root / CLEAN).resolve())})
-        dataset = Dataset(settings.download.corpus, hashes["data"], source_type="local", source=source)
-        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        try:
-            client.log_inputs(run_id, inputs)
-        except MlflowException:  # another process was first to log this data, at the same moment
-            client.log_inputs(run_id, inputs)
+        _log_dataset(client, run_id, settings.download.corpus, hashes["data"], root)
     return run_id
 
 
+def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, root: Path) -> None:
+    source = json.dumps({"uri": str((root / CLEAN).resolve())})
+    dataset = Dataset(name, digest, source_type="local", source=source)
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException:  # another process was first to log this data, at the same moment
+        client.log_inputs(run_id, inputs)
+
+
 def _refuse_if_elsewhere(run: Run, last_sign_at: float) -> None:
-    """From another machine's sign of life, for its processes cannot be asked."""
+    """Judge by the last sign of life, because another machine's processes cannot be asked."""
     host = run.data.tags.get("owner_host")
     silence_s = time.time() - last_sign_at
     if run.info.status == "RUNNING" and host != socket.gethostname() and silence_s < LONG_SILENCE_S:
@@ -138,7 +143,7 @@ def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: floa
 
 @contextlib.contextmanager
 def run_guard(uri: str, run_id: str) -> Iterator[None]:
-    """A run that does not come to its end is marked: KILLED after Ctrl-C or SIGTERM, else FAILED.
+    """Mark a run that does not finish: KILLED after Ctrl-C or SIGTERM, else FAILED.
 
     SIGTERM raises SystemExit inside, when this is the main thread. Only SIGKILL gets past; see `reconcile`.
     """
@@ -166,7 +171,7 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
 
 @refusal_as_connection_error
 def reconcile(uri: str, experiment: str) -> list[str]:
-    """Mark KILLED every run that is RUNNING on this machine in name alone; returns their ids.
+    """Mark KILLED every run of this machine that is RUNNING although its process is gone; returns their ids.
 
     Runs whose owner is on another machine are left as they are: from here nobody can tell.
     """
@@ -199,7 +204,7 @@ def _kill_running(uri: str, experiment: str, nobody_runs: Callable[[Run], bool])
 
 
 def end_run_of(uri: str, run_key: str, experiment: str, status: str, reason: str) -> None:
-    """End a trial's run in its place, for its process was ended from outside."""
+    """End the run of this key, with the reason as a tag: its own process was ended from outside."""
     client = connect(uri)
     found = client.get_experiment_by_name(experiment)
     run = find_run(client, found.experiment_id, run_key) if found else None

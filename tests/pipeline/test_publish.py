@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from pipeline import publish as module
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import load_settings
-from pipeline.common.storage import run_storage
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.data.published import ensure_local_data, fetch, published
+from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.publish import publish
 from tests.factories import write_corpus
 
@@ -54,7 +53,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.glob("data/*/*")) if p.is_file()}
 
 
-def test_what_arrives_is_what_was_there_without_the_training_texts(storage, tmp_path):
+def test_fetch_gets_what_publish_put_without_the_training_texts(storage, tmp_path):
     root = make_root(tmp_path / "root")
     there = publish(SETTINGS, root, storage)
     assert there.name == "few-a1a1a1a1a1a1"
@@ -64,15 +63,16 @@ def test_what_arrives_is_what_was_there_without_the_training_texts(storage, tmp_
     assert len(EncodedSplit.open(fetch(there) / ENCODED, "train")) == CorpusInfo.open(root / ENCODED).pairs["train"]
 
 
-def test_it_is_copied_once_to_a_machine_and_nothing_is_published_twice(storage, tmp_path, monkeypatch):
+def test_publish_and_fetch_copy_once(storage, tmp_path, monkeypatch):
     there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     first = fetch(there)
-    monkeypatch.setattr(module, "copy_file", lambda *arguments: pytest.fail("copied again"))
+    for module in ("pipeline.publish", "pipeline.data.published"):
+        monkeypatch.setattr(f"{module}.copy_file", lambda *arguments: pytest.fail("copied again"))
     assert fetch(there) == first
     assert publish(SETTINGS, tmp_path / "root", storage) == there
 
 
-def test_processes_that_come_at_once_wait_for_the_one_that_copies(tmp_path):
+def test_fetch_by_several_processes_at_once_copies_once(tmp_path):
     there = publish(SETTINGS, make_root(tmp_path / "root"), tmp_path / "shared")
     script = (
         "import sys; from pathlib import Path; from pipeline.data import published as publish\n"
@@ -90,14 +90,14 @@ def test_processes_that_come_at_once_wait_for_the_one_that_copies(tmp_path):
     assert sorted(len(lines) - 1 for lines in outputs)[:2] == [0, 0]
 
 
-def test_another_corpus_under_the_name_leaves_the_first_where_it_is(storage, tmp_path):
+def test_publish_of_another_corpus_leaves_the_first(storage, tmp_path):
     first = publish(SETTINGS, make_root(tmp_path / "one", "1" * 64), storage)
     second = publish(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
     assert published(SETTINGS, storage) == second
     assert (first / "SHA256SUMS").exists()
 
 
-def test_a_copy_of_which_something_was_taken_or_changed_is_made_again(storage, tmp_path):
+def test_fetch_repairs_a_copy_that_lost_or_changed_a_file(storage, tmp_path):
     there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     expected = files(fetch(there))
     (fetch(there) / "data/encoded/meta.json").unlink()  # as what cleans up /tmp does
@@ -107,7 +107,7 @@ def test_a_copy_of_which_something_was_taken_or_changed_is_made_again(storage, t
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing sums"])
-def test_what_is_not_what_was_published_is_refused_and_leaves_nothing(storage, tmp_path, damage):
+def test_fetch_refuses_damage_and_leaves_nothing(storage, tmp_path, damage):
     there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     victim = there / "data/encoded/train.src.ids.npy"
     content = victim.read_bytes()
@@ -123,7 +123,7 @@ def test_what_is_not_what_was_published_is_refused_and_leaves_nothing(storage, t
     victim.write_bytes(content)
 
 
-def test_names_that_lead_elsewhere_are_refused(storage, tmp_path):
+def test_fetch_refuses_names_outside_of_its_folder(storage, tmp_path):
     there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     for name in ("../../outside", "/outside"):
         (there / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
@@ -131,7 +131,7 @@ def test_names_that_lead_elsewhere_are_refused(storage, tmp_path):
             fetch(there)
 
 
-def test_a_job_without_data_gets_them_and_one_with_the_same_keeps_its_own(storage, tmp_path):
+def test_ensure_local_data_links_what_is_missing_and_keeps_the_same(storage, tmp_path):
     root = make_root(tmp_path / "root")
     there = publish(SETTINGS, root, storage)
     assert ensure_local_data(SETTINGS, root, storage) == there
@@ -142,23 +142,34 @@ def test_a_job_without_data_gets_them_and_one_with_the_same_keeps_its_own(storag
     assert (tmp_path / "job" / CLEAN / "test.de").read_text() == "test de\n"
 
 
-def test_other_data_than_the_published_are_refused(storage, tmp_path):
+def test_ensure_local_data_refuses_another_corpus(storage, tmp_path):
     publish(SETTINGS, make_root(tmp_path / "one", "1" * 64), storage)
     with pytest.raises(ValueError, match=r"few-111111111111 is another corpus than .*2222.*: run python -m pipe"):
         ensure_local_data(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
 
 
-def test_where_nothing_is_published_the_command_that_does_it_is_named(storage, tmp_path):
+def test_ensure_local_data_names_the_command_that_publishes(storage, tmp_path):
     with pytest.raises(ValueError, match=rf"few\.json does not exist: .*RUN_STORAGE={storage} python -m pipeline"):
         ensure_local_data(SETTINGS, make_root(tmp_path / "root"), storage)
 
 
-def test_without_storage_of_its_own_a_project_needs_nothing_published(tmp_path, monkeypatch):
-    monkeypatch.delenv("RUN_STORAGE", raising=False)
-    assert ensure_local_data(SETTINGS, tmp_path, run_storage(tmp_path)) is None
+def test_open_workspace_without_run_storage_needs_nothing_published(tmp_path, monkeypatch):
+    for name in ("RUN_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    workspace = open_workspace(SETTINGS, tmp_path)
+    assert workspace == Workspace(tmp_path, tmp_path, None, f"sqlite:///{tmp_path}/mlflow.db")
+    assert workspace.data_root() == tmp_path
 
 
-def test_what_is_not_encoded_yet_cannot_be_published(storage, tmp_path):
+def test_open_workspace_of_a_job_reads_the_published_corpus(storage, tmp_path, monkeypatch):
+    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    monkeypatch.setattr("pipeline.data.workspace.run_storage", lambda root: storage)
+    workspace = open_workspace(SETTINGS, tmp_path / "job")
+    assert (workspace.storage, workspace.published) == (storage, there)
+    assert workspace.data_root() == fetch(there)
+
+
+def test_publish_refuses_what_is_not_encoded_yet(storage, tmp_path):
     root = make_root(tmp_path / "root")
     (root / TOKENIZER / "spm.model").unlink()
     with pytest.raises(ValueError, match=r"spm\.model does not exist: run dvc repro tokenize first"):

@@ -9,7 +9,7 @@ import pytest
 from ray._private import ray_constants
 from ray._private.runtime_env import packaging
 
-from pipeline import submit
+from pipeline.submit import connect, job_environment
 
 ROOT = Path(__file__).parents[2]
 SECRETS = [
@@ -51,16 +51,16 @@ def upload(tmp_path: Path) -> set[str]:
         return set(package.namelist())
 
 
-def test_secrets_data_caches_and_databases_stay_here_and_code_and_settings_go(upload):
+def test_upload_has_code_and_settings_but_no_secrets_data_or_caches(upload):
     assert sorted(upload & {*SECRETS, *DATA, *CACHES}) == []
     assert upload >= set(NEEDED)
 
 
-def test_the_job_gets_storage_tracking_commit_and_what_was_asked_for(monkeypatch):
+def test_job_environment_has_storage_tracking_commit_and_more(monkeypatch):
     monkeypatch.setenv("GIT_COMMIT", "abc")
     monkeypatch.setenv("GIT_DIRTY", "false")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
-    found = submit.job_environment(ROOT, "s3://bucket/runs", "http://mlflow:5000", {"OMP_NUM_THREADS": "3"})
+    found = job_environment(ROOT, "s3://bucket/runs", "http://mlflow:5000", {"OMP_NUM_THREADS": "3"})
     assert found["RUN_STORAGE"] == "s3://bucket/runs"
     assert found["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert (found["GIT_COMMIT"], found["GIT_DIRTY"], found["OMP_NUM_THREADS"]) == ("abc", "false", "3")
@@ -76,11 +76,11 @@ def test_the_job_gets_storage_tracking_commit_and_what_was_asked_for(monkeypatch
         ("/srv/runs", "sqlite:///mlflow.db", "MLFLOW_TRACKING_URI is sqlite:///mlflow.db: the address"),
     ],
 )
-def test_what_other_machines_could_not_use_is_refused_here(storage, tracking_uri, fault):
+def test_job_environment_refuses_what_other_machines_could_not_use(storage, tracking_uri, fault):
     with pytest.raises(ValueError, match=f"^{fault}"):
-        submit.job_environment(ROOT, storage, tracking_uri, {})
+        job_environment(ROOT, storage, tracking_uri, {})
 
 
-def test_where_no_dashboard_answers_the_option_is_named():
+def test_connect_names_the_option_if_no_dashboard_answers():
     with pytest.raises(ConnectionError, match=r"^no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
-        submit.connect("http://127.0.0.1:9")
+        connect("http://127.0.0.1:9")
