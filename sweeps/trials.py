@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import write_json
+from pipeline.common.code_digest import code_digest
 from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import AnyPath, as_os_error
@@ -17,15 +18,19 @@ from sweeps import table3
 from sweeps.table3 import Row
 
 EVALUATION_CODE = (
-    "pipeline/training/checkpoint.py",
-    "pipeline/inference/evaluation.py",
-    "pipeline/inference/ctranslate2_export.py",
+    "model/decoding.py",
+    "model/kv_cache.py",
     "pipeline/inference/ctranslate2_engine.py",
+    "pipeline/inference/ctranslate2_export.py",
+    "pipeline/inference/evaluation.py",
     "pipeline/inference/metrics.py",
     "pipeline/inference/torch_engine.py",
     "pipeline/inference/translate.py",
+    "pipeline/training/checkpoint.py",
 )
-"""What decides the scores beside data, settings and checkpoints."""
+"""The files that decide the scores of a training run, besides settings and texts: what evaluation.py imports,
+directly or not. WEIGHTS_CODE is in the run's key; tests/sweeps/test_trials.py lists with reasons what does not count.
+"""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ def _result_key(settings: Settings, root: Path) -> str:
     digest = hashlib.sha256(json.dumps(decisive).encode())
     languages = settings.download.src, settings.download.tgt
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]
-    for path in (*map(Path, EVALUATION_CODE), *texts):
+    digest.update(code_digest(root, EVALUATION_CODE).encode())
+    for path in texts:
         digest.update((root / path).read_bytes())
     return digest.hexdigest()[:12]

@@ -17,7 +17,7 @@ from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState, adam
 from pipeline.training.run import WEIGHTS_CODE, TrainResult, log_how_it_starts, run_folder, run_key, write_model
 from tests.factories import config, settings, write_corpus
-from tests.support.imports import REPOSITORY, reached
+from tests.support.imports import REPOSITORY, does_something, reached
 
 SETTINGS = settings()
 
@@ -41,12 +41,6 @@ def root(tmp_path: Path) -> Path:
         shutil.copy(REPOSITORY / file, tmp_path / file)
     write_corpus(tmp_path / ENCODED)
     return tmp_path
-
-
-def does_something(file: str) -> bool:
-    """Whether a file has more than a docstring."""
-    body = ast.parse((REPOSITORY / file).read_text(encoding="utf-8")).body
-    return not all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
 def test_weights_code_is_what_training_imports_that_decides_weights():
