@@ -203,9 +203,10 @@ def test_beam_search_prefers_longer_outputs_by_a_larger_alpha():
     assert by_alpha[1.0].score == pytest.approx(math.log(0.273) / (8 / 6), abs=1e-6)
 
 
+@pytest.mark.parametrize("num_seeds", [15, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.3])
-def test_beam_search_1_is_greedy_search_whatever_alpha(alpha: float):
-    for seed in range(60):
+def test_beam_search_1_is_greedy_search_whatever_alpha(alpha: float, num_seeds: int):
+    for seed in range(num_seeds):
         max_lengths = [13, 0, 5, 7, 1]
         decoder = RandomDecoder(seed, 5, 11)
         found = beam_search(decoder, torch.tensor(max_lengths), beam=1, alpha=alpha)
@@ -230,10 +231,11 @@ def test_beam_search_of_a_wide_beam_equals_exhaustive_search(alpha: float):
             assert {tuple(h.tokens) for h in found[i]} == {tokens for _, _, tokens in expected}
 
 
+@pytest.mark.parametrize("num_seeds", [20, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0, 3.1])
-def test_beam_search_ends_early_with_what_a_full_search_gives(alpha: float):
+def test_beam_search_ends_early_with_what_a_full_search_gives(alpha: float, num_seeds: int):
     num_steps = num_most = 0
-    for seed in range(80):
+    for seed in range(num_seeds):
         beam = (2, 3, 5)[seed % 3]
         max_lengths = [11, 3, 0, 7]
         decoder = RandomDecoder(seed, 4, 7, eos_bias=seed % 4 - 1.0)
@@ -421,7 +423,7 @@ def random_transformer(seed: int, positions: Positions) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("num_seeds", [20, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_seeds", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_beam_search_of_a_transformer_is_the_plain_search(num_seeds: int):
     """The plain one computes every prefix from its beginning, of its sentence alone. Where it hung on a difference
     that rounding can turn round, the outputs may differ."""
