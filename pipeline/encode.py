@@ -33,12 +33,12 @@ CHUNK = 20_000  # lines
 
 
 def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, tgt: str) -> dict[str, Any]:
-    """Encode `clean`/{train,valid,test}.{src,tgt} into the folder `encoded`; return what there is to report.
+    """Encode `clean`/{train,valid,test}.{src,tgt} into the folder `encoded`; return the report.
 
     Every sentence is decoded again. One that differs from its text, NFKC and superfluous spaces aside, and case if
     the encoding lower-cases, is counted in "not_restored", and the first is named on the terminal.
 
-    Raises ValueError if a file is missing, or the two sides of a split differ in length.
+    Raises ValueError if a file is missing, or source and target of a split differ in length.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     digest = hashlib.sha256(tokenizer.serialized_model_proto())
@@ -88,40 +88,40 @@ def _encode_text(
         raise ValueError(f"{path} does not exist: run the validate stage first")
     vocab_size = tokenizer.get_piece_size()
     lowercase = tokenizer.decode(tokenizer.encode("A")) == "a"
-    is_byte = np.array([tokenizer.is_byte(piece) for piece in range(vocab_size)])
-    ids_path, offsets_path = encoded_paths(folder, split, side)
+    is_byte = np.array([tokenizer.is_byte(token) for token in range(vocab_size)])  # [vocab_size]
+    tokens_path, offsets_path = encoded_paths(folder, split, side)
     count: Counter[str] = Counter()
     with (
         open(path, "rb") as file,
-        _NpyWriter(ids_path, np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)) as ids_file,
+        _NpyWriter(tokens_path, np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)) as tokens_file,
         _NpyWriter(offsets_path, np.dtype(np.int64)) as offsets_file,
         tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as progress,
     ):
         offsets_file.append(np.zeros(1, np.int64))
-        for chunk, sentences, pieces in _encoded(file, tokenizer):
-            for index, (text, decoded) in enumerate(zip(sentences, tokenizer.decode(pieces), strict=True)):
+        for chunk, sentences, encoded in _encoded(file, tokenizer):
+            for index, (text, decoded) in enumerate(zip(sentences, tokenizer.decode(encoded), strict=True)):
                 if not _same(text, decoded, lowercase):
                     if not count["not_restored"]:
                         line = count["sentences"] + index + 1
                         tqdm.write(f"{path}, line {line}, is decoded as {decoded!r}", file=sys.stderr)
                     count["not_restored"] += 1
-            lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-            ids = np.concatenate(pieces)
-            ids_file.append(ids)
+            lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+            tokens = np.concatenate(encoded)
+            tokens_file.append(tokens)
             offsets_file.append(count["pieces"] + np.cumsum(lengths))
             count["sentences"] += len(sentences)
             count["words"] += sum(len(sentence.split()) for sentence in sentences)
-            count["pieces"] += len(ids)
+            count["pieces"] += len(tokens)
             count["longest"] = max(count["longest"], int(lengths.max()))
-            count["byte_pieces"] += int(is_byte[ids].sum())
-            count["unknown_pieces"] += int((ids == UNK).sum())
+            count["byte_pieces"] += int(is_byte[tokens].sum())
+            count["unknown_pieces"] += int((tokens == UNK).sum())
             digest.update(chunk)
             progress.update(len(chunk))
     return count
 
 
 def _encoded(file: BinaryIO, tokenizer: SentencePieceProcessor) -> Iterator[tuple[bytes, list[str], list[Any]]]:
-    """Chunk by chunk: the text as it is, its sentences, and the pieces of each (int32).
+    """Chunk by chunk: the text as it is, its sentences, and the tokens of each (int32).
 
     SentencePiece goes on with the next chunk, on all cores, while one is used.
     """
@@ -133,8 +133,8 @@ def _encoded(file: BinaryIO, tokenizer: SentencePieceProcessor) -> Iterator[tupl
                 waiting.append((chunk, sentences, thread.submit(tokenizer.encode, sentences, return_type="numpy")))
             if not waiting:
                 return
-            chunk, sentences, pieces = waiting.popleft()
-            yield chunk, sentences, pieces.result()
+            chunk, sentences, encoded = waiting.popleft()
+            yield chunk, sentences, encoded.result()
 
 
 def _same(text: str, decoded: str, lowercase: bool) -> bool:
@@ -146,7 +146,10 @@ def _same(text: str, decoded: str, lowercase: bool) -> bool:
 
 
 class _NpyWriter:
-    """A .npy file of one row that grows: NumPy leaves room in the header for the length, written at the end."""
+    """A .npy file of one row that grows.
+
+    `np.save` needs the whole array in memory, and `open_memmap` its length before the first sentence is encoded. A
+    .npy header of NumPy leaves room for the length to grow, so it is written twice: empty, and at the end."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.dtype = dtype

@@ -18,7 +18,6 @@ evaluate stage translates by such an export with evaluate.engine: ctranslate2 or
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder
@@ -26,9 +25,6 @@ from pipeline.common.paths import CTRANSLATE2, FINAL, TOKENIZER
 from pipeline.data.dataset import load_tokenizer
 from pipeline.inference.ctranslate2_export import Quantization, write_export
 from pipeline.training.checkpoint import load_model
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> None:
@@ -52,7 +48,7 @@ def main() -> None:
 
 
 def export(final: Path, tokenizer_folder: Path, output: Path, quantization: Quantization) -> None:
-    """Raises ValueError with one line."""
+    """Write the model in `final` and its tokenizer to `output`, whole or not at all. Raises ValueError."""
     model, tokenizer = load_model(final), load_tokenizer(tokenizer_folder)
     if tokenizer.get_piece_size() != model.config.vocab_size:
         raise ValueError(

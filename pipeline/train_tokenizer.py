@@ -22,17 +22,16 @@ from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import load_settings
 
 MAX_PAIRS = 1_000_000
-"""More pairs teach the encoding nothing; memory stops growing here."""
+"""The most pairs that are read: more teach the encoding nothing, and memory stops growing here."""
 
 
 def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowercase: bool = False) -> None:
     """Learn `vocab_size` pieces from the lines of both files; write `folder`/spm.model and spm.vocab.
 
-    Text is normalised by NFKC and, with `lowercase`, lower-cased, by the encoding itself: whoever encodes with it
-    need not know.
+    The encoding itself normalises text by NFKC and, with `lowercase`, lower-cases it.
 
-    All pieces count: the reserved ones, and 256 bytes that spell characters which are none of the pieces, so
-    that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
+    `vocab_size` counts all pieces: the reserved ones too, and 256 bytes that spell characters which are none of the
+    pieces, so that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
     distances. The same texts give the same bytes.
 
     Raises ValueError if a file is missing, both are empty or they differ in length; or if vocab_size is too
@@ -98,7 +97,8 @@ def _count_lines(path: Path) -> int:
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """SentencePiece's complaint about the vocabulary's size in our words; any other complaint as it is."""
+    """Our message for SentencePiece's errors about the vocabulary's size, which have no type of their own; any other
+    error as it is."""
     if too_large := re.search(r"value <= (\d+)", message):
         return f"tokenize.vocab_size is {vocab_size}: the training text yields at most {too_large[1]} pieces"
     if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):

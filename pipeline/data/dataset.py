@@ -1,7 +1,7 @@
-"""The encoded corpus as it lies on disk, and its tokenizer.
+"""The encoded corpus on disk, and its tokenizer.
 
-Every side of every split is two arrays: the pieces of all sentences end to end, and where each sentence
-begins. Both are memory-mapped, so that opening a corpus costs the same whatever its size.
+The source and the target of every split are two arrays each: the tokens of all sentences end to end, and where each
+sentence begins. Both are memory-mapped, so that opening a corpus costs the same whatever its size.
 """
 
 import json
@@ -24,13 +24,13 @@ SIDES: tuple[Side, ...] = ("src", "tgt")
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusInfo:
-    """What training has to know of the encoded corpus beside the pieces themselves."""
+    """What training has to know of the encoded corpus besides its tokens."""
 
     src: str  # language codes
     tgt: str
     vocab_size: int
     pairs: dict[str, int]  # by split
-    words: dict[str, dict[Side, int]]  # by split and side, as white space separates them
+    words: dict[str, dict[Side, int]]  # by split, of src and tgt, as white space separates them
     sha256: str  # of the tokenizer and of all texts
 
     @classmethod
@@ -47,30 +47,32 @@ class CorpusInfo:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One side of one split; `text[i]` is sentence i, without begin and end of sentence.
+    """The source or target sentences of a split; `text[i]` is sentence i, without begin and end of sentence.
 
-    `ids` holds all sentences end to end (uint16, or uint32 for a vocabulary that needs it);
-    sentence i is ids[offsets[i] : offsets[i + 1]].
+    `tokens` holds all sentences end to end (uint16, or uint32 for a vocabulary that needs it);
+    sentence i is tokens[offsets[i] : offsets[i + 1]].
     """
 
-    ids: np.ndarray
+    tokens: np.ndarray
     offsets: np.ndarray  # int64, one more than sentences
 
     @classmethod
     def open(cls, folder: Path, split: str, side: Side) -> "EncodedText":
         """Map the files read-only. Raises ValueError that names a file that is missing or not ours."""
-        ids_path, offsets_path = encoded_paths(folder, split, side)
-        ids, offsets = _map(ids_path), _map(offsets_path)
-        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"{ids_path} holds {ids.dtype} {ids.shape}: a row of uint16 or uint32 is needed")
+        tokens_path, offsets_path = encoded_paths(folder, split, side)
+        tokens, offsets = _map(tokens_path), _map(offsets_path)
+        if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+            raise ValueError(
+                f"{tokens_path} holds {tokens.dtype} {tokens.shape}: a row of uint16 or uint32 is needed"
+            )
         if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets):
             raise ValueError(f"{offsets_path} holds {offsets.dtype} {offsets.shape}: a row of int64 is needed")
-        if offsets[0] != 0 or offsets[-1] != len(ids):
+        if offsets[0] != 0 or offsets[-1] != len(tokens):
             raise ValueError(
-                f"{offsets_path} ends at piece {offsets[-1]}, {ids_path.name} has {len(ids)}: "
+                f"{offsets_path} ends at piece {offsets[-1]}, {tokens_path.name} has {len(tokens)}: "
                 "they do not belong together; run the tokenize stage again"
             )
-        return cls(ids, offsets)
+        return cls(tokens, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -78,14 +80,14 @@ class EncodedText:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index}: there are {len(self)}")
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of these sentences end to end, and the length of each."""
         starts = self.offsets[indices]
         lengths = self.offsets[indices + 1] - starts
         ends = np.cumsum(lengths)
-        return self.ids[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)], lengths
+        return self.tokens[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)], lengths
 
     @property
     def lengths(self) -> np.ndarray:
@@ -102,7 +104,7 @@ class EncodedSplit:
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "EncodedSplit":
-        """Raises ValueError if a file is missing or damaged, or the sides have different lengths."""
+        """Raises ValueError if a file is missing or damaged, or the numbers of sources and targets differ."""
         src, tgt = EncodedText.open(folder, split, "src"), EncodedText.open(folder, split, "tgt")
         if len(src) != len(tgt):
             raise ValueError(
@@ -116,7 +118,7 @@ class EncodedSplit:
 
 
 def encoded_paths(folder: Path, split: str, side: Side) -> tuple[Path, Path]:
-    """Where the pieces and the offsets of one side of a split lie."""
+    """The files of the tokens and of the offsets."""
     return folder / f"{split}.{side}.ids.npy", folder / f"{split}.{side}.offsets.npy"
 
 

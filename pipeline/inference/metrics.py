@@ -1,8 +1,8 @@
 """How good translations are: two kinds of BLEU that must not be mixed, chrF, lengths.
 
 sacreBLEU (detokenised text, its own tokenisation 13a) is the number to compare across papers. The paper's BLEU
-and that of the Multi30k papers are counted on Moses tokens: for the same output they are other, mostly higher,
-numbers, and compare with those papers alone.
+and that of the Multi30k papers are counted on Moses tokens: for the same output they differ from sacreBLEU, mostly
+upwards, and compare with those papers alone.
 """
 
 import math
@@ -14,8 +14,9 @@ import sacrebleu
 import sacremoses
 from sacrebleu.metrics import BLEU, CHRF
 
-COMPOUND = re.compile(rb"(\S)-(\S)")
+_COMPOUND = re.compile(rb"(\S)-(\S)")
 BUCKET_WORDS = 5
+"""Source words that a group of `bleu_by_length` spans."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Score:
 
 def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     """BLEU of detokenised text: mixed case, tokenisation 13a, sacreBLEU's defaults."""
-    _check(hypotheses, references)
+    _check_lengths(hypotheses, references)
     metric = BLEU()
     value = metric.corpus_score(hypotheses, [references]).score
     return Score(value, str(metric.get_signature()))
@@ -36,7 +37,7 @@ def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     """chrF2: F-score of character n-grams, sacreBLEU's defaults."""
-    _check(hypotheses, references)
+    _check_lengths(hypotheses, references)
     metric = CHRF()
     value = metric.corpus_score(hypotheses, [references]).score
     return Score(value, str(metric.get_signature()))
@@ -44,27 +45,24 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
 
 def paper_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
     """BLEU as the paper counts it (Table 2): Moses tokens, mixed case, German compounds split."""
-    split = language == "de"
-    value = _token_bleu(
-        *(
-            [split_compounds(line) if split else line for line in moses_tokens(side, language)]
-            for side in (hypotheses, references)
-        )
-    )
-    return Score(value, _token_signature(language, "mixed", compounds="split" if split else "whole"))
+    outputs, expected = moses_tokens(hypotheses, language), moses_tokens(references, language)
+    compounds = "whole"
+    if language == "de":
+        outputs, expected = list(map(split_compounds, outputs)), list(map(split_compounds, expected))
+        compounds = "split"
+    return Score(_token_bleu(outputs, expected), _token_signature(language, "mixed", compounds))
 
 
 def lowercase_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
     """BLEU as papers on Multi30k count it: Moses tokens, lower-cased, compounds whole."""
-    value = _token_bleu(
-        *([line.lower() for line in moses_tokens(side, language)] for side in (hypotheses, references))
-    )
-    return Score(value, _token_signature(language, "lc", compounds="whole"))
+    outputs = [line.lower() for line in moses_tokens(hypotheses, language)]
+    expected = [line.lower() for line in moses_tokens(references, language)]
+    return Score(_token_bleu(outputs, expected), _token_signature(language, "lc", compounds="whole"))
 
 
 def length_ratio(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """Words of all hypotheses per word of the references, as sacreBLEU's brevity penalty counts them (13a)."""
-    _check(hypotheses, references)
+    _check_lengths(hypotheses, references)
     return BLEU().corpus_score(hypotheses, [references]).ratio
 
 
@@ -75,7 +73,7 @@ def bleu_by_length(
 
     Rows of `source_words` (the most in the group), `num_sentences` and `bleu`.
     """
-    _check(hypotheses, references)
+    _check_lengths(hypotheses, references)
     groups: dict[int, list[tuple[str, str]]] = {}
     for source, hypothesis, reference in zip(sources, hypotheses, references, strict=True):
         most = max(1, math.ceil(len(source.split()) / BUCKET_WORDS)) * BUCKET_WORDS
@@ -92,7 +90,7 @@ def bleu_by_length(
 
 def moses_tokens(lines: Sequence[str], language: str) -> list[str]:
     """What Moses' tokenizer.perl -l `language` makes of each line: tokens between spaces, special characters
-    escaped (on both sides alike, so that no score changes). An unknown language is treated as English."""
+    escaped (in outputs and references alike, so that no score changes). An unknown language is treated as English."""
     tokenizer = sacremoses.MosesTokenizer(language)
     return [tokenizer.tokenize(line, return_str=True) for line in lines]
 
@@ -103,12 +101,12 @@ def split_compounds(tokens: str) -> str:
     Equal to the published recipe, perl -ple 's{(\\S)-(\\S)}{$1 ##AT##-##AT## $2}g': matches do not overlap, so
     a-b-c keeps its second hyphen, and perl's characters are the bytes of UTF-8, so ä-ö-ü does not.
     """
-    return COMPOUND.sub(rb"\1 ##AT##-##AT## \2", tokens.encode()).decode()
+    return _COMPOUND.sub(rb"\1 ##AT##-##AT## \2", tokens.encode()).decode()
 
 
 def _token_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """BLEU of lines that are tokenised already, not smoothed, as Moses' multi-bleu.perl."""
-    _check(hypotheses, references)
+    _check_lengths(hypotheses, references)
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
     return metric.corpus_score(hypotheses, [references]).score
 
@@ -120,7 +118,7 @@ def _token_signature(language: str, case: str, compounds: str) -> str:
     )
 
 
-def _check(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+def _check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if len(hypotheses) != len(references) or not hypotheses:
         raise ValueError(
             f"{len(hypotheses)} translations and {len(references)} references: as many, and at least one, are needed"

@@ -1,10 +1,11 @@
-"""The model as MLflow keeps and serves it: sentences in, translations out. `tracking.log_model` logs it.
+"""The model as MLflow stores and serves it: sentences in, translations out. `tracking.results.log_model` logs it.
 
     source .venv/bin/activate; export MLFLOW_TRACKING_URI=sqlite:///mlflow.db
     mlflow models serve --model-uri models:/m-... --env-manager local
     curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' -d '{"inputs": ["the dog sleeps"]}'
 
-MLflow runs this file to get the object that it calls; so beside tracking.py it has to import mlflow.
+MLflow runs this file to get the object that it calls (`set_model` below), which is why something happens here at
+import, and why this file imports mlflow, as only pipeline/tracking/ does otherwise.
 """
 
 import threading
@@ -19,7 +20,7 @@ from pipeline.inference.translate import translate
 from pipeline.training.checkpoint import load_model
 
 BATCH_TOKENS = 8192
-"""Source pieces (padding counted) that are decoded together; changes memory and speed, no translation."""
+"""Source tokens (padding counted) that are decoded together; changes memory and speed, no translation."""
 
 
 class Translator(PythonModel):
@@ -32,9 +33,9 @@ class Translator(PythonModel):
         self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
 
     def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
-        pieces = self.tokenizer.encode(model_input)
+        sources = self.tokenizer.encode(model_input)
         with self.search:  # it has all cores, and changes the number of torch's threads, which others would take over
-            outputs = translate(self.model, self.tokenizer, pieces, self.settings, progress=False)
+            outputs = translate(self.model, self.tokenizer, sources, self.settings, progress=False)
         return [output.text for output in outputs]
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import download as stage
 from pipeline.common.settings import Download
 from pipeline.data.catalog import Corpus, RemoteFile
+from pipeline.download import download
 
-ROOT = Path(stage.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = Download(corpus="toy", src="en", tgt="de")
 TEXTS = {
     f"{split}.{code}": "".join(f"{split} sentence {i * i} in {code}: ä\n" for i in range(lines))
@@ -91,8 +91,8 @@ def server():
 def project(tmp_path, monkeypatch):
     """An empty project whose catalogue has one corpus, "toy"; no wait between tries."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "RETRY_PAUSES_S", (0, 0))
-    monkeypatch.setattr(stage, "CORPORA", catalogue("http://127.0.0.1:9"))
+    monkeypatch.setattr("pipeline.download.RETRY_PAUSES_S", (0, 0))
+    monkeypatch.setattr("pipeline.download.CORPORA", catalogue("http://127.0.0.1:9"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path
 
@@ -125,8 +125,8 @@ def assert_whole():
         assert Path("data/raw", name).read_bytes() == text.encode()
 
 
-def test_mirror_folder_gives_the_texts_and_their_origin(mirror):
-    stage.download(SETTINGS, str(mirror))
+def test_download_from_a_mirror_gives_the_texts_and_their_origin(mirror):
+    download(SETTINGS, str(mirror))
     assert_whole()
     described = json.loads(Path("data/raw/corpus.json").read_text())
     assert (described["corpus"], described["src"], described["tgt"]) == ("toy", "en", "de")
@@ -137,53 +137,54 @@ def test_mirror_folder_gives_the_texts_and_their_origin(mirror):
     assert not Path("data/downloads").exists()
 
 
-def test_web_and_mirror_give_the_same_bytes(server, mirror):
-    stage.download(SETTINGS, str(mirror))
+def test_download_from_web_and_mirror_gives_the_same_bytes(server, mirror):
+    download(SETTINGS, str(mirror))
     first = {file.name: file.read_bytes() for file in Path("data/raw").iterdir()}
     shutil.rmtree("data")
-    stage.download(SETTINGS, server.address + "/")
+    download(SETTINGS, server.address + "/")
     assert {file.name: file.read_bytes() for file in Path("data/raw").iterdir()} == first
 
 
-def test_without_a_mirror_the_public_address_is_asked(server, monkeypatch):
-    monkeypatch.setattr(stage, "CORPORA", catalogue(server.address))
-    stage.download(SETTINGS)
+def test_download_without_a_mirror_asks_the_public_address(server, monkeypatch):
+    monkeypatch.setattr("pipeline.download.CORPORA", catalogue(server.address))
+    download(SETTINGS)
     assert_whole()
 
 
-def test_verified_files_are_not_fetched_again(server):
-    stage.download(SETTINGS, server.address)
-    stage.download(SETTINGS, server.address)
+def test_download_does_not_fetch_verified_files_again(server):
+    download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert len(server.requests) == len(PACKED)
     Path("data/downloads/toy/train.en.gz").write_bytes(b"damaged since")
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert server.requests[len(PACKED) :] == [(TRAIN, 0)]
     assert_whole()
 
 
-def test_broken_connection_is_continued_where_it_broke(server):
+def test_download_continues_a_broken_connection_where_it_broke(server):
     server.faults = [701, 503, None]
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert server.requests[:4] == [(TRAIN, 0), (TRAIN, 701), (TRAIN, 701), ("/toy/train.de.gz", 0)]
     assert_whole()
 
 
-def test_failed_run_is_continued_by_the_next(server):
+def test_download_continues_a_failed_run(server):
     server.faults = [None, 307, 503, 503]  # train.en comes, train.de breaks, and no try is left
     with pytest.raises(ValueError, match=r"503 Service Unavailable; 307 of .* Run again to continue") as caught:
-        stage.download(SETTINGS, server.address)
+        download(SETTINGS, server.address)
     assert "\n" not in str(caught.value)
     assert not Path("data/raw").exists()
     server.requests.clear()
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert server.requests[:2] == [("/toy/train.de.gz", 307), ("/toy/valid.en.gz", 0)]
     assert_whole()
 
 
-def test_killed_run_is_continued_by_the_next(server, project):
+def test_download_continues_a_killed_run(server, project):
     server.hold = 997
     code = (
-        "from test_download import catalogue, SETTINGS, stage\n"
+        "from test_download import catalogue, SETTINGS\n"
+        "import pipeline.download as stage\n"
         f"stage.CORPORA = catalogue({server.address!r})\n"
         "stage.CHUNK_BYTES = 100\n"
         "stage.download(SETTINGS)"
@@ -200,24 +201,24 @@ def test_killed_run_is_continued_by_the_next(server, project):
     have = part.stat().st_size
 
     server.hold = None
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert server.requests[:2] == [(TRAIN, 0), (TRAIN, have)]
     assert 900 <= have <= 997
     assert_whole()
 
 
-def test_server_without_ranges_is_asked_for_the_whole_file_again(server):
+def test_download_asks_a_server_without_ranges_for_the_whole_file(server):
     server.knows_ranges = False
     server.faults = [701]
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert_whole()
 
 
-def test_part_of_another_file_is_given_up(server):
+def test_download_gives_up_part_of_another_file(server):
     part = Path("data/downloads/toy/train.en.gz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"?" * 503)
-    stage.download(SETTINGS, server.address)
+    download(SETTINGS, server.address)
     assert server.requests[:2] == [(TRAIN, 503), (TRAIN, 0)]
     assert_whole()
 
@@ -230,103 +231,103 @@ def test_part_of_another_file_is_given_up(server):
         (PACKED[TRAIN] * 2, "wrong checksum"),
     ],
 )
-def test_wrong_content_is_refused_and_removed(server, mirror, content, message):
-    stage.download(SETTINGS, str(mirror))
+def test_download_refuses_and_removes_wrong_content(server, mirror, content, message):
+    download(SETTINGS, str(mirror))
     server.files[TRAIN] = content
     with pytest.raises(ValueError, match=f"{TRAIN} .*{message}.* what came was removed. Run again, or set"):
-        stage.download(SETTINGS, server.address)
+        download(SETTINGS, server.address)
     assert list(Path("data/downloads/toy").iterdir()) == []
     assert_whole()  # of the run before
 
 
-def test_missing_file_is_reported_at_once(server):
+def test_download_reports_a_missing_file_at_once(server):
     del server.files[TRAIN]
     with pytest.raises(ValueError, match=f"{TRAIN} cannot be fetched: the server answers 404 Not Found"):
-        stage.download(SETTINGS, server.address)
+        download(SETTINGS, server.address)
     assert server.requests == [(TRAIN, 0)]
 
 
-def test_host_that_is_down_is_reported():
+def test_download_reports_a_host_that_is_down():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ValueError, match=r"train\.en\.gz cannot be fetched: Failed to .*refused; 0 of") as caught:
-            stage.download(SETTINGS, address)
+            download(SETTINGS, address)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_host_is_reported(monkeypatch):
+def test_download_reports_an_unknown_host(monkeypatch):
     def fail(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(ValueError, match=r"fetched: Failed to resolve 'corpora\.invalid'.*Name or service"):
-        stage.download(SETTINGS, "http://corpora.invalid")
+        download(SETTINGS, "http://corpora.invalid")
 
 
-def test_host_that_says_nothing_is_reported(monkeypatch):
-    monkeypatch.setattr(stage, "TIMEOUT_S", (0.05, 0.05))
+def test_download_reports_a_silent_host(monkeypatch):
+    monkeypatch.setattr("pipeline.download.TIMEOUT_S", (0.05, 0.05))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ValueError, match="the server does not answer in time"):
-            stage.download(SETTINGS, address)
+            download(SETTINGS, address)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_is_reported_with_the_file(server):
+def test_download_reports_a_full_disk_with_the_file(server):
     part = Path("data/downloads/toy/train.en.gz.part")
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
     with pytest.raises(OSError, match="free some space and run again") as caught:
-        stage.download(SETTINGS, server.address)
+        download(SETTINGS, server.address)
     assert caught.value.filename == str(part)
     assert not Path("data/raw").exists()
 
 
-def test_mirror_that_is_no_folder_is_reported():
+def test_download_reports_a_mirror_that_is_no_folder():
     with pytest.raises(ValueError, match="CORPUS_MIRROR is 'nowhere': a folder or an http"):
-        stage.download(SETTINGS, "nowhere")
+        download(SETTINGS, "nowhere")
 
 
-def test_faults_of_a_mirror_are_reported_with_the_file(mirror):
+def test_download_reports_faults_of_a_mirror_with_the_file(mirror):
     file = mirror / "toy" / "test.de.gz"
     file.write_bytes(PACKED["/toy/test.de.gz"][:-1])
     with pytest.raises(ValueError, match=r"mirror/toy/test\.de\.gz is truncated: .* bytes: copy http"):
-        stage.download(SETTINGS, str(mirror))
+        download(SETTINGS, str(mirror))
     file.unlink()
     with pytest.raises(ValueError, match=r"test\.de\.gz is missing: .*CORPUS_MIRROR.* toy/test\.de\.gz"):
-        stage.download(SETTINGS, str(mirror))
+        download(SETTINGS, str(mirror))
     assert not Path("data/raw").exists()
 
 
-def test_own_files_may_be_plain_or_packed():
+def test_download_takes_own_files_plain_or_packed():
     write_own_files()
     shutil.move("data/own/train.de", "data/own/unpacked")
     Path("data/own/train.de.gz").write_bytes(PACKED["/toy/train.de.gz"])
-    stage.download(Download(corpus="files", src="en", tgt="de"))
+    download(Download(corpus="files", src="en", tgt="de"))
     assert_whole()
     origin = json.loads(Path("data/raw/corpus.json").read_text())["origin"]
     assert origin["train.de"]["url"] == "data/own/train.de.gz"
     assert origin["test.en"]["sha256"] == hashlib.sha256(TEXTS["test.en"].encode()).hexdigest()
 
 
-def test_own_files_that_are_missing_double_or_broken_are_reported():
+def test_download_reports_own_files_missing_double_or_broken():
     settings = Download(corpus="files", src="en", tgt="de")
     write_own_files()
     packed = Path("data/own/valid.en.gz")
     packed.write_bytes(PACKED["/toy/valid.en.gz"][:-9])
     with pytest.raises(ValueError, match=r"both data/own/valid\.en and data/own/valid\.en\.gz exist"):
-        stage.download(settings)
+        download(settings)
     Path("data/own/valid.en").unlink()
     with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
-        stage.download(settings)
+        download(settings)
     packed.write_bytes(b"plain after all")
     with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
-        stage.download(settings)
+        download(settings)
     packed.unlink()
     Path("data/own/test.de").unlink()
     with pytest.raises(ValueError, match=r"data/own has no valid\.en, test\.de \(plain or \.gz\)"):
-        stage.download(settings)
+        download(settings)
     assert not Path("data/raw").exists()
 
 
@@ -336,10 +337,8 @@ def write_own_files():
         Path("data/own", name).write_text(text, encoding="utf-8")
 
 
-def test_grammar_is_generated_with_the_settings_and_described():
-    stage.download(
-        Download(corpus="grammar", src="en", tgt="de", seed=3, train_pairs=101, valid_pairs=7, test_pairs=5)
-    )
+def test_download_generates_and_describes_the_grammar():
+    download(Download(corpus="grammar", src="en", tgt="de", seed=3, train_pairs=101, valid_pairs=7, test_pairs=5))
     lines = {file.name: len(file.read_text().splitlines()) for file in Path("data/raw").iterdir()}
     del lines["corpus.json"]
     assert lines == {
@@ -359,12 +358,12 @@ def test_grammar_is_generated_with_the_settings_and_described():
         ("toi", "en", "de", "download.corpus must be one of files, grammar, toy, got 'toi'"),
     ],
 )
-def test_unknown_corpus_or_language_is_refused(corpus, src, tgt, message):
+def test_download_refuses_an_unknown_corpus_or_language(corpus, src, tgt, message):
     with pytest.raises(ValueError, match=message):
-        stage.download(Download(corpus=corpus, src=src, tgt=tgt))
+        download(Download(corpus=corpus, src=src, tgt=tgt))
 
 
-def test_command_line_reports_a_fault_in_one_line_with_exit_code_1(project):
+def test_main_reports_a_fault_in_one_line_with_exit_code_1(project):
     shutil.copytree(ROOT / "conf", "conf")
     params = (ROOT / "params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(re.sub("(?m)^data: .*", "data: multi30k", params), encoding="utf-8")

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import encode as stage
 from pipeline.data.dataset import CorpusInfo, EncodedSplit, EncodedText, load_tokenizer
-from pipeline.encode import encode_corpus
+from pipeline.encode import _encoded, _NpyWriter, _same, encode_corpus, main
 from pipeline.train_tokenizer import train_tokenizer
 
 SENTENCES = {
@@ -39,7 +38,7 @@ def encoded(corpus, tmp_path):
     return tmp_path / "encoded", report
 
 
-def test_every_sentence_is_decoded_back_from_the_files(corpus, encoded):
+def test_encode_corpus_can_be_decoded_back_from_the_files(corpus, encoded):
     tokenizer = load_tokenizer(corpus / "tokenizer")
     for split, repeats in REPEATS.items():
         pairs = EncodedSplit.open(encoded[0], split)
@@ -47,14 +46,14 @@ def test_every_sentence_is_decoded_back_from_the_files(corpus, encoded):
             assert [tokenizer.decode(ids.tolist()) for ids in text] == SENTENCES[code] * repeats
 
 
-def test_chunks_leave_no_seam(corpus, encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "CHUNK", 7)
+def test_encode_corpus_leaves_no_seam_between_chunks(corpus, encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.encode.CHUNK", 7)
     encode_corpus(corpus / "clean", corpus / "tokenizer", tmp_path / "again", "en", "de")
     for path in encoded[0].iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_the_next_chunk_is_encoded_while_one_is_used(monkeypatch):
+def test_encoded_works_on_the_next_chunk_while_one_is_used(monkeypatch):
     second = threading.Event()
 
     class Tokenizer:
@@ -63,14 +62,14 @@ def test_the_next_chunk_is_encoded_while_one_is_used(monkeypatch):
                 second.set()
             return sentences
 
-    monkeypatch.setattr(stage, "CHUNK", 2)
-    chunks = stage._encoded(io.BytesIO(b"a\nb\nc\n"), Tokenizer())
+    monkeypatch.setattr("pipeline.encode.CHUNK", 2)
+    chunks = _encoded(io.BytesIO(b"a\nb\nc\n"), Tokenizer())
     assert next(chunks) == (b"a\nb\n", ["a", "b"], ["a", "b"])
     assert second.wait(timeout=10)
     assert list(chunks) == [(b"c\n", ["c"], ["c"])]
 
 
-def test_an_empty_sentence_has_no_pieces(corpus, tmp_path):
+def test_encode_corpus_gives_an_empty_sentence_no_tokens(corpus, tmp_path):
     for split in REPEATS:
         for code in SENTENCES:
             (tmp_path / f"{split}.{code}").write_text("\nWhy?\n\n", encoding="utf-8")
@@ -79,28 +78,28 @@ def test_an_empty_sentence_has_no_pieces(corpus, tmp_path):
     assert [bool(length) for length in lengths] == [False, True, False]
 
 
-def test_the_files_are_those_that_numpy_would_have_saved(encoded, tmp_path):
+def test_npy_writer_writes_what_numpy_would_save(encoded, tmp_path):
     for path in encoded[0].glob("*.npy"):
         np.save(tmp_path / "saved.npy", np.load(path))
         assert (tmp_path / "saved.npy").read_bytes() == path.read_bytes(), path.name
 
 
-def test_ids_take_two_bytes_where_the_vocabulary_allows(encoded, tmp_path):
-    assert EncodedText.open(encoded[0], "train", "src").ids.dtype == np.uint16
-    with stage._NpyWriter(tmp_path / "train.src.ids.npy", np.dtype(np.uint32)) as file:
+def test_encode_corpus_takes_two_bytes_where_the_vocabulary_allows(encoded, tmp_path):
+    assert EncodedText.open(encoded[0], "train", "src").tokens.dtype == np.uint16
+    with _NpyWriter(tmp_path / "train.src.ids.npy", np.dtype(np.uint32)) as file:
         file.append(np.array([70_000, 5]))
     np.save(tmp_path / "train.src.offsets.npy", np.array([0, 2], np.int64))
     assert EncodedText.open(tmp_path, "train", "src")[0].tolist() == [70_000, 5]
 
 
-def test_the_report_counts_what_was_encoded(encoded):
+def test_encode_corpus_reports_what_was_encoded(encoded):
     folder, report = encoded
-    ids = {side: EncodedText.open(folder, "train", side).ids for side in ("src", "tgt")}
+    tokens = {side: EncodedText.open(folder, "train", side).tokens for side in ("src", "tgt")}
     words = {
         side: REPEATS["train"] * sum(len(s.split()) for s in SENTENCES[code])
-        for side, code in zip(ids, SENTENCES, strict=True)
+        for side, code in zip(tokens, SENTENCES, strict=True)
     }
-    assert report["pieces_per_word"] == {side: len(ids[side]) / words[side] for side in ids}
+    assert report["pieces_per_word"] == {side: len(tokens[side]) / words[side] for side in tokens}
     assert report["pairs"] == {split: 4 * repeats for split, repeats in REPEATS.items()}
     assert report["longest"]["tgt"] == max(EncodedText.open(folder, "train", "tgt").lengths)
     assert report["vocab_size"] == 379
@@ -111,7 +110,7 @@ def test_the_report_counts_what_was_encoded(encoded):
     assert info.words["train"] == words
 
 
-def test_the_checksum_tells_texts_and_tokenizers_apart(corpus, encoded, tmp_path):
+def test_encode_corpus_checksum_tells_texts_and_tokenizers_apart(corpus, encoded, tmp_path):
     def checksum(clean, tokenizer):
         encode_corpus(clean, tokenizer, tmp_path / "other", "en", "de")
         return CorpusInfo.open(tmp_path / "other").sha256
@@ -148,7 +147,7 @@ ordinary = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characte
     ]
 )
 @example(["<s> </s> <unk> <pad> <0x41>", "<0xE2><0x82>", "a  b", " a "])
-def test_any_text_is_decoded_back_normalised(corpus, texts):
+def test_tokenizer_decodes_any_text_back_normalised(corpus, texts):
     tokenizer = load_tokenizer(corpus / "tokenizer")
     expected = [" ".join(unicodedata.normalize("NFKC", text).split(" ")) for text in texts]
     expected = [" ".join(filter(None, text.split(" "))) for text in expected]
@@ -157,11 +156,11 @@ def test_any_text_is_decoded_back_normalised(corpus, texts):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",))))
-def test_no_text_has_reserved_pieces(corpus, text):
+def test_tokenizer_gives_no_text_reserved_pieces(corpus, text):
     assert all(piece >= 4 for piece in load_tokenizer(corpus / "tokenizer").encode(text))
 
 
-def test_unseen_characters_become_bytes_and_a_lost_one_is_named(corpus, tmp_path, capsys):
+def test_encode_corpus_spells_unseen_characters_and_names_a_lost_one(corpus, tmp_path, capsys):
     for split in REPEATS:
         for code in SENTENCES:
             (tmp_path / f"{split}.{code}").write_text("Why?\n", encoding="utf-8")
@@ -172,19 +171,19 @@ def test_unseen_characters_become_bytes_and_a_lost_one_is_named(corpus, tmp_path
     assert "test.de, line 3, is decoded as 'ein'" in capsys.readouterr().err
 
 
-def test_what_the_encoding_lower_cases_is_not_lost(corpus, tmp_path):
+def test_encode_corpus_does_not_count_lower_casing_as_a_loss(corpus, tmp_path):
     train_tokenizer(corpus / "clean/train.en", corpus / "clean/train.de", tmp_path / "lower", 379, lowercase=True)
     reports = {
         name: encode_corpus(corpus / "clean", tokenizer, tmp_path / "encoded", "en", "de")
         for name, tokenizer in (("mixed", corpus / "tokenizer"), ("lower", tmp_path / "lower"))
     }
     assert {name: report["not_restored"] for name, report in reports.items()} == {"mixed": 0, "lower": 0}
-    assert not stage._same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=False)
-    assert stage._same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=True)
-    assert not stage._same("ΌΣΟΣ Straße", "όσοσ strasse", lowercase=True)
+    assert not _same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=False)
+    assert _same("ΌΣΟΣ Straße", "όσοσ straße", lowercase=True)
+    assert not _same("ΌΣΟΣ Straße", "όσοσ strasse", lowercase=True)
 
 
-def test_faults_are_named_and_leave_nothing_behind(corpus, tmp_path):
+def test_encode_corpus_names_faults_and_leaves_nothing_behind(corpus, tmp_path):
     clean = tmp_path / "clean"
     clean.mkdir()
     with pytest.raises(ValueError, match=r"train\.en does not exist: run the validate stage first"):
@@ -196,20 +195,20 @@ def test_faults_are_named_and_leave_nothing_behind(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["clean"]
 
 
-def test_the_command_writes_folder_and_report(corpus, tmp_path, monkeypatch, request, capsys):
+def test_main_writes_folder_and_report(corpus, tmp_path, monkeypatch, request, capsys):
     for name in ("conf", "params.yaml"):
         (tmp_path / name).symlink_to(request.config.rootpath / name)
     (tmp_path / "data").symlink_to(corpus)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["encode"])
-    stage.main()
+    main()
     assert len(EncodedSplit.open(tmp_path / "data/encoded", "test")) == 12
     assert json.loads((tmp_path / "reports/tokenization.json").read_text())["vocab_size"] == 379
     (corpus / "tokenizer/spm.model").rename(corpus / "spm.model")
     try:
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            stage.main()
+            main()
         assert capsys.readouterr().err.startswith("tokenize: data/tokenizer/spm.model does not exist")
     finally:
         (corpus / "spm.model").rename(corpus / "tokenizer/spm.model")

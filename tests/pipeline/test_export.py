@@ -46,7 +46,7 @@ def exported_log_probs(folder: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("positions", get_args(Positions))
 @pytest.mark.parametrize("seed", range(5))
-def test_every_model_gives_every_piece_the_same_probability(tmp_path: Path, positions: Positions, seed: int):
+def test_write_export_keeps_every_probability_of_every_model(tmp_path: Path, positions: Positions, seed: int):
     model = random_model(seed, positions)
     write_export(model, TOKENIZER, tmp_path, "float32")
     found = exported_log_probs(tmp_path)
@@ -54,7 +54,7 @@ def test_every_model_gives_every_piece_the_same_probability(tmp_path: Path, posi
         torch.testing.assert_close(theirs, log_probs(model, src, tgt), rtol=1e-4, atol=1e-4)
 
 
-def test_the_random_models_have_all_norms_and_larger_keys_and_larger_values():
+def test_random_models_have_all_norms_and_larger_keys_and_values():
     configs = [random_model(seed, "none").config for seed in range(5)]
     assert {config.norm for config in configs} == {"pre", "post"}
     assert {np.sign(config.d_k - config.d_v) for config in configs} >= {1, -1}
@@ -62,7 +62,7 @@ def test_the_random_models_have_all_norms_and_larger_keys_and_larger_values():
 
 
 @pytest.mark.parametrize("positions", get_args(Positions))
-def test_int8_is_nearly_the_same_and_leaves_our_weights_as_they_are(tmp_path: Path, positions: Positions):
+def test_write_export_int8_is_close_and_leaves_our_weights_alone(tmp_path: Path, positions: Positions):
     model = random_model(3, positions)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     write_export(model, TOKENIZER, tmp_path, "int8")
@@ -72,7 +72,7 @@ def test_int8_is_nearly_the_same_and_leaves_our_weights_as_they_are(tmp_path: Pa
     assert 1e-3 < error.mean() < 0.3
 
 
-def test_int8_products_fit_into_16_bits_and_weights_are_rounded_to_their_scale(tmp_path: Path, monkeypatch):
+def test_write_export_int8_products_fit_into_16_bits(tmp_path: Path, monkeypatch):
     saved = []
     monkeypatch.setattr(transformer_spec.TransformerSpec, "save", lambda spec, folder: saved.append(spec.variables()))
     write_export(model := random_model(2, "none"), TOKENIZER, tmp_path, "int8")
@@ -88,7 +88,7 @@ def test_int8_products_fit_into_16_bits_and_weights_are_rounded_to_their_scale(t
     assert np.abs(found - ours).max() <= 0.76 * np.abs(ours).max() / 63.5  # rounded to 8 bits, then to 7
 
 
-def test_the_shared_embeddings_are_there_once(tmp_path: Path):
+def test_write_export_writes_the_shared_embeddings_once(tmp_path: Path):
     model = random_model(1, "sinusoidal")
     write_export(model, TOKENIZER, tmp_path, "float32")
     embeddings = model.embedding.weight.detach().numpy().tobytes()
@@ -125,7 +125,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return ends
 
 
-def test_the_example_of_the_help_translates_by_the_exported_folder_alone(project: Path, monkeypatch, capsys):
+def test_export_help_example_translates_by_the_folder_alone(project: Path, monkeypatch, capsys):
     run(monkeypatch)
     assert re.fullmatch(
         r"models/ctranslate2: float32, 0\.0 MB; --help says how to translate with it\n", capsys.readouterr().out
@@ -144,14 +144,14 @@ def test_the_example_of_the_help_translates_by_the_exported_folder_alone(project
     assert shown.getvalue().strip()
 
 
-def test_an_export_replaces_the_one_before(project: Path, monkeypatch):
+def test_export_replaces_the_one_before(project: Path, monkeypatch):
     run(monkeypatch)
     run(monkeypatch, "--quantization", "int8")
     translator = ctranslate2.Translator(str(project / "models/ctranslate2"))
     assert translator.compute_type.startswith("int8")
 
 
-def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(project: Path, refusal, monkeypatch):
+def test_export_that_fails_leaves_the_one_before(project: Path, refusal, monkeypatch):
     run(monkeypatch)
     before = {path: path.read_bytes() for path in (project / "models").rglob("*") if path.is_file()}
 
@@ -164,14 +164,14 @@ def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(project: Pa
     assert {path: path.read_bytes() for path in (project / "models").rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_that_is_no_export_is_not_replaced(project: Path, refusal):
+def test_export_does_not_replace_a_folder_that_is_no_export(project: Path, refusal):
     for output in ("models", "models/final", ".", "data/tokenizer/spm.model"):
         said = refusal("--output", output)
         assert said == f"export: {output} is there and is no export, so it is not replaced: name another --output"
     assert (project / "models/final/weights.safetensors").is_file()
 
 
-def test_what_is_missing_or_does_not_belong_together_is_one_clear_line(project: Path, refusal):
+def test_export_reports_what_is_missing_or_does_not_match_in_one_line(project: Path, refusal):
     assert refusal("--model", "models/other") == (
         "export: models/other/weights.safetensors does not exist: run the train stage first (dvc repro train)"
     )

@@ -5,9 +5,8 @@ from itertools import pairwise
 import pytest
 
 from model.config import BOS, EOS, PAD, UNK
-from pipeline import train_tokenizer as stage
 from pipeline.data.dataset import load_tokenizer
-from pipeline.train_tokenizer import train_tokenizer
+from pipeline.train_tokenizer import _sentences, main, train_tokenizer
 
 
 def write_corpus(folder, num_pairs=400, seed=3):
@@ -20,14 +19,14 @@ def write_corpus(folder, num_pairs=400, seed=3):
     return paths
 
 
-def test_reserved_pieces_have_the_numbers_of_the_model(tmp_path):
+def test_train_tokenizer_numbers_reserved_pieces_as_the_model_does(tmp_path):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     found = tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()
     assert found == (PAD, UNK, BOS, EOS)
 
 
-def test_vocab_size_counts_every_piece(tmp_path):
+def test_train_tokenizer_counts_every_piece_in_vocab_size(tmp_path):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     assert load_tokenizer(tmp_path / "tokenizer").get_piece_size() == 503
     pieces = (tmp_path / "tokenizer/spm.vocab").read_text(encoding="utf-8").split("\n")
@@ -35,14 +34,14 @@ def test_vocab_size_counts_every_piece(tmp_path):
     assert pieces[:4] == ["<pad>\t0", "<unk>\t0", "<s>\t0", "</s>\t0"]
 
 
-def test_one_encoding_covers_both_languages(tmp_path):
+def test_train_tokenizer_covers_both_languages(tmp_path):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     assert not any(tokenizer.is_byte(piece) for piece in tokenizer.encode("th ä ö ü ß"))
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_the_same_texts_give_the_same_bytes_wherever_they_lie(tmp_path, lowercase):
+def test_train_tokenizer_gives_the_same_bytes_in_any_folder(tmp_path, lowercase):
     for name in ("one", "another"):
         (tmp_path / name).mkdir()
         train_tokenizer(*write_corpus(tmp_path / name), tmp_path / name / "tokenizer", 503, lowercase)
@@ -50,7 +49,7 @@ def test_the_same_texts_give_the_same_bytes_wherever_they_lie(tmp_path, lowercas
     assert one == another
 
 
-def test_lowercase_is_as_if_all_text_were_normalised_and_lower_cased_before(tmp_path):
+def test_train_tokenizer_lowercase_is_as_if_the_text_were_lower_case(tmp_path):
     texts = [
         "Eine Frau überquert die Straße .",
         "ÄPFEL, A\u0308pfel und E\u0301cole: ＡＢＣ ﬁel Ⅳ K Ω ½ ①",
@@ -77,20 +76,20 @@ def test_lowercase_is_as_if_all_text_were_normalised_and_lower_cased_before(tmp_
     assert ours.decode(ours.encode("Große ÄPFEL")) == "große äpfel"
 
 
-def test_of_many_pairs_so_many_are_taken_at_even_distances(tmp_path, monkeypatch):
+def test_train_tokenizer_takes_max_pairs_at_even_distances(tmp_path, monkeypatch):
     src, tgt = write_corpus(tmp_path, num_pairs=107)
     lines = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in (src, tgt)]
     every = [sentence for pair in zip(*lines, strict=True) for sentence in pair]
-    assert list(stage._sentences(src, tgt, 107)) == every
-    monkeypatch.setattr(stage, "MAX_PAIRS", 25)
-    taken = list(stage._sentences(src, tgt, 107))
+    assert list(_sentences(src, tgt, 107)) == every
+    monkeypatch.setattr("pipeline.train_tokenizer.MAX_PAIRS", 25)
+    taken = list(_sentences(src, tgt, 107))
     assert len(taken) == 2 * 25
     places = [lines[0].index(sentence) for sentence in taken[::2]]
     assert {after - before for before, after in pairwise(places)} == {4, 5}
     assert taken[1::2] == [lines[1][place] for place in places]
 
 
-def test_a_vocabulary_too_large_for_the_text_names_the_largest_possible(tmp_path):
+def test_train_tokenizer_names_the_largest_possible_vocabulary(tmp_path):
     paths = write_corpus(tmp_path)
     with pytest.raises(
         ValueError, match=r"vocab_size is 100000: the training text yields at most \d+ pieces$"
@@ -102,7 +101,7 @@ def test_a_vocabulary_too_large_for_the_text_names_the_largest_possible(tmp_path
         train_tokenizer(*paths, tmp_path / "tokenizer", largest + 1)
 
 
-def test_a_vocabulary_too_small_for_the_characters_names_the_smallest_possible(tmp_path):
+def test_train_tokenizer_names_the_smallest_possible_vocabulary(tmp_path):
     paths = write_corpus(tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size is 31: at least \d+ is needed") as error:
         train_tokenizer(*paths, tmp_path / "tokenizer", 31)
@@ -112,7 +111,7 @@ def test_a_vocabulary_too_small_for_the_characters_names_the_smallest_possible(t
         train_tokenizer(*paths, tmp_path / "tokenizer", smallest - 1)
 
 
-def test_a_failure_leaves_the_last_tokenizer_alone(tmp_path):
+def test_train_tokenizer_that_fails_leaves_the_last_one_alone(tmp_path):
     paths = write_corpus(tmp_path)
     train_tokenizer(*paths, tmp_path / "tokenizer", 503)
     before = (tmp_path / "tokenizer/spm.model").read_bytes()
@@ -122,7 +121,7 @@ def test_a_failure_leaves_the_last_tokenizer_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "train.de", "train.en"]
 
 
-def test_missing_empty_and_uneven_texts_are_named(tmp_path):
+def test_train_tokenizer_names_missing_empty_and_uneven_texts(tmp_path):
     src, tgt = write_corpus(tmp_path)
     with pytest.raises(ValueError, match=r"train\.fr does not exist: run the validate stage first"):
         train_tokenizer(src, tmp_path / "train.fr", tmp_path / "tokenizer", 503)
@@ -137,7 +136,7 @@ def test_missing_empty_and_uneven_texts_are_named(tmp_path):
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_sentencepiece_stays_silent(tmp_path, capfd):
+def test_train_tokenizer_keeps_sentencepiece_silent(tmp_path, capfd):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     captured = capfd.readouterr()
     assert captured.out == ""
@@ -148,10 +147,10 @@ def test_sentencepiece_stays_silent(tmp_path, capfd):
 
 
 @pytest.mark.usefixtures("project")
-def test_the_command_says_in_one_line_what_is_wrong(monkeypatch, capsys):
+def test_main_reports_a_fault_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train_tokenizer"])
     with pytest.raises(SystemExit):
-        stage.main()
+        main()
     assert capsys.readouterr().err.startswith("tokenize: data/clean/train.en does not exist: run the validate stage")
 
 

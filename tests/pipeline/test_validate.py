@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline import download
-from pipeline import validate as stage
 from pipeline.common.settings import Download, Validate
+from pipeline.download import download
+from pipeline.validate import _create, _in_script, _num_words, _respaced, mark, validate
 
-ROOT = Path(stage.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIRROR = Path.cwd() / os.environ.get("CORPUS_MIRROR", "none")
 LANGUAGES = Download(corpus="files", src="en", tgt="de")
 LIMITS = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=1.0)
@@ -72,19 +72,19 @@ FAULTY = [
 
 
 @pytest.mark.parametrize(("src", "tgt", "reason"), FAULTY)
-def test_training_pair_is_dropped_for_its_reason(src, tgt, reason):
+def test_validate_drops_a_training_pair_for_its_reason(src, tgt, reason):
     write_raw([*SOUND, (src, tgt)])
-    report = stage.validate(LANGUAGES, LIMITS)
+    report = validate(LANGUAGES, LIMITS)
     assert faults(report, "train") == ({reason: 1} if reason else {})
     assert len(clean("train")) == len(SOUND) + (reason is None)
     assert clean("train")[: len(SOUND)] == SOUND
 
 
 @pytest.mark.parametrize("chunk_pairs", [1, 3, 100])
-def test_counts_and_order_do_not_depend_on_the_chunks(monkeypatch, chunk_pairs):
-    monkeypatch.setattr(stage, "CHUNK_PAIRS", chunk_pairs)
+def test_validate_counts_and_order_do_not_depend_on_chunks(monkeypatch, chunk_pairs):
+    monkeypatch.setattr("pipeline.validate.CHUNK_PAIRS", chunk_pairs)
     write_raw([*SOUND, *((src, tgt) for src, tgt, _ in FAULTY)])
-    report = stage.validate(LANGUAGES, LIMITS)
+    report = validate(LANGUAGES, LIMITS)
     expected = [reason for *_, reason in FAULTY if reason]
     assert faults(report, "train") == {reason: expected.count(reason) for reason in expected}
     assert report["train"]["pairs_in"] == len(SOUND) + len(FAULTY)
@@ -94,16 +94,16 @@ def test_counts_and_order_do_not_depend_on_the_chunks(monkeypatch, chunk_pairs):
     assert json.loads(Path("reports/validation.json").read_text()) == report
 
 
-def test_pair_with_two_faults_is_counted_once_under_the_first_reason():
+def test_validate_counts_a_pair_under_its_first_reason_only():
     write_raw([*SOUND, ("long " * 12, "\ufffd")])
-    assert faults(stage.validate(LANGUAGES, LIMITS), "train") == {"broken_character": 1}
+    assert faults(validate(LANGUAGES, LIMITS), "train") == {"broken_character": 1}
 
 
-def test_test_keeps_every_pair_and_valid_loses_what_cannot_be_batched():
+def test_validate_keeps_all_of_test_and_what_can_be_batched_of_valid():
     soft = [pair[:2] for pair in FAULTY[2:5]]
     unusable = [FAULTY[0][:2], FAULTY[5][:2]]
     write_raw(SOUND, valid=[*VALID, *VALID, *soft, *unusable], test=[*TEST, *TEST, *soft, *unusable])
-    report = stage.validate(LANGUAGES, LIMITS)
+    report = validate(LANGUAGES, LIMITS)
     expected = {"empty": 1, "broken_character": 1, "control_character": 2, "too_long": 1}
     assert faults(report, "valid") == faults(report, "test") == expected
     assert clean("valid") == [*VALID, *VALID, *soft]
@@ -111,41 +111,41 @@ def test_test_keeps_every_pair_and_valid_loses_what_cannot_be_batched():
     assert (report["valid"]["dropped"], report["test"]["dropped"]) == (2, 0)
 
 
-def test_leaks_are_counted_on_both_sides():
+def test_validate_counts_leaks_in_train_and_in_test():
     leak = (TEST[0][0], "etwas anderes .")
     write_raw([*SOUND, leak, leak, (VALID[0][0], "x y z .")], test=[*TEST, SOUND[0], ("unseen", "neu")])
-    report = stage.validate(LANGUAGES, LIMITS)
+    report = validate(LANGUAGES, LIMITS)
     assert faults(report, "train") == {"train_in_test": 3, "train_in_valid": 1}
     assert report["test"]["found_in_train"] == 2
     assert report["valid"]["found_in_train"] == 1
 
 
-def test_white_space_of_every_kind_is_made_one_space_and_counted():
+def test_validate_makes_white_space_one_space_and_counts_it():
     pair = (" \ufeffone\u2028line\x0cof\x85five\r", " eine\tZeile  aus\u00a0fünf ")
     write_raw([*SOUND, pair])
-    report = stage.validate(LANGUAGES, LIMITS)
+    report = validate(LANGUAGES, LIMITS)
     assert clean("train")[-1] == ("one line of five", "eine Zeile aus fünf")
     assert [report[split]["spaces_normalised"] for split in ("train", "valid", "test")] == [1, 0, 0]
     assert len(Path("data/clean/train.en").read_text().splitlines()) == len(SOUND) + 1
 
 
-def test_means_are_of_the_words_of_the_kept_pairs():
+def test_validate_means_are_of_the_kept_pairs():
     write_raw([("a b c", "d e"), ("f", "g h i"), ("", "x x x x x")])
-    report = stage.validate(LANGUAGES, LIMITS)["train"]
+    report = validate(LANGUAGES, LIMITS)["train"]
     assert (report["mean_src_words"], report["mean_tgt_words"]) == (2.0, 2.5)
 
 
-def test_trees_stay_beside_their_sentences():
+def test_validate_keeps_trees_with_their_sentences():
     write_raw([SOUND[0], ("", "leer"), SOUND[1]])
     Path("data/raw/train.trees").write_text("(S  a)\n(S  b)\n(S  c)\n")
-    stage.validate(LANGUAGES, LIMITS)
+    validate(LANGUAGES, LIMITS)
     assert Path("data/clean/train.trees").read_text() == "(S  a)\n(S  c)\n"
     assert not Path("data/clean/test.trees").exists()
 
 
-def test_faulty_pairs_are_listed_with_line_reason_and_fate():
+def test_validate_lists_faulty_pairs_with_line_reason_and_fate():
     write_raw([*SOUND, ("", "leer"), SOUND[4]], test=[*TEST, ("\ufffd", "x")])
-    stage.validate(LANGUAGES, LIMITS)
+    validate(LANGUAGES, LIMITS)
     rows = [line.split("\t") for line in Path("data/clean/faults.tsv").read_text().splitlines()]
     assert rows == [
         ["split", "line", "reason", "fate", "src", "tgt"],
@@ -155,15 +155,15 @@ def test_faulty_pairs_are_listed_with_line_reason_and_fate():
     ]
 
 
-def test_language_of_unknown_script_passes():
+def test_validate_passes_a_language_of_unknown_script():
     write_raw([*SOUND, ("он дома", "er ist daheim")])
     for split in ("train", "valid", "test"):
         shutil.copy(f"data/raw/{split}.en", f"data/raw/{split}.xx")
-    report = stage.validate(Download(corpus="files", src="xx", tgt="de"), LIMITS)
+    report = validate(Download(corpus="files", src="xx", tgt="de"), LIMITS)
     assert faults(report, "train") == {}
 
 
-def test_environment_cannot_turn_the_checks_off():
+def test_find_faults_cannot_be_turned_off_by_the_environment():
     write_raw([*SOUND, ("", "leer")])
     shutil.copytree(ROOT / "conf", "conf")
     params = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -194,55 +194,54 @@ def run_command(environment):
         ("train.trees", b"(S)\n", r"train\.trees has 1 lines, data/raw/train\.en has 5"),
     ],
 )
-def test_hard_fault_stops_with_file_and_line(file, content, message):
+def test_validate_stops_at_a_hard_fault_with_file_and_line(file, content, message):
     write_raw(SOUND)
     path = Path("data/raw", file)
     path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        stage.validate(LANGUAGES, LIMITS)
+        validate(LANGUAGES, LIMITS)
     assert "\n" not in str(caught.value)
     assert not Path("data/clean").exists()
     assert not Path("reports").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_is_named_with_the_way_out(monkeypatch):
+def test_validate_names_a_full_disk_with_the_way_out(monkeypatch):
     write_raw(SOUND)
-    create = stage._create
-    monkeypatch.setattr(stage, "_create", lambda path: create(Path("/dev/full")))
+    monkeypatch.setattr("pipeline.validate._create", lambda path: _create(Path("/dev/full")))
     with pytest.raises(OSError, match=r"free some space and run again: 'data/clean'"):
-        stage.validate(LANGUAGES, LIMITS)
+        validate(LANGUAGES, LIMITS)
     assert not Path("data/clean").exists()
 
 
-def test_last_line_needs_no_line_end():
+def test_validate_needs_no_end_of_the_last_line():
     write_raw(SOUND)
     Path("data/raw/test.en").write_text("all is well .")
-    stage.validate(LANGUAGES, LIMITS)
+    validate(LANGUAGES, LIMITS)
     assert clean("test") == [("all is well .", TEST[0][1])]
 
 
-def test_too_large_a_share_of_faults_stops_with_the_counts():
+def test_check_share_stops_with_the_counts():
     write_raw([*SOUND, ("", "leer"), ("\ufffd", "x"), ("\ufffd", "y"), SOUND[0], SOUND[1]])
     limits = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.5)
-    assert stage.validate(LANGUAGES, limits)["train"]["dropped"] == 5
+    assert validate(LANGUAGES, limits)["train"]["dropped"] == 5
     limits = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.4)
     counts = "empty 1, broken_character 2, duplicate 2"
     message = rf"train\.en: 5 of 10 pairs are faulty.*\(0\.4\).*: {counts}; the first is line 6 \(empty\)"
     with pytest.raises(ValueError, match=message):
-        stage.validate(LANGUAGES, limits)
+        validate(LANGUAGES, limits)
 
 
-def test_test_split_of_a_wrong_file_stops_too():
+def test_check_share_stops_a_test_split_of_a_wrong_file():
     write_raw(SOUND, test=[("он дома", "daheim")])
     with pytest.raises(ValueError, match=r"data/raw/test\.en: 1 of 1 pairs are faulty.*wrong_script 1"):
-        stage.validate(LANGUAGES, Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.1))
+        validate(LANGUAGES, Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.1))
 
 
-def test_split_without_a_sound_pair_stops_whatever_share_is_allowed():
+def test_validate_stops_at_a_split_without_a_sound_pair():
     write_raw([("", "leer")])
     with pytest.raises(ValueError, match=r"data/raw/train\.en: no pair is left, all are faulty: empty 1"):
-        stage.validate(LANGUAGES, LIMITS)
+        validate(LANGUAGES, LIMITS)
 
 
 letters = st.characters(exclude_categories=["Cs"], exclude_characters="\n")
@@ -251,17 +250,17 @@ texts = st.text(letters | st.sampled_from("ab \r\t\u00a0\u2028\ufeff\ufffd"), ma
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(texts, texts), max_size=7))
-def test_clean_pairs_are_a_part_of_the_raw_ones_and_pass_again(pairs):
+def test_validate_passes_its_own_output(pairs):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_raw([*SOUND, *pairs])
-        first = stage.validate(LANGUAGES, LIMITS)["train"]
+        first = validate(LANGUAGES, LIMITS)["train"]
         assert first["pairs_in"] == first["pairs"] + sum(first["faults"].values())
         assert first["pairs"] == len(clean("train"))
         once = clean("train")
         shutil.rmtree("data/raw")
         shutil.move("data/clean", "data/raw")
-        second = stage.validate(LANGUAGES, LIMITS)["train"]
+        second = validate(LANGUAGES, LIMITS)["train"]
         assert second["dropped"] == second["spaces_normalised"] == 0
         assert clean("train") == once
 
@@ -271,27 +270,27 @@ def test_clean_pairs_are_a_part_of_the_raw_ones_and_pass_again(pairs):
 @example(
     ["a b", "a  b", "a\tb", "a \t b", "a\u3000 b", " a", "b ", "\ufeff a \ufeff", "\u00a0", " \ufeff ", "\x1ca\x1c"]
 )
-def test_spaces_and_words_are_those_of_the_simple_expressions(sentences):
+def test_respaced_and_num_words_are_those_of_simple_expressions(sentences):
     raw = pl.DataFrame({"src": sentences})
-    respaced = raw.select(stage._respaced("src"))
+    respaced = raw.select(_respaced("src"))
     simple = raw.select(pl.col("src").str.replace_all(r"\s+", " ").str.strip_chars(" \ufeff"))
     assert respaced.equals(simple)
-    assert respaced.select(stage._num_words("src")).equals(simple.select(pl.col("src").str.count_matches(r"\S+")))
+    assert respaced.select(_num_words("src")).equals(simple.select(pl.col("src").str.count_matches(r"\S+")))
 
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from("aß1 .яжΩ語"), max_size=9))
-def test_a_sentence_is_in_its_script_unless_more_than_half_of_its_letters_are_of_another(sentence):
+def test_in_script_allows_half_of_the_letters_to_be_of_another(sentence):
     letters, latin = ([char for char in sentence if char in known] for known in ("aßяжΩ語", "aß"))
-    found = pl.DataFrame({"src": [sentence]}).select(stage._in_script("src", "de"))
+    found = pl.DataFrame({"src": [sentence]}).select(_in_script("src", "de"))
     assert found.item() == (len(latin) >= len(letters) / 2)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(*[st.sampled_from([0, 1, 2**63, 2**64 - 1])] * 3), min_size=1, max_size=30))
-def test_marks_are_those_of_sets_of_hashes(rows):
+def test_mark_finds_what_sets_of_hashes_find(rows):
     hashes = pl.DataFrame(rows, schema=dict.fromkeys(("key", "src", "tgt"), pl.UInt64), orient="row")
-    marks = stage.mark("train", {"train": hashes, "test": hashes[:1], "valid": hashes[-1:]})
+    marks = mark("train", {"train": hashes, "test": hashes[:1], "valid": hashes[-1:]})
     assert marks["train_in_test"].to_list() == [row[0] == rows[0][0] for row in rows]
     assert marks["train_in_valid"].to_list() == [row[0] == rows[-1][0] for row in rows]
     before = [{row[1:] for row in rows[:i]} for i in range(len(rows))]
@@ -299,10 +298,10 @@ def test_marks_are_those_of_sets_of_hashes(rows):
 
 
 @pytest.mark.skipif(not MIRROR.is_dir(), reason="needs Multi30k: set CORPUS_MIRROR to its folder")
-def test_multi30k_has_three_duplicates_and_no_test_sentence_in_training():
+def test_validate_multi30k_finds_three_duplicates_and_no_leak_of_test():
     multi30k = Download(corpus="multi30k", src="en", tgt="de")
-    download.download(multi30k, str(MIRROR))
-    report = stage.validate(multi30k, Validate(max_words=100, max_length_ratio=4.0, max_dropped_share=0.05))
+    download(multi30k, str(MIRROR))
+    report = validate(multi30k, Validate(max_words=100, max_length_ratio=4.0, max_dropped_share=0.05))
     assert [report[split]["pairs_in"] for split in ("train", "valid", "test")] == [29_000, 1_014, 1_000]
     assert faults(report, "train") == {"duplicate": 3, "train_in_valid": 1}
     assert report["test"]["found_in_train"] == 0

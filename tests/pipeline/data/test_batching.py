@@ -43,14 +43,14 @@ plans = st.builds(
 
 @settings(deadline=None)
 @given(plans, st.integers(0, 5))
-def test_every_pair_comes_once_an_epoch(plan, epoch):
+def test_batch_plan_has_every_pair_once_an_epoch(plan, epoch):
     seen = [index for indices in flat(plan.steps(epoch)) for index in indices]
     assert sorted(seen) == list(range(len(plan._src)))
 
 
 @settings(deadline=None)
 @given(lengths, st.integers(1, 3_000), st.integers(41, 1_000))
-def test_a_micro_batch_keeps_to_its_budget_on_both_sides_padding_counted(pairs, batch, micro):
+def test_batch_plan_keeps_micro_batches_within_micro_batch_tokens(pairs, batch, micro):
     src, tgt = np.array(pairs).T
     plan = BatchPlan(src, tgt, batch_tokens=batch, micro_batch_tokens=micro, max_length=41, seed=0)
     for indices in flat(plan.steps(0)):
@@ -60,7 +60,7 @@ def test_a_micro_batch_keeps_to_its_budget_on_both_sides_padding_counted(pairs, 
 
 @settings(deadline=None)
 @given(plans, st.integers(0, 3), st.integers(0, 7))
-def test_a_run_from_any_position_continues_as_a_run_from_the_start_would(plan, epoch, step):
+def test_from_position_continues_as_a_run_from_the_start(plan, epoch, step):
     start = list(islice(plan.from_position(Position(0, 0)), 5 * plan.num_steps))
     position = Position(epoch, min(step, plan.num_steps))
     index = position.epoch * plan.num_steps + position.step
@@ -69,33 +69,33 @@ def test_a_run_from_any_position_continues_as_a_run_from_the_start_would(plan, e
     assert [(at, flat([step])) for at, step in found] == expected
 
 
-def test_positions_count_steps_and_then_epochs():
+def test_from_position_counts_steps_and_then_epochs():
     plan = make_plan()
     positions = [at for at, _ in islice(plan.from_position(Position(3, plan.num_steps - 1)), 3)]
     assert positions == [Position(3, plan.num_steps - 1), Position(4, 0), Position(4, 1)]
 
 
-def test_the_same_seed_gives_the_same_plan_whatever_was_asked_before():
+def test_batch_plan_depends_on_seed_and_epoch_not_on_earlier_calls():
     plan = make_plan()
     plan.steps(4)
     plan.steps(2)
     assert flat(plan.steps(1)) == flat(make_plan().steps(1))
 
 
-def test_another_seed_and_another_epoch_give_another_plan():
+def test_batch_plan_differs_by_seed_and_by_epoch():
     first = flat(make_plan().steps(0))
     assert flat(make_plan(seed=6).steps(0)) != first
     assert flat(make_plan().steps(1)) != first
 
 
-def test_another_epoch_mixes_the_sentences_anew_beside_those_of_rare_lengths():
+def test_batch_plan_mixes_the_sentences_of_a_length_each_epoch():
     plan = make_plan(num_pairs=10_007)
     first, second = ({frozenset(indices) for indices in flat(plan.steps(epoch))} for epoch in (0, 1))
     assert len(first & second) < 0.1 * len(first)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_workers_that_take_micro_batches_in_turn_share_out_the_step(workers):
+def test_batch_plan_steps_are_shared_out_by_workers_in_turn(workers):
     plan = make_plan()
     for step in plan.steps(0):
         shares = [step[rank::workers] for rank in range(workers)]
@@ -106,7 +106,7 @@ def test_workers_that_take_micro_batches_in_turn_share_out_the_step(workers):
 @pytest.mark.parametrize(
     ("batch", "micro"), [(4096, 4096), (8192, 4096), (4096, 1024), (25_000, 4096), (25_000, 25_000), (1024, 4096)]
 )
-def test_all_steps_have_about_the_tokens_asked_for(batch, micro):
+def test_batch_plan_steps_have_about_batch_tokens(batch, micro):
     src, tgt = lengths_like_multi30k()
     plan = BatchPlan(src, tgt, batch_tokens=batch, micro_batch_tokens=micro, max_length=257, seed=1)
     tokens = [sum((tgt[indices] + 1).sum() for indices in step) for step in plan.steps(0)]
@@ -117,7 +117,7 @@ def test_all_steps_have_about_the_tokens_asked_for(batch, micro):
     assert 0.3 * batch < min(tokens) <= max(tokens) < 1.4 * batch
 
 
-def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike():
+def test_batch_plan_steps_have_an_easily_shared_number_of_micro_batches():
     assert [easily_shared(number) for number in range(1, 18)] == [1, 2, 4, 4, *[8] * 4, *[16] * 8, 24]
     for micro, number in ((4_700, 4), (1_300, 4), (1_000, 8), (500, 16)):
         plan = make_plan(num_pairs=29_000, batch_tokens=4_001, micro_batch_tokens=micro)
@@ -128,14 +128,14 @@ def test_a_step_has_a_number_of_micro_batches_that_two_four_or_eight_share_alike
 
 
 @pytest.mark.parametrize(("batch", "number"), [(45, 1), (60, 2), (85, 2), (160, 4)])
-def test_steps_too_small_for_four_of_the_longest_pair_have_two_or_one_alike(batch, number):
+def test_batch_plan_of_small_steps_has_two_micro_batches_or_one(batch, number):
     plan = make_plan(num_pairs=29_000, batch_tokens=batch, micro_batch_tokens=10_000)
     of_steps = [len(step) for step in plan.steps(0)]
     assert max(of_steps) == number
     assert of_steps.count(number) >= 0.9 * plan.num_steps
 
 
-def test_a_corpus_smaller_than_a_batch_is_one_step():
+def test_batch_plan_of_a_corpus_smaller_than_a_batch_is_one_step():
     plan = make_plan(num_pairs=11, batch_tokens=10**7)
     assert plan.num_steps == len(plan.steps(0)) == 1
 
@@ -159,7 +159,7 @@ def test_batches_to_read_have_every_pair_once_and_are_full(pairs, micro, max_len
             assert (len(batch) + 1) * longest[following[0]] > micro
 
 
-def test_pairs_alike_in_the_shorter_side_too_are_read_together():
+def test_batches_to_read_hold_pairs_alike_in_the_shorter_sentence_too():
     src, tgt = lengths_like_multi30k(2_003)
     batches = batches_to_read(src, tgt, micro_batch_tokens=1_009, max_length=257)
     by_longest = np.lexsort((np.random.default_rng(0).random(len(src)), np.maximum(src, tgt)))
@@ -172,7 +172,7 @@ def test_pairs_alike_in_the_shorter_side_too_are_read_together():
 
 
 @pytest.mark.parametrize(("micro", "share"), [(1024, 0.05), (4096, 0.08), (25_000, 0.10)])
-def test_at_most_a_tenth_of_all_positions_is_padding(micro, share):
+def test_padding_share_is_measured_and_at_most_a_tenth(micro, share):
     src, tgt = lengths_like_multi30k()
     plan = BatchPlan(src, tgt, batch_tokens=max(8192, 4 * micro), micro_batch_tokens=micro, max_length=257, seed=1)
     positions = sum(
@@ -183,31 +183,31 @@ def test_at_most_a_tenth_of_all_positions_is_padding(micro, share):
     assert measured < share
 
 
-def test_longer_pairs_than_max_length_are_left_out_and_counted():
+def test_batch_plan_leaves_out_and_counts_pairs_longer_than_max_length():
     src, tgt = np.array([3, 10, 11, 2, 12]), np.array([3, 9, 2, 11, 12])
     plan = BatchPlan(src, tgt, batch_tokens=100, micro_batch_tokens=100, max_length=11, seed=1)
     assert plan.num_skipped == 3
     assert sorted(index for indices in flat(plan.steps(0)) for index in indices) == [0, 1]
 
 
-def test_no_pair_within_max_length_is_an_error():
+def test_batch_plan_without_a_pair_within_max_length_is_an_error():
     with pytest.raises(ValueError, match=r"none of 2 sentence pairs has at most max_length \(5\) pieces"):
         BatchPlan([5, 6], [1, 1], batch_tokens=9, micro_batch_tokens=9, max_length=5, seed=1)
 
 
-def test_a_pair_above_the_micro_batch_budget_is_an_error_that_names_it():
+def test_batch_plan_names_a_pair_above_micro_batch_tokens():
     message = r"pair of line 3 has 14 pieces on one side: more than micro_batch_tokens \(13\); raise it"
     with pytest.raises(ValueError, match=message):
         BatchPlan([5, 6, 7], [1, 1, 13], batch_tokens=99, micro_batch_tokens=13, max_length=20, seed=1)
 
 
 @pytest.mark.parametrize("position", [Position(-1, 0), Position(0, -1), Position(0, 10**6)])
-def test_a_position_of_another_plan_is_an_error(position):
+def test_from_position_refuses_one_of_another_plan(position):
     with pytest.raises(ValueError, match="is not in a plan of"):
         next(make_plan().from_position(position))
 
 
-def test_wmt_size_is_planned_in_seconds():
+def test_batch_plan_of_wmt_size_takes_seconds():
     src, tgt = lengths_like_multi30k(500_000)  # a ninth; sorting and cutting grow no faster than n log n
     start = time.process_time()
     BatchPlan(src, tgt, batch_tokens=25_000, micro_batch_tokens=4096, max_length=257, seed=1).steps(0)
@@ -243,7 +243,7 @@ def test_collate_lays_out_source_decoder_input_and_decoder_output(split):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(4, 65_535), max_size=9), min_size=1, max_size=9), st.randoms())
-def test_collated_rows_are_the_sentences(sentences, random):
+def test_collate_gives_the_sentences(sentences, random):
     order = random.sample(range(len(sentences)), len(sentences))
     batch = collate(EncodedSplit(text(*sentences), text(*sentences)), np.array(order))
     for row, index in enumerate(order):
@@ -252,7 +252,7 @@ def test_collated_rows_are_the_sentences(sentences, random):
         assert batch.tgt_out[row].tolist() == batch.src[row].tolist()
 
 
-def test_the_plan_and_collate_count_the_same_target_tokens():
+def test_collate_counts_the_target_tokens_that_the_plan_counts():
     rng = np.random.default_rng(3)
     sentences = [rng.integers(4, 99, size=rng.integers(1, 23)).tolist() for _ in range(211)]
     split = EncodedSplit(text(*sentences), text(*sentences[::-1]))

@@ -6,13 +6,13 @@ import pytest
 from pipeline.data.dataset import CorpusInfo, EncodedSplit, EncodedText, encoded_paths, load_tokenizer
 
 
-def write(folder, side="src", split="valid", ids=(4, 5, 6, 7, 8), offsets=(0, 2, 2, 5), dtype=np.uint16):
-    ids_path, offsets_path = encoded_paths(folder, split, side)
-    np.save(ids_path, np.array(ids, dtype=dtype))
+def write(folder, side="src", split="valid", tokens=(4, 5, 6, 7, 8), offsets=(0, 2, 2, 5), dtype=np.uint16):
+    tokens_path, offsets_path = encoded_paths(folder, split, side)
+    np.save(tokens_path, np.array(tokens, dtype=dtype))
     np.save(offsets_path, np.array(offsets, dtype=np.int64))
 
 
-def test_sentences_lie_end_to_end_between_offsets(tmp_path):
+def test_encoded_text_cuts_sentences_at_the_offsets(tmp_path):
     write(tmp_path)
     text = EncodedText.open(tmp_path, "valid", "src")
     assert len(text) == 3
@@ -21,16 +21,23 @@ def test_sentences_lie_end_to_end_between_offsets(tmp_path):
     assert text.lengths.dtype == np.int64
 
 
-def test_files_are_mapped_and_cannot_be_written(tmp_path):
+def test_encoded_text_gathers_sentences_in_any_order(tmp_path):
+    write(tmp_path)
+    tokens, lengths = EncodedText.open(tmp_path, "valid", "src").gather(np.array([2, 1, 0, 2]))
+    assert tokens.tolist() == [6, 7, 8, 4, 5, 6, 7, 8]
+    assert lengths.tolist() == [3, 0, 2, 3]
+
+
+def test_encoded_text_is_mapped_and_cannot_be_written(tmp_path):
     write(tmp_path)
     text = EncodedText.open(tmp_path, "valid", "src")
-    assert isinstance(text.ids, np.memmap)
+    assert isinstance(text.tokens, np.memmap)
     assert isinstance(text.offsets, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
-        text.ids[0] = 1
+        text.tokens[0] = 1
 
 
-def test_a_sentence_that_is_not_there_is_an_index_error(tmp_path):
+def test_encoded_text_has_no_sentence_beyond_its_last(tmp_path):
     write(tmp_path)
     text = EncodedText.open(tmp_path, "valid", "src")
     for index in (3, -1):
@@ -38,20 +45,20 @@ def test_a_sentence_that_is_not_there_is_an_index_error(tmp_path):
             text[index]
 
 
-def test_a_missing_file_names_the_stage_that_makes_it(tmp_path):
+def test_encoded_text_names_the_stage_that_makes_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy does not exist: run the tokenize stage first"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all, but some other file", b"PK\x03\x04"])
-def test_a_file_that_is_no_array_is_named(tmp_path, content):
+def test_encoded_text_names_a_file_that_is_no_array(tmp_path, content):
     write(tmp_path)
     encoded_paths(tmp_path, "valid", "src")[0].write_bytes(content)
     with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy is damaged .*: run the tokenize stage again"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_a_truncated_file_is_named(tmp_path):
+def test_encoded_text_names_a_truncated_file(tmp_path):
     write(tmp_path)
     path = encoded_paths(tmp_path, "valid", "src")[0]
     path.write_bytes(path.read_bytes()[:-3])
@@ -59,14 +66,14 @@ def test_a_truncated_file_is_named(tmp_path):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_pickled_objects_are_refused(tmp_path):
+def test_encoded_text_refuses_pickled_objects(tmp_path):
     write(tmp_path)
     np.save(encoded_paths(tmp_path, "valid", "src")[0], np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"valid\.src\.ids\.npy is damaged"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_another_kind_of_array_is_named(tmp_path):
+def test_encoded_text_names_another_kind_of_array(tmp_path):
     write(tmp_path, dtype=np.float64)
     with pytest.raises(ValueError, match=r"holds float64 \(5,\): a row of uint16 or uint32 is needed"):
         EncodedText.open(tmp_path, "valid", "src")
@@ -76,13 +83,13 @@ def test_another_kind_of_array_is_named(tmp_path):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_arrays_of_two_runs_are_told_apart(tmp_path):
+def test_encoded_text_tells_arrays_of_two_runs_apart(tmp_path):
     write(tmp_path, offsets=(0, 2, 7))
     with pytest.raises(ValueError, match=r"offsets\.npy ends at piece 7, valid\.src\.ids\.npy has 5"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_a_split_needs_as_many_sources_as_targets(tmp_path):
+def test_encoded_split_needs_as_many_sources_as_targets(tmp_path):
     write(tmp_path)
     write(tmp_path, "tgt")
     assert len(EncodedSplit.open(tmp_path, "valid")) == 3
@@ -91,7 +98,7 @@ def test_a_split_needs_as_many_sources_as_targets(tmp_path):
         EncodedSplit.open(tmp_path, "valid")
 
 
-def test_the_corpus_description_says_what_is_wrong_with_it(tmp_path):
+def test_corpus_info_names_what_is_wrong_with_it(tmp_path):
     with pytest.raises(ValueError, match=r"meta\.json does not exist: run the tokenize stage first"):
         CorpusInfo.open(tmp_path)
     for content in ("{", json.dumps({"src": "en"}), "[]"):
@@ -100,7 +107,7 @@ def test_the_corpus_description_says_what_is_wrong_with_it(tmp_path):
             CorpusInfo.open(tmp_path)
 
 
-def test_a_tokenizer_that_is_none_is_named(tmp_path):
+def test_load_tokenizer_names_a_file_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"spm\.model does not exist: run the tokenize stage first"):
         load_tokenizer(tmp_path)
     for content in (b"", b"something else"):

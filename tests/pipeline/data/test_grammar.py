@@ -193,12 +193,12 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("sentence", "english", "german"), BY_HAND)
-def test_a_meaning_is_said_as_a_person_would_translate_it(sentence, english, german):
+def test_grammar_translates_a_meaning_as_a_person_would(sentence, english, german):
     assert english_text(english_tree(sentence)) == english
     assert german_text(sentence) == german
 
 
-def test_the_tree_of_a_sentence_with_a_relative_clause():
+def test_english_tree_of_a_sentence_with_a_relative_clause():
     sentence = BY_HAND[2][0]
     assert english_tree(sentence) == (
         "(S (NP (NP (DT The) (NN dog))"
@@ -208,11 +208,11 @@ def test_the_tree_of_a_sentence_with_a_relative_clause():
     )
 
 
-def test_the_same_seed_gives_the_same_bytes_everywhere(corpus):
+def test_generate_gives_the_same_bytes_everywhere(corpus):
     assert corpus[1] == CHECKSUM
 
 
-def test_another_seed_gives_other_sentences(tmp_path):
+def test_corpus_of_another_seed_has_other_sentences(tmp_path):
     texts = []
     for seed in (5, 5, 7):
         folder = tmp_path / str(len(texts))
@@ -223,14 +223,14 @@ def test_another_seed_gives_other_sentences(tmp_path):
     assert texts[0] != texts[2]
 
 
-def test_every_split_has_the_pairs_asked_for_and_no_sentence_comes_twice(corpus, pairs):
+def test_corpus_has_the_pairs_asked_for_and_no_sentence_twice(corpus, pairs):
     splits, _ = corpus
     assert {f"{split}_pairs": len(lines) for split, lines in splits.items()} | {"seed": SIZES["seed"]} == SIZES
     for side in (0, 1):
         assert len({pair[side] for pair in pairs}) == len(pairs)
 
 
-def test_sentences_are_of_the_length_of_real_ones(corpus):
+def test_corpus_sentences_have_the_lengths_of_real_ones(corpus):
     for lines in corpus[0].values():
         lengths = [len(english.split()) for english, _, _ in lines]
         assert 10 < statistics.mean(lengths) < 18
@@ -261,13 +261,13 @@ def leaves(node):
     return [leaf for child in node[1:] for leaf in leaves(child)]
 
 
-def test_a_trees_leaves_are_the_english_tokens(pairs, roots):
+def test_english_tree_has_the_english_tokens_as_leaves(pairs, roots):
     for (english, _, _), root in zip(pairs, chain(*roots.values()), strict=True):
         assert root[0] == "S"
         assert [word for _, word in leaves(root)] == re.findall(r"o'clock|'s|\w+|[.,]", english)
 
 
-def test_english_articles_fit_the_next_sound(pairs):
+def test_english_phrase_articles_fit_the_next_sound(pairs):
     for english, _, _ in pairs:
         for article, letter in re.findall(r"\b([Aa]n?) (\w)", english):
             assert (article.lower() == "an") == (letter in "aeiou"), english
@@ -350,7 +350,7 @@ def lower_first(german):
     return german[0].lower() + german[1:] if small else german
 
 
-def test_german_article_adjective_and_noun_agree(pairs):
+def test_german_phrase_article_adjective_and_noun_agree(pairs):
     count = 0
     for _, german, _ in pairs:
         for match in NOUN_PHRASE.finditer(lower_first(german)):
@@ -359,7 +359,7 @@ def test_german_article_adjective_and_noun_agree(pairs):
     assert count > 2 * len(pairs)
 
 
-def test_a_preposition_has_the_accusative_where_the_english_says_into_and_else_the_dative(pairs):
+def test_german_place_is_accusative_for_into_and_else_dative(pairs):
     for english, german, _ in pairs:
         cases = [
             {reading[:3] for reading in phrase_readings(match)} - {"nom", "gen"}
@@ -392,7 +392,7 @@ def relative_segment(parts):
     return next(i for i, part in enumerate(parts) if i and part[0] in RELATIVE_PRONOUNS)
 
 
-def test_german_relative_clauses_are_verb_final_and_agree_with_their_noun(pairs):
+def test_german_relative_clauses_are_verb_final_and_agree(pairs):
     adjacent = 0
     for _, german, tree in pairs:
         relatives = tree.count("(WHNP")
@@ -423,7 +423,7 @@ FIRST = re.compile(
 )
 
 
-def test_the_finite_verb_is_second_in_main_clauses_and_last_in_subordinate_ones(pairs):
+def test_german_clause_verb_is_second_in_main_and_last_in_subordinate(pairs):
     kinds = Counter()
     for _, german, tree in pairs:
         if "(WHNP" in tree or "(CC and) (S" in tree:
@@ -443,7 +443,7 @@ def test_the_finite_verb_is_second_in_main_clauses_and_last_in_subordinate_ones(
     assert len(kinds) == 3
 
 
-def test_subject_and_finite_verb_agree_in_number_as_in_english(pairs):
+def test_german_verb_agrees_with_its_subject_in_number(pairs):
     singular = {"hat", "ist", *(verb.third for verb in VERB_LIST)}
     plural = {"haben", "sind", *(verb.de for verb in VERB_LIST)}
     count = Counter()
@@ -458,7 +458,7 @@ def test_subject_and_finite_verb_agree_in_number_as_in_english(pairs):
 WEEKDAYS = {"Monday", "Sunday"}
 
 
-def test_names_and_numbers_are_copied(pairs, roots):
+def test_grammar_copies_names_and_numbers(pairs, roots):
     names = set()
     for (_, german, _), root in zip(pairs, chain(*roots.values()), strict=True):
         tagged = leaves(root)
@@ -517,7 +517,7 @@ def combinations(node, antecedent=()):
     return found
 
 
-def test_every_test_sentence_joins_words_that_training_never_joins(roots):
+def test_held_out_pairs_are_in_every_test_sentence_and_never_in_training(roots):
     seen = {split: [combinations(root) for root in trees] for split, trees in roots.items()}
     trained = set().union(*seen["train"])
     assert all(combination - trained for combination in seen["test"])
@@ -526,7 +526,7 @@ def test_every_test_sentence_joins_words_that_training_never_joins(roots):
     assert sum(pair in trained for pair in validated) > 0.99 * len(validated)
 
 
-def test_every_word_of_the_test_split_occurs_in_training(corpus):
+def test_corpus_test_words_all_occur_in_training(corpus):
     for side in (0, 1):
         words = {split: set() for split in corpus[0]}
         for split, lines in corpus[0].items():

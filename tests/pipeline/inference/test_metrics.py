@@ -60,7 +60,7 @@ def bleu(hypotheses: list[str], references: list[str]) -> float:
     return 100 * min(1.0, math.exp(1 - reference_length / hypothesis_length)) * math.exp(mean)
 
 
-def test_a_perfect_translation_scores_100_everywhere():
+def test_scores_of_a_perfect_translation_are_100():
     for score in (sacre_bleu, chrf):
         assert score(REFERENCES, REFERENCES).value == pytest.approx(100)
     for score in (paper_bleu, lowercase_bleu):
@@ -98,14 +98,14 @@ def test_sacre_bleu_is_plain_bleu_where_tokenisation_is_no_matter():
     assert sacre_bleu(hypotheses, references).value == pytest.approx(bleu(hypotheses, references))
 
 
-def test_case_counts_in_all_but_lowercase_bleu():
+def test_lowercase_bleu_alone_ignores_case():
     shouted = [line.upper() for line in REFERENCES]
     assert lowercase_bleu(["EIN MANN STEHT DORT"], ["Ein Mann steht dort"], "de").value == pytest.approx(100)
     assert paper_bleu(shouted, REFERENCES, "de").value < 50
     assert sacre_bleu(shouted, REFERENCES).value < 50
 
 
-def test_compounds_are_split_for_german_alone():
+def test_paper_bleu_splits_compounds_for_german_alone():
     half_right = (["ein Rock-Kleid liegt hier im Schrank"], ["ein Kino-Kleid liegt hier im Schrank"])
     whole, split = paper_bleu(*half_right, "fr"), paper_bleu(*half_right, "de")
     assert whole.value == pytest.approx(lowercase_bleu(*half_right, "fr").value)
@@ -127,12 +127,12 @@ def test_compounds_are_split_for_german_alone():
         ("", ""),
     ],
 )
-def test_a_hyphen_between_two_characters_becomes_a_token(tokens: str, expected: str):
+def test_split_compounds_makes_a_hyphen_between_characters_a_token(tokens: str, expected: str):
     assert split_compounds(tokens) == expected
 
 
 @pytest.mark.skipif(shutil.which("perl") is None, reason="perl is not installed")
-def test_compounds_are_split_as_the_published_perl_line_does():
+def test_split_compounds_does_what_the_published_perl_does():
     lines = [
         "a-b-c-d",
         "--- -- a--b",
@@ -151,11 +151,11 @@ def test_compounds_are_split_as_the_published_perl_line_does():
 
 
 @given(st.lists(st.sampled_from("a-b ä"), max_size=20).map("".join))
-def test_splitting_compounds_only_adds_marks(tokens: str):
+def test_split_compounds_only_adds_marks(tokens: str):
     assert split_compounds(tokens).replace(" ##AT##-##AT## ", "-") == tokens
 
 
-def test_moses_knows_german_abbreviations_and_escapes_what_it_always_escapes():
+def test_moses_tokens_know_abbreviations_and_escape_characters():
     assert moses_tokens(['Er sagt: "z.B. ca. 3,5 m" [& so].'], "de") == [
         "Er sagt : &quot; z.B. ca. 3,5 m &quot; &#91; &amp; so &#93; ."
     ]
@@ -175,7 +175,7 @@ def test_chrf_is_the_f2_score_of_character_n_grams():
     assert chrf([hypothesis], [reference]).value == pytest.approx(expected)
 
 
-def test_signatures_name_what_a_score_depends_on():
+def test_scores_have_signatures_of_what_they_depend_on():
     assert sacre_bleu(HYPOTHESES, REFERENCES).signature.startswith(
         "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"
     )
@@ -199,13 +199,13 @@ def test_bleu_by_length_scores_each_group_of_source_lengths_alone():
         assert row["bleu"] == expected.value
 
 
-def test_the_shortest_group_takes_5_words_and_no_words():
+def test_bleu_by_length_counts_no_words_to_the_shortest_group():
     rows = bleu_by_length(["", "a b c d e", "a b c d e f"], ["x"] * 3, ["x"] * 3)
     assert [(row["source_words"], row["num_sentences"]) for row in rows] == [(5, 2), (10, 1)]
 
 
 @pytest.mark.parametrize(("hypotheses", "references"), [(["a"], ["a", "b"]), ([], [])])
-def test_sides_of_different_or_no_length_are_an_error(hypotheses: list[str], references: list[str]):
+def test_scores_of_different_or_no_length_are_an_error(hypotheses: list[str], references: list[str]):
     message = (
         f"^{len(hypotheses)} translations and {len(references)} references: as many, and at least one, are needed$"
     )

@@ -86,7 +86,7 @@ def log(uri: str, run_id: str, root: Path) -> str:
     return log_model(uri, run_id, root / "final", root / "tokenizer" / "spm.model", SEARCH)
 
 
-def test_a_stranger_gets_the_translations_that_we_get(logged, root: Path, tmp_path: Path) -> None:
+def test_logged_model_translates_without_this_repository(logged, root: Path, tmp_path: Path) -> None:
     uri, _, model_uri = logged
     script = (
         "import json, sys, mlflow\n"
@@ -114,7 +114,7 @@ def test_a_stranger_gets_the_translations_that_we_get(logged, root: Path, tmp_pa
     assert all("/code/" in path for path in output[1].split())
 
 
-def test_the_model_holds_no_pickle_and_names_exact_versions_and_types(logged) -> None:
+def test_logged_model_has_no_pickle_and_names_exact_versions(logged) -> None:
     uri, _, model_uri = logged
     model = MlflowClient(uri).get_logged_model(model_uri.removeprefix("models:/"))
     folder = Path(model.artifact_location.removeprefix("file://"))
@@ -128,7 +128,7 @@ def test_the_model_holds_no_pickle_and_names_exact_versions_and_types(logged) ->
     assert [signature.inputs.input_types(), signature.outputs.input_types()] == [[DataType.string]] * 2
 
 
-def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path, settings: Settings) -> None:
+def test_logged_model_is_in_its_run_once_with_its_scores(logged, root: Path, settings: Settings) -> None:
     uri, run_id, model_uri = logged
     assert log(uri, run_id, root) == model_uri
     log_evaluation(uri, settings, run_id, 7, {"test_bleu": 12.5}, {}, [], [])
@@ -142,7 +142,7 @@ def test_the_run_has_the_model_once_and_the_model_its_scores(logged, root: Path,
     assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
 
 
-def test_requests_at_once_are_answered_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
+def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
     torch.set_num_threads(3)
     context = SimpleNamespace(
         artifacts={
