@@ -46,7 +46,7 @@ ASK_S = 60.0
 def job_environment(
     root: Path, storage: str | None, tracking_uri: str | None, more: dict[str, str]
 ) -> dict[str, str]:
-    """What the job has to know, by name. Raises ValueError for what no cluster of several nodes could use."""
+    """The job's environment variables. Raises ValueError for what no cluster of several nodes could use."""
     if not storage or not is_absolute(storage):
         raise ValueError(
             f"{RUN_STORAGE_ENV} is {storage or 'not set'}: an absolute path that all nodes see, or a URI such as "
@@ -65,11 +65,12 @@ def job_environment(
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Raises ConnectionError, with one line, if nobody answers, or not us, or another version."""
+    """A client of the cluster's dashboard. Raises ConnectionError, with one line, if it does not answer, refuses us
+    or runs another version."""
     try:
         client = JobSubmissionClient(address)
-        theirs = client._server_ray_version
-    except Exception as error:  # Ray passes on what its HTTP library says
+        theirs = client._server_ray_version  # the public get_version() is that of the jobs API
+    except Exception as error:  # Ray passes on the errors of its HTTP library
         text = " ".join(str(error).split()) or type(error).__name__
         if any(sign in text.lower() for sign in ("401", "403", "token", "unauth")):
             raise ConnectionError(f"the cluster at {address} refuses us ({text[:200]}): {TOKEN_ADVICE}") from error
@@ -88,7 +89,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, what: str, root: Path, environment: dict[str, str]) -> str:
-    """The job's name. Raises ConnectionError."""
+    """Start the job; returns its name. Raises ConnectionError."""
     runtime_env: dict[str, Any] = {"working_dir": str(root), "env_vars": environment}
     try:
         return client.submit_job(entrypoint=ENTRYPOINTS[what], runtime_env=runtime_env)
@@ -111,7 +112,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobStatus:
         while True:
             log = asyncio.create_task(tail())
             while not (await asyncio.wait({log}, timeout=ASK_S))[0]:
-                await status()  # a head that is cut off says nothing, and its log has no end
+                await status()  # a head that is cut off sends no error, and its log has no end
             await log
             if (found := await status()).is_terminal():
                 return found

@@ -1,4 +1,4 @@
-"""The progress of far workers, on this terminal: rank 0 keeps a small file beside its checkpoints up to date, the
+"""The progress of far workers, on this terminal: rank 0 keeps a small file in its run's folder up to date, the
 driver reads it and draws a bar.
 
 Ray's own way, ray.experimental.tqdm_ray, was tried and not taken: see docs/log.md.

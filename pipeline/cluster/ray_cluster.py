@@ -86,13 +86,13 @@ def _why_not(error: Exception, address: str | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "ersion mismatch" in text:
         return (
-            f"the cluster at {address} has another version ({text[:300]}): all nodes and the submitting side need "
+            f"the cluster at {address} has another version ({text[:300]}): all nodes and who submits need "
             f"Python {platform.python_version()} and Ray {ray.__version__}"
         )
     if address and any(word in text.lower() for word in ("token", "unauthenticated", "authentication")):
         return f"the cluster at {address} refuses us ({text[:300]}): {TOKEN_ADVICE}"
     if address:
-        return (  # Ray says no more when it is the token
+        return (  # Ray gives no other reason when it is the token
             f"no Ray cluster answers at {address} (RAY_ADDRESS), or not with our token: {text[:300]}; "
             f"{TOKEN_ADVICE}; unset RAY_ADDRESS to use this machine alone"
         )

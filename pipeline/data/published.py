@@ -14,9 +14,9 @@ from pipeline.common.storage import AnyPath, as_os_error, cache, copy_file
 from pipeline.data.dataset import CorpusInfo
 
 
-def published(settings: Settings, storage: AnyPath) -> AnyPath:
-    """Where `publish` has put the corpus of these settings. Raises ValueError if it has not, OSError if the storage
-    cannot be reached."""
+def find_published(settings: Settings, storage: AnyPath) -> AnyPath:
+    """The folder of the corpus of these settings in the storage. Raises ValueError if `publish` has not run, OSError
+    if the storage cannot be reached."""
     path = storage / "data" / f"{settings.data_name}.json"
     try:
         with as_os_error(path):
@@ -60,7 +60,7 @@ def ensure_local_data(settings: Settings, root: Path, storage: AnyPath) -> AnyPa
     if the storage is `root` itself. Raises ValueError if both exist and differ, or neither does."""
     if storage == root.resolve():  # where other machines see it too, if there are any
         return None
-    source = published(settings, storage)
+    source = find_published(settings, storage)
     links = [root / name for name in (ENCODED, TOKENIZER, CLEAN)]
     if any(path.exists() and not path.is_symlink() for path in links):
         digest = CorpusInfo.open(root / ENCODED).sha256[:12]

@@ -1,6 +1,6 @@
 """The life of an MLflow run: opened, owned by a process, ended; and what becomes of those whose process died.
 
-There is one run per `run_key`, which stands for everything that training depends on: a run that was killed is
+There is one run per `run_key`, a digest of everything that training depends on: a run that was killed is
 continued, and training that is asked for again finds the run it had. The driver opens and ends a run, the training
 worker draws its curves through a `MetricWriter`, and evaluation adds its results at the end.
 """

@@ -36,7 +36,7 @@ def _refusal(uri: str, error: Exception) -> str:
 
 
 def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
-    """Decorator: turn a MlflowException (a password that is refused, say) into a ConnectionError of one line."""
+    """Decorator: turn a MlflowException (of a refused password, for example) into a ConnectionError of one line."""
 
     @wraps(call)
     def wrapped(uri: str, /, *arguments: P.args, **named: P.kwargs) -> R:

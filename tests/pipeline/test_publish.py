@@ -14,7 +14,7 @@ from upath import UPath
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import load_settings
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
-from pipeline.data.published import ensure_local_data, fetch, published
+from pipeline.data.published import ensure_local_data, fetch, find_published
 from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.publish import publish
 from tests.factories import write_corpus
@@ -57,7 +57,7 @@ def test_fetch_gets_what_publish_put_without_the_training_texts(storage, tmp_pat
     root = make_root(tmp_path / "root")
     there = publish(SETTINGS, root, storage)
     assert there.name == "few-a1a1a1a1a1a1"
-    assert published(SETTINGS, storage) == there
+    assert find_published(SETTINGS, storage) == there
     expected = {name: content for name, content in files(root).items() if "clean/train" not in name}
     assert files(fetch(there)) == expected
     assert len(EncodedSplit.open(fetch(there) / ENCODED, "train")) == CorpusInfo.open(root / ENCODED).pairs["train"]
@@ -93,7 +93,7 @@ def test_fetch_by_several_processes_at_once_copies_once(tmp_path):
 def test_publish_of_another_corpus_leaves_the_first(storage, tmp_path):
     first = publish(SETTINGS, make_root(tmp_path / "one", "1" * 64), storage)
     second = publish(SETTINGS, make_root(tmp_path / "two", "2" * 64), storage)
-    assert published(SETTINGS, storage) == second
+    assert find_published(SETTINGS, storage) == second
     assert (first / "SHA256SUMS").exists()
 
 

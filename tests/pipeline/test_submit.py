@@ -1,11 +1,15 @@
-"""What a job takes along, and what is said before it is sent. A real cluster: tests/system/test_hosts.py."""
+"""What a job takes along, and what is refused before it is sent. A real cluster: tests/system/test_hosts.py."""
 
+import json
 import shutil
 import subprocess
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 from ray._private import ray_constants
 from ray._private.runtime_env import packaging
 
@@ -84,3 +88,24 @@ def test_job_environment_refuses_what_other_machines_could_not_use(storage, trac
 def test_connect_names_the_option_if_no_dashboard_answers():
     with pytest.raises(ConnectionError, match=r"^no Ray dashboard answers at http://127\.0\.0\.1:9 .*--address"):
         connect("http://127.0.0.1:9")
+
+
+def test_connect_refuses_another_version_of_ray() -> None:
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"version": "4", "ray_version": "2.9.9", "ray_commit": ""}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(ConnectionError, match=rf"runs Ray 2\.9\.9, here is {ray.__version__}"):
+                connect(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
