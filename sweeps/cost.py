@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from model.flops import training_flops
-from model.loss import label_smoothed_loss
 from model.transformer import Transformer
 from pipeline.common import cli
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
+from pipeline.training.loop import summed_loss
 from pipeline.training.trainer import batch_plan
 from sweeps.trials import SweepPlan, Trial, load_sweep
 
@@ -102,20 +102,19 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     plan = batch_plan(split, replace(settings, seed=0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = Transformer(config).to(device)
+    model, bf16 = Transformer(config).to(device), settings.hardware.precision == "bf16"
     flops, started = 0, 0.0
     try:
         for number, indices in enumerate(cycle(indices for step in plan.steps(0)[:50] for indices in step)):
             batch = collate(split, indices)
-            src, tgt_in, tgt_out = batch.src.to(device), batch.tgt_in.to(device), batch.tgt_out.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.hardware.precision == "bf16"):
-                loss = label_smoothed_loss(model(src, tgt_in), model.embedding.weight, tgt_out, smoothing=0.1)
+            loss = summed_loss(model, batch, settings.train.label_smoothing, device, bf16=bf16)
             loss.backward()
             loss.item()  # waits for a GPU
             if number == 2:  # what came before warmed up
                 flops, started = 0, time.perf_counter()
             else:
-                flops += training_flops(config, src.shape[0], src.shape[1], tgt_in.shape[1])
+                pairs, length = batch.src.shape
+                flops += training_flops(config, pairs, length, batch.tgt_in.shape[1])
             if number > 4 and time.perf_counter() - started > MEASURED_S:
                 break
     finally:

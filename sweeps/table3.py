@@ -70,7 +70,7 @@ def _row(
     bleu: float | None = None,
     params: int | None = None,
 ) -> Row:
-    published = Published(ppl, bleu, params) if ppl and bleu else None
+    published = Published(ppl, bleu, params) if ppl is not None and bleu is not None else None
     return Row(id, group, axis, _label(group, changes), changes, published)
 
 

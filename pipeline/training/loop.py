@@ -142,11 +142,7 @@ def train_step(
     def loss_of(model: Transformer, placed: tuple[int, Batch]) -> Tensor:
         place, micro_batch = placed
         seed_dropout(device, seed, step, place)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = model(micro_batch.src.to(device), micro_batch.tgt_in.to(device))  # [batch, tgt, d_model]
-            tgt_out = micro_batch.tgt_out.to(device)
-            loss_sum = label_smoothed_loss(x, model.embedding.weight, tgt_out, settings.label_smoothing)
-        return loss_sum / batch.num_tokens
+        return summed_loss(model, micro_batch, settings.label_smoothing, device, bf16=bf16) / batch.num_tokens
 
     loss = parallel.backward(batch.micro_batches, loss_of)
     gradient = parallel.gradient
@@ -166,6 +162,15 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     return loss_value, norm_value
+
+
+def summed_loss(
+    model: Transformer, batch: Batch, label_smoothing: float, device: torch.device, *, bf16: bool
+) -> Tensor:
+    """The label-smoothed loss of a micro-batch, summed over its target tokens (nats)."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        x = model(batch.src.to(device), batch.tgt_in.to(device))  # [batch, tgt, d_model]
+        return label_smoothed_loss(x, model.embedding.weight, batch.tgt_out.to(device), label_smoothing)
 
 
 def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
