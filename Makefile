@@ -15,7 +15,7 @@ DEFAULT_TESTS := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make repro     run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
 	@echo "make test      run the default tests: 5 minutes"
-	@echo "make test-all  run all tests but those that need a GPU, and count the lines that they reach: an hour"
+	@echo "make test-all  run all tests but those that need a GPU, and count the lines that unit tests reach: an hour"
 	@echo "make mutate    break 30 lines of code one at a time and see whether a test notices: 20 minutes"
 	@echo "make bench     compare speed with other toolkits (python -m tools.benchmarks --help)"
 	@echo "make lint      ruff and mypy"

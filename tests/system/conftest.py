@@ -79,7 +79,8 @@ class Project:
 
     @property
     def environment(self):
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_"))}
+        not_ours = ("COVERAGE_", "DVC_", "MLFLOW_", "RAY_")  # with coverage, Ray's processes start too slowly for Ray
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
         others = "CORPUS_MIRROR GIT_COMMIT OMP_NUM_THREADS PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
         for name in others.split():
             ours.pop(name, None)
