@@ -1,9 +1,15 @@
-"""Matrix products, which are nine tenths of a Transformer's arithmetic, by the faster of a CPU's two libraries.
+"""Matrix products, nine tenths of a Transformer's arithmetic, by MKL or oneDNN: library.py says which, and why.
 
-torch has single precision done by MKL, which leaves the wider half of AVX-512's registers to Intel's processors;
-on AMD's Zen 5 oneDNN takes less than half the time. torch reaches it by an operator of its compiler, which has no
-gradient: `linear` gives it one. oneDNN makes machine code for each new shape, which takes a millisecond: so rows
-are filled up with zeros to a multiple of ROW_MULTIPLE.
+oneDNN multiplies in single precision on a CPU, matrices for which its call (10 microseconds longer) pays. All else is
+torch's own product. Of a linear layer y = x W^T + b, with x [rows, inputs] and W [outputs, inputs]:
+
+    y         x W^T              a b^T of row-major a and b, which is oneDNN's own form
+    grad x    grad W             a b^T of grad and W^T
+    grad W    grad^T x           a b^T of grad^T and x^T, or transposed: oneDNN divides columns among its threads, so
+                                 the longer side becomes the columns
+
+oneDNN compiles code for each new shape, a millisecond: rows are padded with zeros to few different numbers. torch
+offers its product without a gradient: `linear` gives it one.
 """
 
 import torch
@@ -11,39 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+from model.cpu.library import chosen, onednn_matmul
+
 ROW_MULTIPLE = 64
 SMALL = 1 << 20
-"""Multiplications below which oneDNN's call, 10 microseconds longer, does not pay."""
+"""Multiplications below which oneDNN's longer call does not pay."""
 
 
-def matmul_nt(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """a b^T: [m, k], [n, k] -> [m, n]; without a gradient. Where there is `scratch`, it may lie there."""
-    if _by_onednn(a, b, len(a)):
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T if scratch is None else torch.mm(a, b.T, out=scratch[: len(a)])
+class Linear(nn.Linear):
+    """torch's layer, by `linear`."""
 
-
-def alloc_scratch(a: Tensor, rows: int, columns: int) -> Tensor | None:
-    """Memory for one product after another of parts of `a`: the system has to clear the pages of fresh memory. None
-    under autocast, which leaves alone what is written to an `out`."""
-    return None if _autocast(a) else a.new_empty(rows, columns)
-
-
-def alloc_accumulator(start: Tensor) -> Tensor:
-    """A copy of `start` for accumulate_tn to add to, in the layout in which that is faster."""
-    layout = torch.contiguous_format
-    return start.T.clone(memory_format=layout).T if _onednn_takes(start) else start.clone(memory_format=layout)
-
-
-def accumulate_tn(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a^T b: [rows, m], [rows, n] -> [m, n]; without a gradient. See `alloc_accumulator`."""
-    if _by_onednn(b.T, a.T, b.size(1)):
-        total += matmul_nt(b.T, a.T).T
-    elif _autocast(a):
-        total += a.T @ b
-    else:
-        torch.addmm(total, a.T, b, out=total)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,25 +39,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x.reshape(rows, x.size(-1)), weight, bias).view(*x.shape[:-1], -1)
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """With rows of zeros, to a power of two or a multiple of ROW_MULTIPLE; as it is where oneDNN does not work."""
-    missing = -len(x) % min(ROW_MULTIPLE, 1 << (len(x) - 1).bit_length()) if _onednn_takes(x) else 0
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-class Linear(nn.Linear):
-    """By `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         rows, x = len(x), pad_rows(x)
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
+        return onednn_matmul(x, weight, bias)[:rows]  # [rows, outputs]
 
     @staticmethod
     @once_differentiable
@@ -81,12 +53,48 @@ class _Linear(torch.autograd.Function):
         rows, grad = len(grad), pad_rows(grad)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = matmul_nt(grad, weight.T)[:rows]
-        if ctx.needs_input_grad[1]:  # oneDNN gives its threads columns: so let the longer side be these
-            grad_weight = matmul_nt(x.T, grad.T).T if grad.size(1) > x.size(1) else matmul_nt(grad.T, x.T)
+            grad_x = matmul_nt(grad, weight.T)[:rows]  # [rows, inputs]
+        if ctx.needs_input_grad[1]:
+            wide = grad.size(1) > x.size(1)
+            grad_weight = matmul_nt(x.T, grad.T).T if wide else matmul_nt(grad.T, x.T)  # [outputs, inputs]
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
+            grad_bias = grad.sum(0)  # [outputs]
         return grad_x, grad_weight, grad_bias
+
+
+def matmul_nt(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """a b^T: [m, k], [n, k] -> [m, n], without a gradient; possibly in `scratch`, if there is one."""
+    if _by_onednn(a, b, len(a)):
+        return onednn_matmul(a, b)
+    return a @ b.T if scratch is None else torch.mm(a, b.T, out=scratch[: len(a)])
+
+
+def alloc_scratch(a: Tensor, rows: int, columns: int) -> Tensor | None:
+    """An output buffer [rows, columns] for a sequence of `matmul_nt` of parts of `a`: avoids the page faults of fresh
+    memory. None under autocast, which does not act on a product with an `out`."""
+    return None if _is_autocast(a) else a.new_empty(rows, columns)
+
+
+def accumulate_tn(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a^T b: [rows, m], [rows, n] -> [m, n], without a gradient; `total` is from `alloc_accumulator`."""
+    if _by_onednn(b.T, a.T, b.size(1)):
+        total += matmul_nt(b.T, a.T).T
+    elif _is_autocast(a):
+        total += a.T @ b
+    else:
+        torch.addmm(total, a.T, b, out=total)
+
+
+def alloc_accumulator(start: Tensor) -> Tensor:
+    """A copy of `start` for `accumulate_tn` to add to: column-major for oneDNN, row-major for MKL."""
+    layout = torch.contiguous_format
+    return start.T.clone(memory_format=layout).T if _onednn_takes(start) else start.clone(memory_format=layout)
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """[rows, any] padded with zeros to a power of two or a multiple of ROW_MULTIPLE rows, if oneDNN takes it."""
+    missing = -len(x) % min(ROW_MULTIPLE, 1 << (len(x) - 1).bit_length()) if _onednn_takes(x) else 0
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
@@ -96,8 +104,9 @@ def _by_onednn(a: Tensor, b: Tensor, rows: int) -> bool:
 
 
 def _onednn_takes(x: Tensor) -> bool:
-    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not _autocast(x)
+    suits = x.device.type == "cpu" and x.dtype == torch.float32 and not _is_autocast(x)
+    return suits and chosen() == "onednn"
 
 
-def _autocast(a: Tensor) -> bool:
+def _is_autocast(a: Tensor) -> bool:
     return torch.is_autocast_enabled(a.device.type)

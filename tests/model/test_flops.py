@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import EOS, PAD, Positions, TransformerConfig
-from model.cpu import matmul as products
+from model.cpu import matmul
 from model.flops import training_flops
 from model.loss import label_smoothed_loss
 from model.transformer import Transformer
@@ -22,7 +22,7 @@ from tests.factories import BASE, config
 
 @pytest.fixture(autouse=True)
 def _by_mkl(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", False)
+    monkeypatch.setattr(matmul, "chosen", lambda: "mkl")
 
 
 def counted(config: TransformerConfig, batch: int, src: int, tgt: int, padded: int = 0) -> int:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from model import loss as loss_module
 from model.config import PAD
-from model.cpu import matmul as products
+from model.cpu import matmul
 from model.loss import label_smoothed_loss
 
 D_MODEL, VOCAB = 11, 31
@@ -37,8 +37,9 @@ def torchs(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> tuple
 @pytest.mark.parametrize("onednn", [True, False])
 def test_value_and_gradients_are_those_of_torch(dtype, smoothing, chunk_rows, onednn, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * VOCAB)
-    monkeypatch.setattr(products, "ONEDNN", onednn and torch.backends.mkldnn.is_available())
-    monkeypatch.setattr(products, "SMALL", 0)
+    onednn = onednn and torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(matmul, "chosen", lambda: "onednn" if onednn else "mkl")
+    monkeypatch.setattr(matmul, "SMALL", 0)
     x, weight, target = problem(rows=753, dtype=dtype)
     value = label_smoothed_loss(x, weight, target, smoothing)
     (3 * value).backward()  # as after a division by the number of tokens: the gradient from above counts

@@ -179,13 +179,13 @@ def multiply_rates(threads: int) -> dict[str, float]:
     """
     import torch
 
-    from model.cpu.matmul import ONEDNN, matmul_nt
+    from model.cpu.library import onednn_matmul
 
     torch.set_num_threads(threads)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     rates = {"MKL": multiply_rate(lambda: a @ b, 2048)}
-    if ONEDNN:
-        rates["oneDNN"] = multiply_rate(lambda: matmul_nt(a, b), 2048)
+    if torch.backends.mkldnn.is_available():
+        rates["oneDNN"] = multiply_rate(lambda: onednn_matmul(a, b), 2048)
     return rates
 
 

@@ -1,10 +1,11 @@
-"""Products by oneDNN against torch's own, in double precision where gradients are concerned."""
+"""Products by oneDNN against torch's own, gradients in double precision."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model.cpu import matmul as products
+from model.cpu import matmul
+from model.cpu.library import onednn_matmul
 from model.cpu.matmul import (
     ROW_MULTIPLE,
     Linear,
@@ -23,20 +24,19 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Shapes that oneDNN is given, whatever the processor."""
-    monkeypatch.setattr(products, "ONEDNN", True)
+    monkeypatch.setattr(matmul, "chosen", lambda: "onednn")
     shapes = []
-    onednn = torch.ops.mkldnn._linear_pointwise
 
     def counted(a, b, *rest):
         shapes.append((tuple(a.shape), tuple(b.shape)))
-        return onednn(a, b, *rest)
+        return onednn_matmul(a, b, *rest)
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    monkeypatch.setattr(matmul, "onednn_matmul", counted)
     return shapes
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (32,), (64,), (7, 11), (3, 1, 67), (5, 0)])
-def test_the_values_are_those_of_torch(shape, calls):
+def test_linear_gives_the_values_of_torch(shape, calls):
     x, weight, bias = torch.randn(*shape, 1009), torch.randn(2003, 1009), torch.randn(2003)
     strided = x.transpose(0, -1).contiguous().transpose(0, -1)
     for same in (x, strided):
@@ -49,7 +49,7 @@ def test_the_values_are_those_of_torch(shape, calls):
 @pytest.mark.parametrize("outputs", [499, 2003])  # narrower and wider than the inputs: the other order of factors
 @pytest.mark.parametrize("shape", [(3,), (ROW_MULTIPLE,), (7, 11), (3, 5, 67)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_gradients_are_those_of_torch(shape, outputs, bias, calls):
+def test_linear_gives_the_gradients_of_torch(shape, outputs, bias, calls):
     x = torch.randn(*shape, 1009, requires_grad=True)
     layer, slope = Linear(1009, outputs, bias=bias), torch.randn(*shape, outputs)
     (layer(x) * slope).sum().backward()
@@ -63,7 +63,7 @@ def test_the_gradients_are_those_of_torch(shape, outputs, bias, calls):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, **CLOSE)
 
 
-def test_what_needs_no_gradient_gets_none(calls):
+def test_linear_computes_no_gradient_that_is_not_needed(calls):
     x, weight = torch.randn(67, 1009), torch.randn(2003, 1009, requires_grad=True)
     linear(x, weight).sum().backward()
     assert len(calls) == 2
@@ -72,21 +72,21 @@ def test_what_needs_no_gradient_gets_none(calls):
         assert not linear(x, weight).requires_grad
 
 
-def test_a_second_derivative_is_refused():
+def test_linear_refuses_a_second_derivative():
     x, weight = torch.randn(67, 1009, requires_grad=True), torch.randn(2003, 1009)
     (slope,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
 
-def test_sentences_of_many_lengths_make_few_shapes(calls):
+def test_linear_of_many_lengths_gives_onednn_few_shapes(calls):
     weight = torch.randn(128, 2048)
     for rows in range(1, 1000):
         linear(torch.zeros(rows, 2048), weight)
     assert len({shape for shape, _ in calls}) <= 7 + 1000 // ROW_MULTIPLE
 
 
-def test_a_product_of_two_matrices(calls):
+def test_matmul_nt_is_torchs_product_in_any_layout(calls):
     a, b = torch.randn(64, 1009), torch.randn(2003, 1009)
     torch.testing.assert_close(matmul_nt(a, b), a @ b.T, **CLOSE)
     torch.testing.assert_close(matmul_nt(a.T, b[:64].T), a.T @ b[:64], **CLOSE)
@@ -96,8 +96,8 @@ def test_a_product_of_two_matrices(calls):
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_products_are_added_up_in_either_layout(onednn, autocast, calls, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", onednn)
+def test_accumulate_tn_adds_products_up_by_either_library(onednn, autocast, calls, monkeypatch):
+    monkeypatch.setattr(matmul, "chosen", lambda: "onednn" if onednn else "mkl")
     a, b, start = torch.randn(64, 2003), torch.randn(64, 1009), torch.randn(2003, 1009)
     total, before = alloc_accumulator(start), start.clone()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -112,7 +112,7 @@ def test_products_are_added_up_in_either_layout(onednn, autocast, calls, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_onednn_does_not_take_is_laid_out_for_torch(dtype):
+def test_alloc_accumulator_and_pad_rows_leave_torchs_layout_for_its_products(dtype):
     start, x = torch.randn(67, 101), torch.randn(67, 101)
     assert not alloc_accumulator(start).is_contiguous()
     assert len(pad_rows(x)) == 2 * ROW_MULTIPLE
@@ -123,8 +123,8 @@ def test_what_onednn_does_not_take_is_laid_out_for_torch(dtype):
         assert len(pad_rows(x)) == 67
 
 
-def test_where_onednn_does_not_work_a_product_lies_where_it_is_told_to(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", False)
+def test_matmul_nt_by_mkl_writes_to_the_scratch(monkeypatch):
+    monkeypatch.setattr(matmul, "chosen", lambda: "mkl")
     a, b = torch.randn(67, 101), torch.randn(211, 101)
     scratch = alloc_scratch(a, 101, 211)
     found = matmul_nt(a, b, scratch)
@@ -134,7 +134,7 @@ def test_where_onednn_does_not_work_a_product_lies_where_it_is_told_to(monkeypat
         assert alloc_scratch(a, 101, 211) is None
 
 
-def test_small_products_and_other_precisions_are_left_to_torch(calls):
+def test_linear_and_matmul_nt_leave_small_products_and_bf16_to_torch(calls):
     small = torch.randn(31, 17)
     assert torch.equal(linear(small, small), F.linear(small, small))
     assert torch.equal(matmul_nt(small, small), small @ small.T)

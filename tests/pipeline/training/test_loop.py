@@ -113,13 +113,13 @@ def test_train_loop_has_the_loss_curve_of_torchs_own_operators(monkeypatch):
 
     def fast(patch: pytest.MonkeyPatch) -> None:
         onednn = products._Linear.apply
-        patch.setattr(products, "ONEDNN", True)
+        patch.setattr(products, "chosen", lambda: "onednn")
         patch.setattr(products, "SMALL", 0)
         patch.setattr(loss, "CHUNK_LOGITS", products.ROW_MULTIPLE * VOCAB)
         patch.setattr(products._Linear, "apply", lambda *x: products_by_onednn.append(0) or onednn(*x))
 
     def plain(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(products, "ONEDNN", False)
+        patch.setattr(products, "chosen", lambda: "mkl")
         patch.setattr(attention, "MAX_UNFUSED_QUERIES", 0)
 
     def by_hand(model: Transformer) -> list[float]:
