@@ -5,7 +5,11 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from sweeps.analysis import RowResult, as_dict, covered, totals
 from sweeps.significance import LEVEL, RESAMPLES, SHUFFLES
@@ -233,54 +237,16 @@ def markdown_table(table: Table) -> str:
     return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
-       color: light-dark(#1f2328, #e6edf3); background: light-dark(#ffffff, #0d1117); }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid light-dark(#d1d9e0, #3d444d); text-align: left; }
-.right { text-align: right; }
-.better { color: light-dark(#116329, #7ee787); font-weight: 600; }
-.worse { color: light-dark(#a40e26, #ffa198); font-weight: 600; }
-.legend { font-size: 13px; color: light-dark(#59636e, #9198a1); }
-img { max-width: 100%; background: white; border-radius: 6px; padding: .5rem; box-sizing: border-box; }
-"""
-
-
 def html_page(sections: Sequence[Section], png: bytes) -> str:
     """One file with all in it; light or dark as the reader's system is."""
-    blocks = []
-    for level, section in enumerate(sections):
-        tag = "h2" if level else "h1"
-        blocks.append(f"<{tag}>{html.escape(section.title)}</{tag}>")
-        if section.points:
-            blocks.append(_html_list(section.points))
-        if section.table:
-            blocks += [_html_table(section.table), _html_list(section.legend, ' class="legend"')]
-        if section.has_figure:
-            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-            blocks.append(f'<img alt="{html.escape(ALT)}" src="{source}">')
-    title, body = html.escape(sections[0].title), "\n".join(blocks)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
-        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    templates.filters["code"] = _mark_code
+    page = templates.get_template("table3.html.jinja")
+    return page.render(sections=sections, alt=ALT, png=base64.b64encode(png).decode())
 
 
-def _html_list(items: Sequence[str], attributes: str = "") -> str:
-    lines = [re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(item)) for item in items]
-    return f"<ul{attributes}>\n" + "".join(f"<li>{line}</li>\n" for line in lines) + "</ul>"
-
-
-def _html_table(table: Table) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        found = []
-        for text, side in zip(cells, table.align, strict=True):
-            name = "right" if side == ">" else text if text in ("better", "worse") else "left"
-            found.append(f'<{tag} class="{name}">{html.escape(text)}</{tag}>')
-        return f"<tr>{''.join(found)}</tr>"
-
-    lines = [row("th", table.head), *(row("td", cells) for cells in table.rows)]
-    return "<div><table>\n" + "\n".join(lines) + "\n</table></div>"
+def _mark_code(text: str) -> Markup:
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text)))
