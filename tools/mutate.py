@@ -28,13 +28,16 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
+
 from pipeline.common import cli
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ["model", "pipeline/training", "pipeline/inference", "sweeps"]
 PAGES = re.compile(r"^(?:import|from) (?:matplotlib|jinja2)\b", re.MULTILINE)
 """A module that imports these lays out pages: its numbers are a matter of taste."""
-MESSAGES = re.compile(r"(?:log|print|say|warn\w*|debug|info|tqdm|add_argument)$")
+MESSAGES = re.compile(r"(?:log|print|say|warn\w*|debug|info|tqdm|setLevel|add_argument)$")
+PATHS = re.compile(r"root|folder|path|parent|REPOSITORY", re.IGNORECASE)
 HABITS = {"check", "daemon", "exist_ok", "flush", "indent", "parents", "strict"}
 """Arguments that change results only where something else is wrong."""
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -58,15 +61,18 @@ class Mutation:
 
     def __str__(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
-        return f"{self.file}:{self.line} {self.function}: {old}  ->  {new}"
+        in_line = f", in {self.code.splitlines()[self.line - 1].strip()}" if self.kind == "constant" else ""
+        return f"{self.file}:{self.line} {self.function}: {old}  ->  {new}{in_line}"
 
 
 def is_text(node: ast.AST) -> bool:
-    """Strings, messages, errors, and calls and sums with a string in them."""
+    """Paths, strings, messages, errors, and calls and sums with a string in them."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call) and (is_text(node.value) or any(map(has_string, node.value.args)))
     if isinstance(node, ast.Call):
         return bool(MESSAGES.search(ast.unparse(node.func)))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and PATHS.search(ast.unparse(node.left)):
+        return True
     if isinstance(node, ast.BinOp | ast.AugAssign):
         return has_string(node)
     return isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert)
@@ -186,10 +192,10 @@ def failure(tree: Path, *arguments: str, timeout_s: float = 3600) -> str | None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+    if process.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"{' '.join(command)}: {output}")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    if process.returncode and failed is None:
-        raise RuntimeError(f"pytest ended with exit code {process.returncode} and no failure:\n{output}")
-    return failed and failed.group(1)
+    return failed.group(1) if failed else f"exit code {process.returncode}" if process.returncode else None
 
 
 def main(arguments: list[str] | None = None) -> None:
