@@ -2,7 +2,7 @@
 
 RUN_STORAGE names it: an absolute path of a shared file system, or a URI that fsspec reads, such as s3://bucket/runs;
 without it, it is the project's own folder. A `AnyPath` is a pathlib.Path, or for a URI a UPath, which has the same
-methods; what the two do differently is here, in files.py, checkpoint.py and train.py. The way to a store and the
+methods; what the two do differently is here, in atomic_io.py, periodic.py and run.py. The way to a store and the
 right to read it come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
 """
 

@@ -1,4 +1,4 @@
-"""The report of a sweep, as its files say it: comparison.py, document.py, figure.py and report.py together."""
+"""The report of a sweep, as its files say it: analysis.py, render.py, figure.py and report.py together."""
 
 import base64
 import csv
