@@ -40,16 +40,16 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     root = workspace.root
     folder = run_folder(settings, root)
     log_how_it_starts(folder)
-    done = finished_state(folder) is not None
-    cluster = nullcontext() if done else ray_cluster(settings.hardware, root)
+    finished = finished_state(folder)
+    cluster = nullcontext() if finished else ray_cluster(settings.hardware, root)
     with _store_opening(workspace.tracking_uri) as store_opened, cluster:
-        if not done:
+        if not finished:
             preflight(settings.hardware, workspace)
         store_opened.result()
         from pipeline.tracking.runs import reconcile
 
         reconcile(workspace.tracking_uri, settings.tracking.experiment)
-        with training_run(settings, workspace, run_key(settings, root), folder) as run:
+        with training_run(settings, workspace, run_key(settings, root), folder, finished) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
             for name in ("training", "validation"):

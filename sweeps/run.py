@@ -264,8 +264,9 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
     callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
     attempts = total_usage(trial.folder).attempts
     root = workspace.root
+    finished = checkpoint.finished_state(trial.folder)
     with training_run(
-        trial.settings, workspace, trial.run_key, trial.folder, tags=tags, show=False, callbacks=callbacks
+        trial.settings, workspace, trial.run_key, trial.folder, finished, tags=tags, show=False, callbacks=callbacks
     ) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
         resources = _resources_of(trial)

@@ -36,6 +36,7 @@ def training_run(
     workspace: Workspace,
     key: str,
     folder: AnyPath,
+    finished: TrainState | None,
     *,
     tags: Mapping[str, str] | None = None,
     show: bool = True,
@@ -43,15 +44,15 @@ def training_run(
 ) -> Iterator[TrainResult]:
     """Train to the end on the Ray cluster at hand, then run the block; the MLflow run is open until the block ends.
 
-    The MLflow run is found again by `key` and gets `tags`; checkpoints go to `folder`; `show` draws a progress bar.
-    With `callbacks`, Ray gets the metrics of every validation. Training that is finished needs no cluster. Raises
+    The MLflow run is found again by `key` and gets `tags`; checkpoints go to `folder`, by checkpoint.py, which has
+    the reasons why not by Ray. `finished` is what `finished_state` finds in `folder`: training that is finished needs
+    no cluster. `show` draws a progress bar. With `callbacks`, Ray gets the metrics of every validation. Raises
     TrainingError, and ValueError or OSError with one line for what a user can mend.
     """
     from pipeline.tracking.runs import finish_run, open_run, run_guard
 
     uri, all_tags = workspace.tracking_uri, dict(tags or {})
-    gpu, cpus, last_sign_at = False, 0, None
-    state = checkpoint.finished_state(folder)
+    gpu, cpus, last_sign_at, state = False, 0, None, finished
     if state is None:
         gpu, cpus = share_of_each_worker(settings.hardware)
         all_tags = _cluster_tags(settings.hardware, gpu, cpus) | all_tags

@@ -77,7 +77,7 @@ def log_how_it_starts(folder: AnyPath) -> None:
         others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
     ):
         last = max(others, key=lambda path: path.stat().st_mtime)
-        log(f"settings, data or code differ from those of {last.name}, the last run: training starts anew")
+        log(f"settings, data or code differ from those of {last.name}, the last run: a new run begins")
 
 
 def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPath) -> dict[str, Any]:
