@@ -20,6 +20,7 @@ WEIGHTS_CODE = (
     "model/config.py",
     "model/cpu/attention.py",
     "model/cpu/dropout.py",
+    "model/cpu/library.py",
     "model/cpu/matmul.py",
     "model/loss.py",
     "model/perplexity.py",  # by the validation loss, patience ends training
