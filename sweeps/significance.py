@@ -54,22 +54,39 @@ def seed_interval(differences: Sequence[float]) -> Interval:
 def sentence_interval(base: Sequence[str], system: Sequence[str], references: Sequence[str]) -> Interval:
     """Percentile interval of BLEU(system) - BLEU(base) by paired bootstrap over the sentences (Koehn 2004).
 
-    Both sides are scored on the same resamples, from sacreBLEU's sufficient statistics of each sentence.
+    Both systems are scored on the same resamples, from sacreBLEU's sufficient statistics of each sentence.
     """
-    metric = BLEU(force=True)  # without the advice on detokenising
-    sides = [_statistics(metric, side, references) for side in (base, system)]
+    systems = [sentence_statistics(translations, references) for translations in (base, system)]
     draw = np.random.default_rng(seed=1)
     differences = []
     for _ in range(RESAMPLES):
         chosen = draw.integers(len(references), size=len(references))
-        scores = [metric._compute_score_from_stats(side[chosen].sum(axis=0).tolist()).score for side in sides]
-        differences.append(scores[1] - scores[0])
+        base_bleu, system_bleu = (corpus_bleu(of_system[chosen]) for of_system in systems)
+        differences.append(system_bleu - base_bleu)
     low, high = np.quantile(differences, [LEVEL / 2, 1 - LEVEL / 2])
     return Interval(float(low), float(high), "sentences")
 
 
+def sentence_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """What adds up to the BLEU of a corpus, a row for each sentence: length, reference's length, matches of 1- to
+    4-grams, their totals."""
+    metric = BLEU(effective_order=True)  # as is proper for a sentence; it changes no count
+    scores = [metric.sentence_score(text, [ref]) for text, ref in zip(translations, references, strict=True)]
+    return np.array([[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in scores])
+
+
+def corpus_bleu(rows: np.ndarray) -> float:
+    """BLEU of the sentences whose `sentence_statistics` these are, smoothed as by sacreBLEU's default."""
+    length, reference_length, *counts = rows.sum(axis=0).tolist()
+    matches, totals = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    return BLEU.compute_bleu(matches, totals, length, reference_length, smooth_method="exp").score
+
+
 class BleuOverSeeds(BLEU):
-    """BLEU where a hypothesis has a line for each seed: a sentence's statistics are the sum of theirs."""
+    """BLEU where a hypothesis has a line for each seed: a sentence's statistics are the sum of theirs.
+
+    PairedTest takes texts alone, so the sum has to be made in the method by which it asks a metric for statistics.
+    """
 
     def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
         seeds = zip(*(hypothesis.split("\n") for hypothesis in hypotheses), strict=True)
@@ -82,23 +99,24 @@ def paired_p(base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], ref
     `base` and `system` have the translations of all sentences for each seed. Of a sentence, those of all seeds are
     swapped together, for they are no independent evidence: the same models three times over have the p of once.
 
-    Swaps the two sides of each sentence by a coin's toss, and counts how often the difference is larger than
+    Swaps the two translations of each sentence by a coin's toss, and counts how often the difference is larger than
     the real one. sacreBLEU does not count ties, so identical systems would come out at p = 1 / 10,001. But of the 2^k
     ways to swap k sentences that score differently, the real one and its mirror image always tie: p is at least
     2 / 2^k. The seed is sacreBLEU's own (12345, or SACREBLEU_SEED).
     """
     metric = BleuOverSeeds(force=True)
-    sides = [["\n".join(texts) for texts in zip(*side, strict=True)] for side in (base, system)]
-    test = PairedTest([("base", sides[0]), ("system", sides[1])], {"BLEU": metric}, [references], "ar", SHUFFLES)
+    systems: list[tuple[str, Sequence[str]]] = [
+        (name, ["\n".join(texts) for texts in zip(*by_seed, strict=True)])
+        for name, by_seed in (("base", base), ("system", system))
+    ]
+    test = PairedTest(systems, {"BLEU": metric}, [references], "ar", SHUFFLES)
     _, scores = test()
     result: Any = scores["BLEU"][1]
-    differ = _statistics(metric, sides[0], references) != _statistics(metric, sides[1], references)
-    return min(1.0, max(result.p_value, 2.0 ** (1 - int(differ.any(axis=1).sum()))))
-
-
-def _statistics(metric: BLEU, hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Lengths, matches and totals that add up to a corpus' BLEU, a row for each sentence."""
-    return np.array(metric._extract_corpus_statistics(hypotheses, [references]))
+    base_sums, system_sums = (
+        np.sum([sentence_statistics(texts, references) for texts in by_seed], axis=0) for by_seed in (base, system)
+    )
+    num_different = int((base_sums != system_sums).any(axis=1).sum())
+    return min(1.0, max(result.p_value, 2.0 ** (1 - num_different)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

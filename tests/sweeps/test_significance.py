@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from sweeps.significance import Interval, holm, mean_and_deviation, paired_p, seed_interval, sentence_interval
+from sweeps.significance import (
+    Interval,
+    corpus_bleu,
+    holm,
+    mean_and_deviation,
+    paired_p,
+    seed_interval,
+    sentence_interval,
+    sentence_statistics,
+)
 
 WORDS = [f"w{i}" for i in range(29)]
 
@@ -37,7 +46,7 @@ def test_mean_and_deviation_can_be_checked_by_hand():
     ("differences", "quantile"),  # of Student's t at 97.5%, from a printed table
     [([-1.0, 4.0], 12.706), ([1.0, 2.0, 3.0], 4.303), ([0.5, -0.7, 1.1, 1.3, 0.2], 2.776)],
 )
-def test_the_interval_over_seeds_is_that_of_the_textbook(differences: list[float], quantile: float):
+def test_seed_interval_is_that_of_the_textbook(differences: list[float], quantile: float):
     half = quantile * statistics.stdev(differences) / len(differences) ** 0.5
     found = seed_interval(differences)
     assert found.low == pytest.approx(statistics.fmean(differences) - half, rel=1e-3)
@@ -45,12 +54,12 @@ def test_the_interval_over_seeds_is_that_of_the_textbook(differences: list[float
     assert found.covers == "seeds"
 
 
-def test_seeds_that_agree_leave_no_room():
+def test_seed_interval_of_seeds_that_agree_is_a_point():
     assert seed_interval([0.0, 0.0, 0.0]) == Interval(0.0, 0.0, "seeds")
     assert seed_interval([2.5, 2.5]) == Interval(2.5, 2.5, "seeds")
 
 
-def test_an_interval_over_one_seed_is_an_error():
+def test_seed_interval_of_one_seed_is_an_error():
     with pytest.raises(ValueError, match=r"^an interval over seeds needs two seeds or more$"):
         seed_interval([1.0])
 
@@ -58,11 +67,18 @@ def test_an_interval_over_one_seed_is_an_error():
 @pytest.mark.parametrize(
     ("low", "high", "expected"), [(0.1, 2.0, True), (-2.0, -0.1, True), (-0.1, 0.2, False), (0.0, 0.0, False)]
 )
-def test_an_interval_excludes_zero_if_both_ends_have_one_sign(low: float, high: float, expected: bool):
+def test_interval_excludes_zero_if_both_ends_have_one_sign(low: float, high: float, expected: bool):
     assert Interval(low, high, "seeds").excludes_zero is expected
 
 
-def test_the_interval_over_sentences_is_that_of_scoring_resampled_texts():
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+def test_corpus_bleu_of_sentence_statistics_is_sacrebleus(share: float):
+    references = corpus(31, seed=1)
+    translations = [*spoilt(references, share, seed=2)[:-1], ""]
+    assert corpus_bleu(sentence_statistics(translations, references)) == bleu(translations, references)
+
+
+def test_sentence_interval_is_that_of_scoring_resampled_texts():
     references = corpus(31, seed=1)
     base, system = spoilt(references, 0.1, seed=2), spoilt(references, 0.25, seed=3)
     chance = random.Random(4)
@@ -78,13 +94,13 @@ def test_the_interval_over_sentences_is_that_of_scoring_resampled_texts():
     assert [found.low, found.high] == pytest.approx([low, high], abs=0.05 * (high - low))
 
 
-def test_the_interval_over_sentences_of_identical_systems_is_zero():
+def test_sentence_interval_of_identical_systems_is_zero():
     references = corpus(17, seed=1)
     system = spoilt(references, 0.2, seed=2)
     assert sentence_interval(system, system, references) == Interval(0.0, 0.0, "sentences")
 
 
-def test_p_is_the_share_of_all_swaps_that_differ_more():
+def test_paired_p_is_the_share_of_all_swaps_that_differ_more():
     references = corpus(9, seed=5)
     base, system = spoilt(references, 0.1, seed=6), spoilt(references, 0.3, seed=7)
     real = abs(bleu(base, references) - bleu(system, references))
@@ -100,7 +116,7 @@ def test_p_is_the_share_of_all_swaps_that_differ_more():
     assert paired_p([base], [system], references) == pytest.approx(exact, abs=0.015)
 
 
-def test_with_several_seeds_p_is_the_share_of_swaps_of_whole_sentences():
+def test_paired_p_of_several_seeds_swaps_whole_sentences():
     references = corpus(8, seed=5)
     sides = [
         [spoilt(references, 0.1, seed=6), spoilt(references, 0.2, seed=7)],
@@ -121,7 +137,7 @@ def test_with_several_seeds_p_is_the_share_of_swaps_of_whole_sentences():
     assert paired_p(*sides, references) == pytest.approx(exact, abs=0.015)
 
 
-def test_the_same_models_three_times_are_no_more_evidence_than_once():
+def test_paired_p_of_the_same_models_three_times_is_that_of_once():
     references = corpus(43, seed=1)
     base, system = spoilt(references, 0.1, seed=2), spoilt(references, 0.13, seed=3)
     once = paired_p([base], [system], references)
@@ -129,20 +145,20 @@ def test_the_same_models_three_times_are_no_more_evidence_than_once():
     assert paired_p([base] * 3, [system] * 3, references) == pytest.approx(once, abs=0.01)
 
 
-def test_identical_systems_have_p_1():
+def test_paired_p_of_identical_systems_is_1():
     references = corpus(13, seed=1)
     system = spoilt(references, 0.2, seed=2)
     assert paired_p([system], [system], references) == 1
 
 
 @pytest.mark.parametrize(("num_differing", "least"), [(1, 1), (2, 1 / 2), (3, 1 / 4), (5, 1 / 16)])
-def test_a_few_different_sentences_are_never_significant(num_differing: int, least: float):
+def test_paired_p_of_a_few_different_sentences_is_never_significant(num_differing: int, least: float):
     references = corpus(101, seed=1)
     system = ["x y z x y z"] * num_differing + references[num_differing:]
     assert paired_p([references], [system], references) >= least
 
 
-def test_a_clearly_worse_system_is_significant():
+def test_paired_p_and_sentence_interval_find_a_clearly_worse_system():
     references = corpus(101, seed=1)
     base, system = spoilt(references, 0.05, seed=2), spoilt(references, 0.3, seed=3)
     assert paired_p([base], [system], references) == pytest.approx(1 / 10_001)
@@ -150,14 +166,16 @@ def test_a_clearly_worse_system_is_significant():
     assert sentence_interval(system, base, references).low > 0
 
 
-def test_p_and_interval_come_out_alike_every_time():
+def test_paired_p_and_sentence_interval_are_the_same_every_time():
     references = corpus(23, seed=1)
     sides = spoilt(references, 0.1, seed=2), spoilt(references, 0.15, seed=3)
     assert paired_p(sides[:1], sides[1:], references) == paired_p(sides[:1], sides[1:], references)
     assert sentence_interval(*sides, references) == sentence_interval(*sides, references)
 
 
-def test_nothing_is_printed_or_logged(capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture):
+def test_paired_p_and_sentence_interval_print_and_log_nothing(
+    capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
     references = [f"{line} ." for line in corpus(127, seed=1)]  # of which sacreBLEU would warn: is this detokenised?
     sides = references, [f"{line} ." for line in spoilt(references, 0.1, seed=2)]
     with caplog.at_level(logging.WARNING):
@@ -177,5 +195,5 @@ def test_nothing_is_printed_or_logged(capsys: pytest.CaptureFixture, caplog: pyt
         ([], []),
     ],
 )
-def test_holms_correction_is_that_of_a_table_made_by_hand(p_values: list[float], adjusted: list[float]):
+def test_holm_is_that_of_a_table_made_by_hand(p_values: list[float], adjusted: list[float]):
     assert holm(p_values) == pytest.approx(adjusted)
