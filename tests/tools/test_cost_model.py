@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -398,3 +399,11 @@ def test_main_prints_the_tables_of_docs_scale(monkeypatch, capsys):
 def test_measured_has_the_constants_that_the_benchmark_prints():
     source = (REPOSITORY / "tools/benchmarks/scale_constants.py").read_text(encoding="utf-8")
     assert set(re.findall(r'show\(\s*"(\w+)"', source)) == {field.name for field in fields(Measured)}
+
+
+@pytest.mark.slow
+def test_measured_launches_are_those_of_a_step_of_base():
+    code = "from tools.benchmarks import scale_constants; scale_constants.launches()"  # it changes modules
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    assert found == {"launches": MEASURED.launches, "launches_per_chunk": MEASURED.launches_per_chunk}

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import transformer
 from model.config import EOS
-from model.cpu import attention
+from model.cpu import attention, library
 from model.loss import CHUNK_LOGITS
 from model.transformer import Transformer
 from pipeline.common.cli import exit_on_error, parser
@@ -213,7 +213,8 @@ class Counter(TorchDispatchMode):
 
 def launches() -> None:
     """Operators of one micro-batch with its step, at two sizes, for the loss makes its logits chunk by chunk."""
-    attention.MAX_UNFUSED_QUERIES = 0  # attention and dropout as on a GPU
+    os.environ[library.ENVIRONMENT] = "mkl"  # products, attention and dropout as on a GPU
+    attention.MAX_UNFUSED_QUERIES = 0
     transformer.dropout = F.dropout  # type: ignore[assignment]
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
