@@ -96,7 +96,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_flops_of_a_step_are_the_mean_over_an_epoch_of_collated_micro_batches(root, changes):
+def test_flops_per_step_is_the_mean_over_an_epoch_of_micro_batches(root, changes):
     settings = with_model(load_sweep(root).base, **changes)
     steps, split = batch_plan(settings, root, settings.train.batch_tokens)
     assert (steps.num_skipped > 0) == (changes == {"max_length": 13})
@@ -108,13 +108,13 @@ def test_flops_of_a_step_are_the_mean_over_an_epoch_of_collated_micro_batches(ro
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_parameters_are_those_of_the_model_that_would_be_built(root, changes):
+def test_num_parameters_is_that_of_the_model_built(root, changes):
     settings = with_model(load_sweep(root).base, **changes)
     model = Transformer(settings.model.config(VOCAB))
     assert num_parameters(settings, root) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_row_costs_all_its_steps_with_every_seed(root):
+def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
     sweep = load_sweep(root)
     base, half = costs(sweep, root)  # a quarter of d_k 14 cannot be
     assert [row.id for row in sweep.rows if row.skipped] == ["B-dk16"]
@@ -125,7 +125,7 @@ def test_a_row_costs_all_its_steps_with_every_seed(root):
     assert (base.num_done, base.num_to_run) == (half.num_done, half.num_to_run) == (0, 2)
 
 
-def test_a_row_that_trains_longer_costs_more(root):
+def test_costs_grow_with_max_steps(root):
     edit(root, "params.yaml", "sweep", free={"train.max_steps": [39]})
     base, _, longer = costs(load_sweep(root), root)
     assert longer.flops == 3 * base.flops
@@ -134,7 +134,7 @@ def test_a_row_that_trains_longer_costs_more(root):
 @pytest.mark.parametrize(
     ("status", "done"), [("finished", True), ("stopped", True), ("failed", False), ("unfinished", False)]
 )
-def test_what_finished_and_what_was_ended_early_is_done_and_what_failed_gets_another_chance(root, status, done):
+def test_is_done_if_finished_or_stopped_but_not_if_failed(root, status, done):
     sweep = load_sweep(root)
     before = costs(sweep, root)[0]
     finish(sweep, {"base.5": status})
@@ -145,7 +145,7 @@ def test_what_finished_and_what_was_ended_early_is_done_and_what_failed_gets_ano
     assert other.num_to_run == 2
 
 
-def test_the_plan_says_what_is_done_what_is_left_out_and_what_the_rest_costs(root):
+def test_render_plan_shows_what_is_done_left_out_and_still_to_pay(root):
     edit(root, "params.yaml", "sweep", price_per_device_hour=2.5)
     sweep = load_sweep(root)
     finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished", "B-dk32.5": "finished"})
@@ -168,13 +168,13 @@ def test_the_plan_says_what_is_done_what_is_left_out_and_what_the_rest_costs(roo
     assert 60 * hours > 4  # so that none of these is a zero
 
 
-def test_without_a_price_none_is_named_and_on_gpus_the_hours_are_gpu_hours(root):
+def test_render_plan_names_gpu_hours_and_no_price_if_none_is_set(root):
     lines = render_plan(load_sweep(root), root, devices=1, gpu=True).splitlines()
     assert "GPU hours at" in lines[-1]
     assert "CPU" not in "".join(lines)
 
 
-def test_twice_the_devices_take_half_the_time_and_cost_the_same(root):
+def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root):
     edit(root, "params.yaml", "sweep", price_per_device_hour=2.5, flops_per_second=1e4)
     one, two = (render_plan(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
     hours = [float(re.search(r"([\d.]+) hours on", plan)[1]) for plan in (one, two)]
@@ -182,7 +182,7 @@ def test_twice_the_devices_take_half_the_time_and_cost_the_same(root):
     assert one.splitlines()[-1] == two.splitlines()[-1]
 
 
-def test_a_sweep_that_is_done_costs_nothing_and_measures_nothing(root, monkeypatch):
+def test_render_plan_of_a_finished_sweep_measures_nothing(root, monkeypatch):
     edit(root, "params.yaml", "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
     monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
     sweep = load_sweep(root)
@@ -192,13 +192,13 @@ def test_a_sweep_that_is_done_costs_nothing_and_measures_nothing(root, monkeypat
     assert lines[-1].startswith("| B: d_k 3.5 | left out")
 
 
-def test_a_rate_that_is_not_stated_is_measured_and_the_plan_says_so(root, monkeypatch):
+def test_render_plan_measures_a_rate_that_is_not_stated(root, monkeypatch):
     edit(root, "params.yaml", "sweep", flops_per_second=0.0)
     monkeypatch.setattr(cost, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
     assert "at 7e+06 FLOPs a second (measured here)" in render_plan(load_sweep(root), root, devices=1, gpu=False)
 
 
-def test_the_measured_rate_is_what_is_computed_after_the_warm_up_by_the_time_it_takes(root, monkeypatch):
+def test_measured_rate_is_flops_after_the_warm_up_per_second(root, monkeypatch):
     ticks = count(100.0, 5.0)  # every look at the clock is 5 seconds after the last
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     settings = load_sweep(root).base
@@ -218,12 +218,12 @@ def run_main(root: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> No
     cost.main()
 
 
-def test_the_command_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys):
+def test_main_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys):
     run_main(root, monkeypatch, "--devices", "8")
     assert capsys.readouterr().out == render_plan(load_sweep(root), root, devices=8, gpu=False) + "\n"
 
 
-def test_a_gpu_that_is_not_here_can_be_planned_for_if_its_rate_is_stated(root, monkeypatch, capsys):
+def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch, capsys):
     edit(root, "conf/hardware/auto.yaml", "hardware", device="gpu")
     run_main(root, monkeypatch, "--devices", "8")
     assert "GPU hours at 1e+06" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_gpu_that_is_not_here_can_be_planned_for_if_its_rate_is_stated(root, m
     )
 
 
-def test_a_fault_in_the_settings_is_one_line(root, monkeypatch, capsys):
+def test_main_ends_with_one_line_for_a_fault_in_the_settings(root, monkeypatch, capsys):
     edit(root, "params.yaml", "sweep", rows=["colour"])
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)

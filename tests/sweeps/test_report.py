@@ -138,7 +138,7 @@ def texts(sweep: Path, row: str) -> list[list[str]]:
     return [(sweep / trial["translations"]).read_text().split("\n")[:-1] for trial in trials_of(sweep, row)]
 
 
-def test_the_tables_numbers_are_those_of_the_trials(whole: tuple[Path, Path]):
+def test_write_report_tables_the_trials_numbers(whole: tuple[Path, Path]):
     sweep, reports = whole
     rows = table((reports / "table3.md").read_text(encoding="utf-8"), "BLEU")
     assert list(rows) == ["row", *(row[2] for row in ROWS)]
@@ -157,7 +157,7 @@ def test_the_tables_numbers_are_those_of_the_trials(whole: tuple[Path, Path]):
     assert rows["alibi positions"][7:] == ["worse", "", "", ""]
 
 
-def test_the_costs_are_means_of_one_training(whole: tuple[Path, Path]):
+def test_write_report_shows_costs_as_means_of_one_training(whole: tuple[Path, Path]):
     rows = table((whole[1] / "table3.md").read_text(encoding="utf-8"), "Perplexity, size, cost")
     assert rows["A: 1 head"] == [
         "1.327", "+0.200", "5.29", "+0.37", "0.123", "", "400", "0.381", "2.9e18", "7,001"
@@ -165,7 +165,7 @@ def test_the_costs_are_means_of_one_training(whole: tuple[Path, Path]):
     assert rows["base"][2:6] == ["4.92", "", "0.123", "65"]
 
 
-def test_the_head_says_what_was_run_and_what_all_trials_cost(whole: tuple[Path, Path]):
+def test_write_report_begins_with_what_ran_and_what_all_trials_cost(whole: tuple[Path, Path]):
     head = (whole[1] / "table3.md").read_text(encoding="utf-8").partition("##")[0]
     assert "# Table 3 on grammar, model nano\n" in head
     assert f"grammar, {NUM_SENTENCES} test sentences" in head
@@ -178,7 +178,7 @@ def test_the_head_says_what_was_run_and_what_all_trials_cost(whole: tuple[Path, 
     assert "Money" not in head
 
 
-def test_a_price_makes_money_of_all_device_hours(damaged: tuple[Path, Path]):
+def test_write_report_prices_all_device_hours(damaged: tuple[Path, Path]):
     trials = json.loads((damaged[0] / "trials.json").read_text())["trials"]
     hours = sum(trial["device_hours"] + trial["evaluation_device_hours"] for trial in trials)
     assert f"Money: {2.5 * hours:.2f} at 2.50 a device-hour." in (damaged[1] / "table3.md").read_text(
@@ -186,7 +186,7 @@ def test_a_price_makes_money_of_all_device_hours(damaged: tuple[Path, Path]):
     )
 
 
-def test_p_is_holms_of_sacrebleus_on_the_translations_of_all_seeds(whole: tuple[Path, Path]):
+def test_assess_corrects_sacrebleus_p_over_all_seeds_by_holm(whole: tuple[Path, Path]):
     sweep, reports = whole
     references = (sweep / "references.txt").read_text().split("\n")[:-1]
     raw = [paired_p(texts(sweep, "base"), texts(sweep, row[0]), references) for row in ROWS[1:]]
@@ -195,13 +195,13 @@ def test_p_is_holms_of_sacrebleus_on_the_translations_of_all_seeds(whole: tuple[
     assert found != pytest.approx(raw)
 
 
-def test_a_row_with_bases_own_translations_does_not_differ(whole: tuple[Path, Path]):
+def test_assess_finds_no_difference_in_bases_own_translations(whole: tuple[Path, Path]):
     row = sheet(whole[1])["B-dk32"]
     assert (row["verdict"], row["p_holm"], row["agreement"]) == ("not significant", "1.0", "open")
     assert [float(row[key]) for key in ("bleu_difference", "interval_low", "interval_high")] == [0, 0, 0]
 
 
-def test_signs_are_compared_with_the_papers_only_where_both_are_clear(whole: tuple[Path, Path]):
+def test_agreement_compares_signs_only_where_both_are_clear(whole: tuple[Path, Path]):
     rows = sheet(whole[1])
     found = {id: (row["verdict"], row["paper_bleu_difference"], row["agreement"]) for id, row in rows.items()}
     assert found == {
@@ -217,7 +217,7 @@ def test_signs_are_compared_with_the_papers_only_where_both_are_clear(whole: tup
     assert "Different, with the opposite sign: D: dropout 0.0.\n" in said
 
 
-def test_the_interval_can_overrule_p(tmp_path: Path):
+def test_verdict_is_not_significant_where_the_interval_overrules_p(tmp_path: Path):
     def scatter(sweep: dict) -> None:
         for trial in sweep["trials"]:
             if trial["row"] == "A-h1":  # seeds that disagree: the translations differ, the interval holds zero
@@ -229,7 +229,7 @@ def test_the_interval_can_overrule_p(tmp_path: Path):
     assert row["verdict"] == "not significant"
 
 
-def test_p_can_overrule_the_interval(tmp_path: Path):
+def test_verdict_is_not_significant_where_p_overrules_the_interval(tmp_path: Path):
     def lift(sweep: dict) -> None:
         for trial in sweep["trials"]:
             if trial["row"] == "B-dk32":  # base's own translations, whatever the scores say
@@ -241,7 +241,7 @@ def test_p_can_overrule_the_interval(tmp_path: Path):
     assert (row["p_holm"], row["verdict"]) == ("1.0", "not significant")
 
 
-def test_with_one_seed_the_interval_is_over_sentences_and_the_report_says_so(tmp_path: Path):
+def test_assess_takes_the_interval_over_sentences_with_one_seed(tmp_path: Path):
     sweep = write_sweep(tmp_path / "sweep", [2])
     write_report(sweep, tmp_path, progress=False)
     row, said = sheet(tmp_path)["A-h1"], (tmp_path / "table3.md").read_text(encoding="utf-8")
@@ -254,14 +254,14 @@ def test_with_one_seed_the_interval_is_over_sentences_and_the_report_says_so(tmp
     assert "interval over seeds" not in said
 
 
-def test_with_several_seeds_the_report_says_that_the_interval_is_over_them(whole: tuple[Path, Path]):
+def test_assess_takes_the_interval_over_seeds_with_several(whole: tuple[Path, Path]):
     said = (whole[1] / "table3.md").read_text(encoding="utf-8")
     assert "- 95% interval over seeds: Student's t" in said
     assert "interval over sentences" not in said
     assert "another seed may say otherwise" not in said
 
 
-def test_rows_and_trials_without_a_result_say_why(damaged: tuple[Path, Path]):
+def test_missing_gives_the_reason_for_rows_and_trials_without_a_result(damaged: tuple[Path, Path]):
     said = (damaged[1] / "table3.md").read_text(encoding="utf-8")
     rows = table(said, "BLEU")
     assert rows["A: 1 head"] == ["", "", "", "", "", "", "", "failed", "24.9", "-0.9", ""]
@@ -280,7 +280,7 @@ def test_rows_and_trials_without_a_result_say_why(damaged: tuple[Path, Path]):
     assert "<code>CUDA out of memory: 2 GiB | &#x27;x&#x27; of &lt;8&gt;</code>" in page
 
 
-def test_differences_are_over_the_seeds_that_both_have(damaged: tuple[Path, Path]):
+def test_assess_takes_differences_over_the_seeds_that_both_have(damaged: tuple[Path, Path]):
     sweep, reports = damaged
     rows = sheet(reports)
     base = {trial["seed"]: trial["metrics"]["test_bleu"] for trial in trials_of(sweep, "base")}
@@ -297,7 +297,7 @@ def test_differences_are_over_the_seeds_that_both_have(damaged: tuple[Path, Path
     assert rows["D-dropout0.0"]["interval_covers"] == "seeds"
 
 
-def test_without_base_the_table_comes_out_without_differences(tmp_path: Path):
+def test_write_report_without_base_has_no_differences(tmp_path: Path):
     sweep = write_sweep(tmp_path / "sweep", [1, 2], lambda sweep: spoil(sweep, "base", "failed", "loss is nan"))
     files = write_report(sweep, tmp_path, progress=False)
     assert all(file.stat().st_size for file in files)
@@ -308,7 +308,7 @@ def test_without_base_the_table_comes_out_without_differences(tmp_path: Path):
     assert "- base, seed 2: failed: `loss is nan`." in said
 
 
-def test_a_row_without_a_seed_of_bases_is_not_compared(tmp_path: Path):
+def test_assess_does_not_compare_a_row_without_a_seed_of_bases(tmp_path: Path):
     def part(sweep: dict) -> None:
         spoil(sweep, "base", "failed", "loss is nan", [1])
         spoil(sweep, "A-h1", "failed", "loss is nan", [2])
@@ -321,7 +321,7 @@ def test_a_row_without_a_seed_of_bases_is_not_compared(tmp_path: Path):
     assert rows["D-dropout0.0"]["interval_covers"] == "sentences"
 
 
-def test_base_alone_is_a_table_too(tmp_path: Path):
+def test_write_report_of_base_alone_is_a_table_too(tmp_path: Path):
     def only_base(sweep: dict) -> None:
         sweep.update(rows=sweep["rows"][:1], trials=sweep["trials"][:1])
 
@@ -329,7 +329,7 @@ def test_base_alone_is_a_table_too(tmp_path: Path):
     assert list(table(files[0].read_text(encoding="utf-8"), "BLEU")) == ["row", "base"]
 
 
-def test_the_csv_has_plain_numbers_and_a_row_for_each(whole: tuple[Path, Path]):
+def test_as_dict_has_plain_numbers_for_each_row_of_the_csv(whole: tuple[Path, Path]):
     sweep, reports = whole
     rows = sheet(reports)
     assert list(rows) == [row[0] for row in ROWS]
@@ -339,7 +339,7 @@ def test_the_csv_has_plain_numbers_and_a_row_for_each(whole: tuple[Path, Path]):
     assert rows["base"]["paper_params_millions"] == "65"
 
 
-def test_the_figure_is_a_png_of_a_readable_size_and_the_page_holds_it(whole: tuple[Path, Path]):
+def test_figure_is_a_png_of_readable_size_that_html_page_embeds(whole: tuple[Path, Path]):
     png = (whole[1] / "table3.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", png[16:24])
@@ -360,7 +360,7 @@ def panel(sweep: Path, axis: str) -> Any:
     return axes
 
 
-def test_a_panel_has_base_among_its_values_and_our_points_beside_the_papers(whole: tuple[Path, Path]):
+def test_draw_panel_has_base_among_its_values_and_our_points_by_the_papers(whole: tuple[Path, Path]):
     axes = panel(whole[0], "heads")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4\n(base)", "8"]
     assert axes.get_xlabel() == "heads h"
@@ -375,16 +375,16 @@ def test_a_panel_has_base_among_its_values_and_our_points_beside_the_papers(whol
     assert f"{ours:+.1f}" in [text.get_text() for text in axes.texts]
 
 
-def test_words_stand_after_base_in_a_panel(whole: tuple[Path, Path]):
+def test_draw_panel_puts_words_after_base(whole: tuple[Path, Path]):
     axes = panel(whole[0], "positions")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["sinusoidal\n(base)", "alibi"]
 
 
-def test_a_panel_says_what_has_no_result(damaged: tuple[Path, Path]):
+def test_draw_panel_names_what_has_no_result(damaged: tuple[Path, Path]):
     assert "failed" in [text.get_text() for text in panel(damaged[0], "heads").texts]
 
 
-def test_the_metrics_file_has_a_few_numbers_for_each_row(whole: tuple[Path, Path]):
+def test_write_report_puts_a_few_metrics_of_each_row_into_json(whole: tuple[Path, Path]):
     metrics = json.loads((whole[1] / "table3.json").read_text())
     assert metrics["rows"]["A-h1"]["test_bleu"] == statistics.fmean(bleus(whole[0], "A-h1"))
     assert metrics["rows"]["base"]["test_bleu_difference"] is None
@@ -404,7 +404,7 @@ def test_flops_are_written_as_in_the_papers_table_2(flops: float, expected: str,
     assert table(files[0].read_text(encoding="utf-8"), "Perplexity, size, cost")["base"][8] == expected
 
 
-def test_a_missing_or_damaged_sweep_is_an_error_that_says_what_to_do(tmp_path: Path):
+def test_read_sweep_names_what_is_missing_or_damaged_and_what_to_do(tmp_path: Path):
     path = tmp_path / "sweep/trials.json"
     with pytest.raises(ValueError, match=rf"^{path} does not exist: run the sweep first \(python -m sweeps.run\)$"):
         write_report(tmp_path / "sweep", tmp_path)
@@ -423,7 +423,7 @@ def test_a_missing_or_damaged_sweep_is_an_error_that_says_what_to_do(tmp_path: P
         write_report(sweep, tmp_path)
 
 
-def test_the_stage_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_main_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["report"])
     with pytest.raises(SystemExit):
@@ -431,7 +431,7 @@ def test_the_stage_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monke
     assert capsys.readouterr().err.startswith("report: data/sweep/trials.json does not exist: run the sweep first")
 
 
-def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
+def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     told: list = []
@@ -451,7 +451,7 @@ def test_the_stage_gives_its_files_to_the_sweeps_run_and_prints_the_table(
     assert f"a view of {('sqlite:///x.db', 'parent', axes, ('test_bleu', 'valid_averaged_ppl'))}" in printed
 
 
-def test_a_sweep_that_another_store_knows_is_reported_all_the_same(
+def test_report_sweep_reports_a_sweep_that_only_another_store_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

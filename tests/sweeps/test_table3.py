@@ -69,7 +69,7 @@ def by_id(settings: Settings, chosen: list[str] | tuple[str, ...] = NAMES, free:
 # --- the paper
 
 
-def test_on_the_papers_base_every_row_is_the_papers():
+def test_rows_on_the_papers_base_are_the_papers():
     base, found = preset("base"), by_id(preset("base"), PAPERS_GROUPS)
     assert list(found) == [line[0] for line in PAPER]
     for name, *sizes, _, _, _ in PAPER:
@@ -81,13 +81,13 @@ def test_on_the_papers_base_every_row_is_the_papers():
         assert found[name].skipped is None
 
 
-def test_big_is_the_preset_big_but_for_what_table_3_does_not_say():
+def test_rows_big_is_the_preset_big_but_for_what_table_3_leaves_out():
     big = apply(preset("base"), by_id(preset("base"))["big"])
     assert big.model == preset("big").model
     assert (big.train.max_steps, big.train.label_smoothing) == (300_000, 0.1)
 
 
-def test_what_the_paper_prints_is_beside_every_row_of_its():
+def test_rows_have_what_the_paper_prints():
     found = by_id(preset("mini"))
     for name, *_, ppl, bleu, params in PAPER:
         published = found[name].published
@@ -108,7 +108,7 @@ def num_parameters(settings: Settings) -> int:
         return sum(p.numel() for p in Transformer(settings.model.config(vocab_size=37_000)).parameters())
 
 
-def test_parameters_differ_from_base_as_in_table_3():
+def test_rows_differ_from_base_in_parameters_as_in_table_3():
     base, count = preset("base"), num_parameters(preset("base"))
     for row in rows(base, ["B", "layers", "d_ff"], {})[1:]:
         assert row.published is not None
@@ -122,7 +122,7 @@ def test_parameters_differ_from_base_as_in_table_3():
 # --- at other sizes
 
 
-def test_on_mini_every_row_is_scaled_by_the_papers_ratio():
+def test_rows_on_mini_are_scaled_by_the_papers_ratio():
     found = by_id(preset("mini"))  # 2 layers, d_model 128, d_ff 256, 4 heads of 32, 900 steps
     assert {row.label: dict(row.changes) for row in found.values() if row.skipped is None} == {
         "base": {},
@@ -161,7 +161,7 @@ def test_on_mini_every_row_is_scaled_by_the_papers_ratio():
     }
 
 
-def test_on_tiny_dropout_is_scaled_from_its_own():
+def test_rows_on_tiny_scale_its_own_dropout():
     found = by_id(preset("tiny"))  # dropout 0.3, 8,000 steps
     assert found["D-dropout0.0"].changes == {"model.dropout": 0.0}
     assert found["D-dropout0.2"].changes == {"model.dropout": 0.6}
@@ -170,7 +170,7 @@ def test_on_tiny_dropout_is_scaled_from_its_own():
 
 
 @given(st.integers(1, 40), st.integers(1, 99), st.integers(1, 40), st.integers(1, 33))
-def test_a_row_keeps_the_papers_ratios_or_is_skipped(num_heads: int, d_k: int, num_layers: int, hundredths: int):
+def test_rows_keep_the_papers_ratios_or_are_skipped(num_heads: int, d_k: int, num_layers: int, hundredths: int):
     sizes = {"num_heads": num_heads, "d_k": d_k, "num_layers": num_layers, "dropout": hundredths / 100}
     here = changed(preset("mini"), positions="none", **sizes)
     paper, papers_base, at_hand = by_id(preset("base"), PAPERS_GROUPS), flatten(preset("base")), flatten(here)
@@ -217,12 +217,12 @@ def test_a_row_keeps_the_papers_ratios_or_is_skipped(num_heads: int, d_k: int, n
         ({"dropout": 0.0}, "D-dropout0.2", "is the base itself"),
     ],
 )
-def test_a_row_that_cannot_be_run_says_why(changes, id, reason):
+def test_rows_that_cannot_run_have_the_reason(changes, id, reason):
     assert by_id(changed(preset("mini"), **changes))[id].skipped == reason
 
 
 @pytest.mark.parametrize("name", ["base", "mini", "tiny"])
-def test_a_row_changes_in_the_settings_what_it_says_and_nothing_else(name):
+def test_apply_changes_what_the_row_names_and_nothing_else(name):
     base = preset(name)
     before = flatten(base)
     for row in rows(base, NAMES, {"model.max_length": [89], "train.warmup_steps": [7]}):
@@ -231,7 +231,7 @@ def test_a_row_changes_in_the_settings_what_it_says_and_nothing_else(name):
             assert {key: value for key, value in after.items() if value != before[key]} == row.changes, row.id
 
 
-def test_every_row_builds_and_predicts_where_none_is_skipped():
+def test_apply_gives_settings_that_build_and_predict():
     torch.manual_seed(1)
     base = changed(preset("mini"), num_layers=3, num_heads=8)
     for row in rows(base, NAMES, {}):
@@ -264,16 +264,16 @@ def test_every_row_builds_and_predicts_where_none_is_skipped():
         (["norm", "E", "heads"], ["base", "A-h1", "A-h4", "A-h16", "A-h32", "E-learned", "norm-pre"]),
     ],
 )
-def test_groups_and_axes_choose_rows_in_the_order_of_the_paper(chosen, expected):
+def test_rows_are_chosen_by_group_and_axis_in_the_papers_order(chosen, expected):
     assert [row.id for row in rows(preset("base"), chosen, {})] == expected
 
 
-def test_group_c_is_its_three_axes():
+def test_rows_of_group_c_are_its_three_axes():
     axes = [row.id for row in rows(preset("base"), ["layers", "d_model", "d_ff"], {})]
     assert [row.id for row in rows(preset("base"), ["C"], {})] == axes
 
 
-def test_norm_is_the_other_norm():
+def test_rows_of_norm_have_the_other_norm():
     found = by_id(changed(preset("base"), norm="pre"), ["norm"])
     assert found["norm-post"].changes == {"model.norm": "post"}
     assert found["norm-post"].label == "norm post"
@@ -281,7 +281,7 @@ def test_norm_is_the_other_norm():
 
 
 @pytest.mark.parametrize("name", ["F", "base", "a", "attention", 3, None])
-def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+def test_rows_refuses_an_unknown_name_and_lists_the_known(name):
     message = (
         "each of sweep.rows must be one of A, B, C, D, E, big, heads, d_k, layers, d_model, d_ff, dropout, "
         f"label_smoothing, positions, norm, got {name!r}"
@@ -293,7 +293,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(name):
 # --- rows of one's own
 
 
-def test_every_combination_of_free_values_is_a_row_but_base():
+def test_rows_have_every_combination_of_free_values_but_base():
     found = rows(preset("mini"), [], {"model.d_ff": [64, 256], "model.dropout": [0, 0.1, 0.3]})
     assert [(row.id, row.label, row.changes) for row in found[1:]] == [
         (
@@ -313,7 +313,7 @@ def test_every_combination_of_free_values_is_a_row_but_base():
     assert {(row.group, row.axis, row.published, row.skipped) for row in found[1:]} == {("free", "free", None, None)}
 
 
-def test_more_free_values_and_settings_in_another_order_rename_no_row():
+def test_rows_keep_their_names_with_more_free_values_in_another_order():
     before = by_id(preset("mini"), [], {"train.warmup_steps": [7, 300], "model.d_ff": [64, 512]})
     after = by_id(
         preset("mini"), [], {"model.d_ff": [8, 512, 64], "model.d_k": [3, 32], "train.warmup_steps": [7, 300]}
@@ -323,14 +323,14 @@ def test_more_free_values_and_settings_in_another_order_rename_no_row():
     assert len(after) == 1 + 3 * 2 * 2
 
 
-def test_a_free_row_that_is_another_row_is_left_out():
+def test_rows_leave_out_a_free_row_that_is_another_row():
     free = {"model.dropout": [0.2, 0.4, 0.4], "model.positions": ["sinusoidal", "rotary"]}
     found = [row.id for row in rows(preset("mini"), ["dropout", "positions"], free)]
     assert found[-3:] == ["free-dropout0.2-positionsrotary", "free-dropout0.4", "free-dropout0.4-positionsrotary"]
     assert found[:-3] == [row.id for row in rows(preset("mini"), ["dropout", "positions"], {})]
 
 
-def test_a_combination_that_is_refused_is_skipped_and_the_others_stay():
+def test_rows_skip_a_combination_that_is_refused():
     found = by_id(preset("mini"), [], {"model.positions": ["rotary", "none"], "model.d_k": [7]})
     reason = "model.d_k is 7: rotary positions need an even number"
     assert [row.skipped for row in found.values()] == [None, reason, None]
@@ -338,7 +338,7 @@ def test_a_combination_that_is_refused_is_skipped_and_the_others_stay():
 
 
 @pytest.mark.parametrize("name", ["base", "mini"])
-def test_ids_are_safe_in_a_files_name(name):
+def test_rows_have_ids_that_are_safe_in_a_files_name(name):
     free = {"train.eps": [1e-12, 1e-7], "model.positions": ["rotary"], "train.beta2": [0.98, 0.997]}
     for id in by_id(preset(name), NAMES, free):
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", id)
@@ -368,12 +368,12 @@ SHARED = (
         ),
     ],
 )
-def test_a_free_setting_that_is_not_to_be_is_refused(free, message):
+def test_rows_refuses_a_free_setting_of_another_section_or_type(free, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         rows(preset("mini"), [], free)
 
 
-def test_an_unknown_free_setting_is_refused_with_those_that_there_are():
+def test_rows_refuses_an_unknown_free_setting_and_lists_the_known():
     message = (
         r"^each key of sweep.free must be one of model.num_layers, .*, train.average_checkpoints, got 'model.colour'$"
     )

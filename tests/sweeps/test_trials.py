@@ -62,7 +62,7 @@ def first(root: Path) -> Trial:
 # --- which trials there are
 
 
-def test_every_row_that_can_be_built_runs_with_every_seed(root):
+def test_load_sweep_has_every_row_that_can_be_built_with_every_seed(root):
     sweep = sweep_with(root, rows=["A", "d_k"], seeds=[3, 5, 7])
     rows = ["base", "A-h1", "A-h4", "A-h16", "A-h32", "B-dk16", "B-dk32"]
     assert [row.id for row in sweep.rows] == rows
@@ -71,14 +71,14 @@ def test_every_row_that_can_be_built_runs_with_every_seed(root):
     assert sweep.trials[6].name == "A: 4 heads, seed 3"
 
 
-def test_every_trial_has_a_folder_and_a_key_of_its_own(root):
+def test_load_sweep_gives_every_trial_a_folder_and_a_key_of_its_own(root):
     trials = load_sweep(root).trials
     assert len({trial.folder for trial in trials}) == len({trial.key for trial in trials}) == len(trials) == 14
     assert all(trial.folder.parent == root / "checkpoints" for trial in trials)
     assert all(trial.folder.name.startswith(f"grammar-nano-{trial.seed}-") for trial in trials)
 
 
-def test_a_row_that_cannot_be_built_has_no_trial(root):
+def test_load_sweep_has_no_trial_of_a_row_that_cannot_be_built(root):
     edit(root, "conf/model/nano.yaml", "model", num_heads=4, d_k=16, d_v=16)
     sweep = load_sweep(root)
     skipped = {row.id: row.skipped for row in sweep.rows if row.skipped}
@@ -86,7 +86,7 @@ def test_a_row_that_cannot_be_built_has_no_trial(root):
     assert "A-h1" not in {trial.row.id for trial in sweep.trials}
 
 
-def test_of_rows_with_equal_settings_the_first_runs_and_the_other_names_it(root):
+def test_load_sweep_runs_the_first_of_rows_with_equal_settings(root):
     edit(root, "conf/model/nano.yaml", "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
     edit(root, "conf/model/nano.yaml", "train", max_steps=100)
     big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [300, 299]}
@@ -97,7 +97,7 @@ def test_of_rows_with_equal_settings_the_first_runs_and_the_other_names_it(root)
     assert [trial.row.group for trial in sweep.trials] == ["base", "base", "big", "big", "free", "free"]
 
 
-def test_the_base_is_the_sweeps_model_with_its_own_averaging_and_cpus(root):
+def test_load_sweep_takes_base_with_the_sweeps_averaging_and_cpus(root):
     sweep = sweep_with(root, model="tiny", average_checkpoints=3, cpus_per_worker=2)
     base = sweep.base
     plain = load_settings(root, model="tiny")
@@ -109,7 +109,7 @@ def test_the_base_is_the_sweeps_model_with_its_own_averaging_and_cpus(root):
     assert sweep_with(root, cpus_per_worker=0).base.hardware.cpus_per_worker == 7
 
 
-def test_more_workers_reach_the_rows_that_they_are_for_by_axis_before_group(root):
+def test_load_sweep_gives_rows_their_workers_by_axis_before_group(root):
     edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2)
     found = workers(sweep_with(root, rows=["A", "B", "C"], num_workers={"B": 3, "C": 5, "d_ff": 7}))
     assert found == {
@@ -120,7 +120,7 @@ def test_more_workers_reach_the_rows_that_they_are_for_by_axis_before_group(root
     }
 
 
-def test_workers_for_a_row_that_nobody_knows_are_an_error(root):
+def test_load_sweep_refuses_workers_for_an_unknown_row(root):
     message = "each key of sweep.num_workers must be one of A, B, C, D, E, big, heads, d_k, layers, "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         sweep_with(root, num_workers={"heads": 2, "head": 3})
@@ -129,7 +129,7 @@ def test_workers_for_a_row_that_nobody_knows_are_an_error(root):
 # --- which results count
 
 
-def test_a_record_is_found_again_and_by_its_own_trial_alone(root):
+def test_record_is_found_by_its_own_trial_alone(root):
     trial, other = load_sweep(root).trials[:2]
     assert trial.record() is None
     trial.write_record({"status": "finished", "metrics": {"test_bleu": 31.7}})
@@ -137,7 +137,7 @@ def test_a_record_is_found_again_and_by_its_own_trial_alone(root):
     assert other.record() is None
 
 
-def test_a_record_of_another_key_counts_for_nothing(root):
+def test_record_of_another_key_is_none(root):
     trial = first(root)
     trial.write_record({"status": "finished"})
     edit(root, "params.yaml", "evaluate", beam=13)
@@ -148,7 +148,7 @@ def test_a_record_of_another_key_counts_for_nothing(root):
     assert first(root).record() is not None
 
 
-def test_a_record_that_is_damaged_counts_for_nothing(root):
+def test_record_that_is_damaged_is_none(root):
     trial = first(root)
     trial.write_record({"status": "finished"})
     path = trial.folder / "trial.json"
@@ -160,7 +160,7 @@ def test_a_record_that_is_damaged_counts_for_nothing(root):
 @pytest.mark.parametrize(
     ("key", "value"), [("beam", 13), ("alpha", 1.1), ("max_extra", 7), ("engine", "ctranslate2-int8")]
 )
-def test_another_search_is_another_result_of_the_same_training(root, key, value):
+def test_result_key_changes_with_the_search_the_training_stays(root, key, value):
     before = load_sweep(root)
     edit(root, "params.yaml", "evaluate", **{key: value})
     after = load_sweep(root)
@@ -201,7 +201,7 @@ def test_evaluation_code_is_what_evaluation_imports_but_for_what_decides_no_scor
     "file",
     [*EVALUATION_CODE, *(f"data/clean/{split}.{code}" for split in ("test", "valid") for code in ("en", "de"))],
 )
-def test_result_key_changes_with_texts_and_the_code_of_scoring_the_training_stays(root, file):
+def test_result_key_changes_with_texts_and_scoring_code_the_training_stays(root, file):
     before = load_sweep(root)
     with (root / file).open("a") as changed:
         changed.write("EXTRA = 1\n")
@@ -218,7 +218,7 @@ def test_result_key_ignores_comments(root):
     assert keys(load_sweep(root)) == before
 
 
-def test_where_and_on_how_many_workers_a_trial_runs_changes_no_key(root):
+def test_result_key_ignores_where_and_on_how_many_workers_a_trial_runs(root):
     before = load_sweep(root)
     edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2, device="cpu", max_failures=11)
     edit(root, "params.yaml", "evaluate", batch_tokens=97, num_samples=1)
@@ -228,13 +228,13 @@ def test_where_and_on_how_many_workers_a_trial_runs_changes_no_key(root):
     assert [trial.folder for trial in after.trials] == [trial.folder for trial in before.trials]
 
 
-def test_a_sweep_is_no_trial_of_its_own_in_mlflow(root):
+def test_run_key_of_a_sweep_is_none_of_its_trials(root):
     sweep = sweep_with(root, seeds=[0, 1])
     names = [sweep.run_key, *(trial.run_key for trial in sweep.trials)]
     assert len(set(names)) == len(names) == 1 + 14
 
 
-def test_another_search_has_other_runs_in_mlflow_of_the_same_training(root):
+def test_run_key_changes_with_the_search_the_folder_stays(root):
     before = load_sweep(root)
     edit(root, "params.yaml", "evaluate", beam=1)
     after = load_sweep(root)
@@ -243,7 +243,7 @@ def test_another_search_has_other_runs_in_mlflow_of_the_same_training(root):
     assert after.trials[0].folder == before.trials[0].folder
 
 
-def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(root):
+def test_run_key_of_a_sweep_stays_with_more_rows_and_seeds(root):
     before = load_sweep(root)
     free = {"model.d_ff": [97], "train.warmup_steps": [31, 250]}
     after = sweep_with(root, rows=["positions", "d_k", "A"], seeds=[7, 5, 3], free=free)
@@ -255,7 +255,7 @@ def test_more_rows_and_seeds_leave_the_sweep_and_the_other_trials_as_they_are(ro
 
 
 @pytest.mark.parametrize("change", ["base", "data", "model/transformer.py", "pipeline/training/loop.py"])
-def test_another_base_other_data_and_other_code_are_another_sweep(root, change):
+def test_run_key_of_a_sweep_changes_with_base_data_and_code(root, change):
     before = load_sweep(root)
     if change == "base":
         edit(root, "conf/model/nano.yaml", "train", lr_scale=0.7)
@@ -269,7 +269,7 @@ def test_another_base_other_data_and_other_code_are_another_sweep(root, change):
     assert not set(keys(before).values()) & set(keys(after).values())
 
 
-def test_the_seed_of_params_yaml_is_not_the_sweeps(root):
+def test_run_key_of_a_sweep_ignores_the_seed_of_params_yaml(root):
     before = load_sweep(root)
     path = root / "params.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 97}))

@@ -62,7 +62,7 @@ KEYS = [f"{section}.{key}" for _, section, key, _ in FIELDS]
 
 
 @pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
-def test_a_missing_value_is_named_with_its_file(root, kind, section, key, of_type):
+def test_load_settings_names_a_missing_value_and_its_file(root, kind, section, key, of_type):
     path = edit(root, kind, section, key)
     if section == "download" and key not in ("corpus", "src", "tgt"):  # of the corpus that is generated
         refused(root, f"{path}: download.{key} must be >= 1, got None")
@@ -75,7 +75,7 @@ COLLECTIONS = {list: "a list", dict: "`name: value` lines, or {}"}
 
 
 @pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
-def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(root, kind, section, key, of_type):
+def test_load_settings_names_a_value_of_the_wrong_type_and_what_it_must_be(root, kind, section, key, of_type):
     if get_origin(of_type) is Literal:
         allowed = f"one of {', '.join(get_args(of_type))}"
     elif get_origin(of_type) in COLLECTIONS:
@@ -105,12 +105,12 @@ def test_a_value_of_the_wrong_type_is_named_with_its_file_and_what_is_needed(roo
         ("num_workers", {"big": [4]}, "sweep.num_workers.big must be a whole number, got [4]"),
     ],
 )
-def test_what_is_of_the_wrong_type_inside_a_list_or_section_is_named(root, key, value, fault):
+def test_load_settings_names_what_has_the_wrong_type_inside_a_list(root, key, value, fault):
     path = edit(root, "params", "sweep", key, value)
     refused(root, f"{path}: {fault}")
 
 
-def test_the_number_of_workers_is_one_or_a_range(root):
+def test_hardware_num_workers_is_one_number_or_a_range(root):
     for value, least, most in ((3, 3, 3), ([2, 5], 2, 5)):
         edit(root, "hardware", "hardware", "num_workers", value)
         hardware = load_settings(root).hardware
@@ -119,7 +119,7 @@ def test_the_number_of_workers_is_one_or_a_range(root):
     refused(root, f"{path}: hardware.num_workers must be a whole number, got '5'")
 
 
-def test_lists_and_sections_arrive_with_values_of_every_type(root):
+def test_load_settings_reads_lists_and_sections_of_every_type(root):
     edit(root, "params", "sweep", "seeds", [5, 3])
     edit(root, "params", "sweep", "rows", [])
     free = {"model.d_ff": [64, 256], "model.positions": ["none"], "train.beta1": [0.5]}
@@ -130,14 +130,14 @@ def test_lists_and_sections_arrive_with_values_of_every_type(root):
 
 
 @pytest.mark.parametrize(("kind", "section"), [(kind, section) for kind in SECTIONS for section in SECTIONS[kind]])
-def test_an_unknown_key_is_named_with_those_that_there_are(root, kind, section):
+def test_load_settings_names_an_unknown_key_and_lists_the_known(root, kind, section):
     path = edit(root, kind, section, "colour", 3)
     known = ", ".join(sorted(field.name for field in fields(SECTIONS[kind][section])))
     refused(root, f"{path}: {section}.colour is unknown: it must be one of {known}")
 
 
 @pytest.mark.parametrize("kind", SECTIONS)
-def test_a_section_that_is_unknown_missing_or_no_section_is_named(root, kind):
+def test_load_settings_names_a_section_that_is_unknown_missing_or_none(root, kind):
     section = next(iter(SECTIONS[kind]))
     path = edit(root, kind, "", section, 3)
     refused(root, f"{path}: {section} must be a section of `key: value` lines, got 3")
@@ -208,12 +208,12 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(
     ("kind", "section", "key", "value", "allowed"), IMPOSSIBLE, ids=[f"{i[1]}.{i[2]}={i[3]}" for i in IMPOSSIBLE]
 )
-def test_an_impossible_value_is_named_with_its_file_and_what_is_allowed(root, kind, section, key, value, allowed):
+def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, kind, section, key, value, allowed):
     path = edit(root, kind, section, key, value)
     refused(root, f"{path}: {section}{'.' if section else ''}{key} must be {allowed}, got {value!r}")
 
 
-def test_a_row_cannot_have_no_workers_nor_a_setting_no_values(root):
+def test_load_settings_refuses_a_row_without_workers_or_values(root):
     path = edit(root, "params", "sweep", "num_workers", {"heads": 2, "d_k": 0})
     refused(root, f"{path}: sweep.num_workers.d_k must be >= 1, got 0")
     edit(root, "params", "sweep", "num_workers", {})
@@ -221,7 +221,7 @@ def test_a_row_cannot_have_no_workers_nor_a_setting_no_values(root):
     refused(root, f"{path}: sweep.free.model.d_ff must be a list of one value or more, got []")
 
 
-def test_trials_of_a_table_are_not_ended_early_those_of_free_may_be(root):
+def test_load_settings_refuses_asha_for_rows_and_takes_it_for_free(root):
     edit(root, "params", "sweep", "rows", ["heads"])
     edit(root, "params", "sweep", "free", {"model.d_ff": [64]})
     path = edit(root, "params", "sweep", "scheduler", "asha")
@@ -236,19 +236,19 @@ def test_trials_of_a_table_are_not_ended_early_those_of_free_may_be(root):
 
 @pytest.mark.parametrize(("kind", "section", "key"), [f[:3] for f in FIELDS if f[3] is float])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_is_finite(root, kind, section, key, value):
+def test_load_settings_refuses_numbers_that_are_not_finite(root, kind, section, key, value):
     path = edit(root, kind, section, key, value)
     refused(root, f"{path}: {section}.{key} must be a number, got {value!r}")
 
 
-def test_only_the_grammar_has_a_seed_and_sizes(root):
+def test_load_settings_refuses_a_seed_and_sizes_but_for_grammar(root):
     path = edit(root, "data", "download", "corpus", "multi30k")
     refused(root, f"{path}: download.seed must be left out (only grammar is generated), got 2017")
 
 
 @pytest.mark.parametrize("kind", PRESETS)
 @pytest.mark.parametrize("name", ["huge", 7, None, "../model"])
-def test_an_unknown_preset_is_named_with_those_that_there_are(root, kind, name):
+def test_load_settings_names_an_unknown_preset_and_lists_the_known(root, kind, name):
     path = edit(root, "params", "", kind, name)
     folder = root / "conf" / kind
     known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
@@ -264,7 +264,7 @@ def test_an_unknown_preset_is_named_with_those_that_there_are(root, kind, name):
         (b"- 3", " must hold sections of `key: value` lines"),
     ],
 )
-def test_a_file_that_is_no_settings_file_is_named(root, content, message):
+def test_load_settings_names_a_file_that_is_no_settings_file(root, content, message):
     (root / "params.yaml").write_bytes(content)
     with pytest.raises(
         ValueError, match="^" + re.escape(f"{root / 'params.yaml'}") + " ?" + re.escape(message.strip())
@@ -272,14 +272,14 @@ def test_a_file_that_is_no_settings_file_is_named(root, content, message):
         load_settings(root)
 
 
-def test_a_missing_file_says_where_to_run(tmp_path):
+def test_load_settings_tells_where_to_run_if_params_yaml_is_missing(tmp_path):
     refused(tmp_path, f"{tmp_path / 'params.yaml'} does not exist: run from the project's root folder")
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-09", 1e-9), ("1e-9", 1e-9), ("1.0e-9", 1e-9), ("2E+3", 2e3), ("1", 1)]
 )
-def test_numbers_are_read_as_dvc_writes_and_reads_them(root, text, value):
+def test_load_settings_reads_numbers_as_dvc_writes_them(root, text, value):
     path = file_of(root, "model")
     path.write_text(re.sub(r"\beps: \S+", f"eps: {text}", path.read_text()))
     assert load_settings(root).train.eps == value
@@ -289,12 +289,12 @@ PRESET_FILES = [(kind, path.stem) for kind in PRESETS for path in sorted((REPOSI
 
 
 @pytest.mark.parametrize(("kind", "name"), PRESET_FILES)
-def test_every_preset_loads(root, kind, name):
+def test_load_settings_reads_every_preset(root, kind, name):
     edit(root, "params", "", kind, name)
     assert getattr(load_settings(root), f"{kind}_name") == name
 
 
-def test_another_model_than_that_of_params_yaml_can_be_asked_for(root):
+def test_load_settings_takes_another_model_than_params_yaml(root):
     edit(root, "params", "", "model", "tiny")
     own, other = load_settings(root), load_settings(root, model="nano")
     values = yaml.safe_load((root / "conf/model/nano.yaml").read_text())
@@ -305,11 +305,11 @@ def test_another_model_than_that_of_params_yaml_can_be_asked_for(root):
         load_settings(root, model="huge")
 
 
-def test_every_folder_of_presets_is_a_kind():
+def test_presets_are_the_folders_of_conf():
     assert sorted(path.name for path in (REPOSITORY / "conf").iterdir()) == sorted(PRESETS)
 
 
-def test_every_value_stands_in_exactly_one_of_the_files_that_are_read():
+def test_load_settings_finds_every_value_in_exactly_one_file():
     files = [file_of(REPOSITORY, kind) for kind in SECTIONS]
     found = [
         f"{section}.{key}"
@@ -322,7 +322,7 @@ def test_every_value_stands_in_exactly_one_of_the_files_that_are_read():
     assert set(found) == {key for key in flatten(load_settings(REPOSITORY)) if "." in key}
 
 
-def test_no_field_has_a_default_that_a_file_could_contradict():
+def test_settings_have_no_default_that_a_file_could_contradict():
     defaults = {
         f"{section}.{field.name}": field.default
         for sections in SECTIONS.values()
@@ -334,7 +334,7 @@ def test_no_field_has_a_default_that_a_file_could_contradict():
     assert defaults == {f"download.{key}": None for key in generated_only}
 
 
-def test_the_files_values_arrive(root):
+def test_load_settings_has_the_files_values(root):
     edit(root, "model", "model", "d_k", 37)
     edit(root, "params", "evaluate", "alpha", 1)
     settings = load_settings(root)
@@ -342,7 +342,7 @@ def test_the_files_values_arrive(root):
     assert settings.model.config(vocab_size=101).d_k == 37
 
 
-def test_a_changed_copy_is_checked_too():
+def test_settings_check_a_changed_copy_too():
     with pytest.raises(ValueError, match=r"seed must be in .*got -3"):
         replace(load_settings(REPOSITORY), seed=-3)
 
@@ -362,13 +362,13 @@ def attributes_read(folders: tuple[str, ...]) -> set[str]:
     return names
 
 
-def test_every_setting_is_read_by_the_code():
+def test_settings_are_all_read_by_the_code():
     read = attributes_read(("model", "pipeline", "sweeps"))
     keys = {key for _, _, key, _ in FIELDS} | {"seed"}
     assert keys <= read, f"no code reads {sorted(keys - read)}"
 
 
-def test_the_settings_are_printed_with_their_files(root):
+def test_settings_command_prints_all_with_their_files(root):
     command = [sys.executable, "-m", "pipeline.settings"]
     printed = subprocess.run(
         command, cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True
@@ -380,7 +380,7 @@ def test_the_settings_are_printed_with_their_files(root):
     assert len(lines) == len(flatten(load_settings(root)))
 
 
-def test_a_fault_is_one_line_and_exit_code_1(root):
+def test_settings_command_ends_with_one_line_for_a_fault(root):
     edit(root, "params", "evaluate", "beam", 0)
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.settings"],
