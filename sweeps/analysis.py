@@ -1,6 +1,6 @@
-"""The rows of a sweep beside base and beside the paper: means over seeds, differences, how sure they are.
+"""The rows of a sweep compared with base and with the paper: means over seeds, differences, their uncertainty.
 
-Read from data/sweep: trials.json, references.txt and the translations, as sweeps/run.py leaves them.
+Read from data/sweep: trials.json, references.txt and the translations, as sweeps/run.py writes them.
 """
 
 import json
@@ -87,7 +87,7 @@ class RowResult:
 
     @property
     def agreement(self) -> Literal["as the paper", "against the paper", "open"] | None:
-        """Has the paper's difference the sign of ours? Open if either is unclear or zero, None if one is missing."""
+        """Whether the paper's difference has our sign. Open if either is unclear or zero, None if one is missing."""
         if not self.paper or self.paper.bleu_difference is None or not self.comparison:
             return None
         if not self.is_significant or self.paper.bleu_difference == 0:
@@ -267,5 +267,5 @@ def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, flo
 
 
 def covered(rows: Sequence[RowResult]) -> list[str]:
-    """Which chances the intervals are about: "seeds", "sentences"."""
+    """The sources of chance that the intervals cover: "seeds", "sentences"."""
     return sorted({row.comparison.interval.covers for row in rows if row.comparison})

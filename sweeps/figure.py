@@ -1,4 +1,4 @@
-"""The report's figure: one panel for each axis of Table 3, our points with intervals beside the paper's."""
+"""The figure of the report: one panel for each axis of Table 3, our points with intervals and the paper's."""
 
 import io
 import textwrap
@@ -30,7 +30,7 @@ APART = 0.15  # our points from the paper's, of the distance between two categor
 
 
 def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
-    """PNG: a panel for each axis, our differences from base with their intervals beside the paper's."""
+    """A PNG with a panel for each axis: our differences from base with their intervals, and the paper's."""
     base, *others = rows
     axes = list(dict.fromkeys(row.axis for row in others)) or ["no rows but base"]
     columns = min(2, len(axes))  # with more, the letters are too small at a page's width

@@ -1,4 +1,4 @@
-"""The report's words and tables, as Markdown and as one HTML page."""
+"""The text and tables of the report, as Markdown and as one HTML page."""
 
 import base64
 import html
@@ -112,7 +112,7 @@ def _millions(value: dict[str, Any]) -> str:
 
 
 def _amount(value: float | None) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     return "" if value is None else format(value, ",.0f" if value >= 100 else ".3g")
 
 
@@ -210,7 +210,7 @@ ALT = "Differences from base in BLEU, ours and the paper's, one panel for each a
 
 
 def markdown(sections: Sequence[Section], image: str) -> str:
-    """`image` is the figure's file name, beside the document."""
+    """The report as Markdown; `image` is the figure's file name, in the same folder."""
     blocks = []
     for level, section in enumerate(sections):
         blocks.append(f"{'##' if level else '#'} {section.title}")
@@ -224,7 +224,7 @@ def markdown(sections: Sequence[Section], image: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Columns are padded, so that it reads well as it stands, too."""
+    """A Markdown table with padded columns, which also reads well as plain text."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [

@@ -59,7 +59,7 @@ LOOK_INTERVAL_S = 1.0
 
 
 def run_sweep(root: Path) -> None:
-    """Raises ValueError or OSError with one line for what a user can mend."""
+    """The stage. Raises ValueError or OSError with one line for what a user can mend."""
     workspace = open_workspace(load_settings(root), root)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
@@ -88,7 +88,7 @@ def run_sweep(root: Path) -> None:
 
 
 def _run_trials(sweep: SweepPlan, to_run: list[Trial], workspace: Workspace, parent: str) -> None:
-    """Plan them, say so, run them: as many at once as the cluster has room for. Raises ValueError if it has none."""
+    """Print the plan and run the trials, as many at once as there is room for. Raises ValueError if there is none."""
     slots = {resources: _num_concurrent(resources) for resources in {_resources_of(trial) for trial in to_run}}
     if len({resources.use_gpu for resources in slots}) > 1:
         raise ValueError(
@@ -160,8 +160,8 @@ def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) ->
     scheduler = None
     asha = trials[0].settings.sweep.scheduler == "asha"
     if asha:
-        # Not by Tune's count of reports, which begins anew after a kill. The last trials are not ended at their last
-        # step: they still have to be evaluated.
+        # Not by Tune's count of reports, which starts at zero after a kill. The last trials are not ended at their
+        # last step: they still have to be evaluated.
         train = trials[0].settings.train
         max_steps = max(trial.settings.train.max_steps for trial in trials)
         scheduler = RecordingASHA(
@@ -195,12 +195,12 @@ def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) ->
         elif trial.record() is None:
             reason = str(result.error or "no reason given").strip().splitlines()[-1]
             _end(trial, "failed", f"the trial's process died: {reason}", workspace)
-    shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: what counts stands in the trials' folders
+    shutil.rmtree(folder, ignore_errors=True)  # Tune's own state: results are in the trials' folders
 
 
 class RecordingASHA(ASHAScheduler):
-    """ASHA that knows which trials it has ended, {trial: why}. They themselves cannot say so: they see their workers
-    die, or are gone at once."""
+    """ASHA that records the trials it has ended, {trial: reason}. They cannot do so themselves: they only see their
+    workers die, or die at once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -247,7 +247,7 @@ def run_trial(
 
 
 def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict[str, Any]:
-    """The record of a trial that comes to its end."""
+    """Run a trial; returns its record."""
     started = time.time()
     tags = {
         "mlflow.runName": trial.name,
@@ -314,7 +314,7 @@ def evaluate_trial(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[
 
 
 def _cost(trial: Trial, root: Path) -> dict[str, Any]:
-    """What training has taken, killed attempts too."""
+    """What training has cost, killed attempts included."""
     used = total_usage(trial.folder)
     return {
         "attempts": used.attempts,

@@ -1,4 +1,4 @@
-"""How sure a difference in BLEU is: intervals, sacreBLEU's paired test, Holm's correction. Pure functions.
+"""The uncertainty of a difference in BLEU: intervals, sacreBLEU's paired test, Holm's correction. Pure functions.
 
 Chance has two parts here. Training again with another seed gives another model; and the test set could have held
 other sentences. `seed_interval` is about the first, `sentence_interval` and `paired_p` about the second.

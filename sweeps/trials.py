@@ -1,4 +1,4 @@
-"""The trials of a sweep: every row with every seed, each with all that it runs with, and what it has left."""
+"""The trials of a sweep: every row with every seed, with settings, identity and record."""
 
 import hashlib
 import json
@@ -35,10 +35,10 @@ directly or not. WEIGHTS_CODE is in the run's key; tests/sweeps/test_trials.py l
 
 @dataclass(frozen=True)
 class Trial:
-    """One row with one seed: a training run and its evaluation, which leave `record` in the run's folder.
+    """One row with one seed: a training run and its evaluation, whose `record` is in the run's folder.
 
-    `key` stands for all that decides the result; a record with another key counts for nothing. `run_key` finds its
-    run in MLflow: training and search, as one training that is searched with two beams has two results.
+    `key` is a digest of all that decides the result; a record with another key is ignored. `run_key` finds its run in
+    MLflow: training and search, because one training that is searched with two beams has two results.
     """
 
     row: Row
@@ -60,7 +60,7 @@ class Trial:
         write_json(self.folder / "trial.json", {"key": self.key, **record})
 
     def record(self) -> dict[str, Any] | None:
-        """What the trial came to, {"status", "error", "metrics", ...}; None if it has come to nothing yet."""
+        """The result of the trial, {"status", "error", "metrics", ...}; None if there is none yet."""
         path = self.folder / "trial.json"
         try:
             with as_os_error(path):
@@ -72,10 +72,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All rows, those too that are left out (`skipped` says why), and the trials of the others.
+    """All rows, skipped ones (with the reason in `skipped`) included, and the trials of the others.
 
-    `run_key` finds its run in MLflow; it stands for data, code, base and search: rows and seeds may be added to a
-    sweep, and it stays the same.
+    `run_key` finds its run in MLflow. It depends on data, code, base and search alone: rows and seeds may be added to
+    a sweep.
     """
 
     base: Settings

@@ -1,5 +1,5 @@
-"""Outputs that are there whole or not at all: written under a temporary name, renamed when complete. A store renames
-nothing, but takes a file as a whole."""
+"""Outputs that exist whole or not at all: written under a temporary name, renamed when complete. A store cannot
+rename, but takes a file as a whole."""
 
 import csv
 import errno
@@ -65,12 +65,12 @@ def _upload(source: Path, target: AnyPath) -> None:
 
 
 def write_text(target: AnyPath, text: str) -> None:
-    """UTF-8, with "\\n" at line ends on every system; missing parent folders are made."""
+    """Write UTF-8 with "\\n" at line ends on every system; missing parent folders are created."""
     write_bytes(target, text.encode())
 
 
 def write_bytes(target: AnyPath, content: bytes) -> None:
-    """Missing parent folders are made."""
+    """Write a file; missing parent folders are created."""
     if not isinstance(target, Path):
         with as_os_error(target):
             target.write_bytes(content)
@@ -95,7 +95,7 @@ def write_csv(target: AnyPath, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A header and a line for each row; all rows have the columns of the first. Empty if there is none."""
+    """CSV with a header and a line for each row; all rows have the columns of the first. Empty if there is none."""
     if not rows:
         return ""
     text = io.StringIO()
@@ -123,7 +123,7 @@ def read_sums(folder: AnyPath) -> dict[str, str]:
 
 @contextmanager
 def name_enospc(path: Path) -> Iterator[None]:
-    """A full disk's error comes without a file name: raise it again with `path` and with the way out."""
+    """Add `path` and the way out to the error of a full disk, which comes without a file name."""
     try:
         yield
     except OSError as error:

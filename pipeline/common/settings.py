@@ -1,6 +1,6 @@
-"""What to run: params.yaml and the presets of conf/ that it names, as typed and checked sections.
+"""The settings of a run: params.yaml and the presets of conf/ that it names, as typed and checked sections.
 
-Every value stands in exactly one file, so no edit is shadowed by another: params.yaml names a preset of
+Every value is in exactly one file, so no edit is shadowed by another: params.yaml names a preset of
 conf/data, conf/model and conf/hardware, and holds what belongs to none of them. `python -m pipeline.settings`
 prints all values with the file that each comes from.
 """
@@ -35,7 +35,7 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """Which corpus: a name of pipeline/data/catalog.py, "grammar" or "files"; for "grammar" its seed and sizes."""
+    """The corpus: a name of pipeline/data/catalog.py, "grammar" or "files"; for "grammar" its seed and sizes."""
 
     corpus: str
     src: str  # language codes
@@ -57,7 +57,7 @@ class Download:
 
 @dataclass(frozen=True, kw_only=True)
 class Validate:
-    """When a pair is dropped, and how many may be."""
+    """The limits beyond which a pair is dropped, and how many pairs may be."""
 
     max_words: int
     max_length_ratio: float
@@ -147,9 +147,8 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """On what training runs. Of these only precision and micro_batch_tokens make it another run: device and compile
-    change rounding, and which of the numbers dropout draws, the rest nothing that a step computes but the order of
-    sums."""
+    """The devices that training runs on. Only `precision` and `micro_batch_tokens` are part of a run's identity:
+    `device` and `compile` change rounding and which numbers dropout draws, the others the order of sums alone."""
 
     num_workers: int | list[int]
     device: Literal["auto", "cpu", "gpu"]
@@ -173,7 +172,7 @@ class Hardware:
 
     @property
     def min_workers(self) -> int:
-        """Training goes on as long as so many can run."""
+        """Training goes on as long as this many can run."""
         return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
 
     @property
@@ -183,7 +182,7 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """The search of section 6.1: beam, alpha, the longest output; and by what it is done."""
+    """The search of section 6.1: beam, alpha, the longest output; and its engine."""
 
     beam: int
     alpha: float
@@ -208,7 +207,7 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Which rows of Table 3 (and others) run with which seeds, on which base model; see sweeps/."""
+    """The rows of Table 3 (and others) that run, their seeds and base model; see sweeps/."""
 
     model: str  # a preset of conf/model
     rows: list[str]

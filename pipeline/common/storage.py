@@ -1,9 +1,9 @@
-"""Where checkpoints, shared data and MLflow's runs lie: on this machine, where all nodes see them, or in a store.
+"""Where checkpoints, shared data and MLflow's runs are: on this machine, where all nodes see them, or in a store.
 
 RUN_STORAGE names it: an absolute path of a shared file system, or a URI that fsspec reads, such as s3://bucket/runs;
-without it, it is the project's own folder. A `AnyPath` is a pathlib.Path, or for a URI a UPath, which has the same
-methods; what the two do differently is here, in atomic_io.py, periodic.py and run.py. The way to a store and the
-right to read it come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
+without it, it is the project's own folder. An `AnyPath` is a pathlib.Path, or for a URI a UPath, which has the same
+methods; what the two do differently is here, in atomic_io.py, periodic.py and run.py. Addresses and credentials of a
+store come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
 """
 
 import hashlib
@@ -26,13 +26,14 @@ AnyPath: TypeAlias = Union[Path, "UPath"]
 T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
 PATIENCE_S = 600
+"""How long a store may be away."""
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
 """Libraries below fsspec, some of whose errors it lets through."""
 
 
 def run_storage(root: Path) -> AnyPath:
-    """What RUN_STORAGE names, else `root`. Raises ValueError for a path that depends on where one is, and for a kind
-    of store that nothing installed here can read."""
+    """The folder that RUN_STORAGE names, else `root`. Raises ValueError for a relative path, and for a kind of store
+    that no installed library can read."""
     uri = os.environ.get(RUN_STORAGE_ENV)
     if not uri:
         return root.resolve()
@@ -51,17 +52,19 @@ def run_storage(root: Path) -> AnyPath:
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the file mlflow.db in `root`: absolute, for Ray's workers run elsewhere."""
+    """MLFLOW_TRACKING_URI, else mlflow.db in `root` by its absolute path: Ray's workers run in other folders.
+
+    It is not in pipeline/tracking, because to import MLflow takes seconds."""
     return os.environ.get(TRACKING_URI_ENV) or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
 def is_absolute(uri: str) -> bool:
-    """Whether it names the same place wherever one is: a URI, or a path from the root."""
+    """Whether it names the same place in every working folder: a URI, or an absolute path."""
     return "://" in uri or Path(uri).is_absolute()
 
 
 def run_storage_is_set() -> bool:
-    """Whether RUN_STORAGE says where; it may be the project's own folder, on a file system that all nodes see."""
+    """Whether RUN_STORAGE is set; it may name the project's own folder, on a file system that all nodes see."""
     return bool(os.environ.get(RUN_STORAGE_ENV))
 
 
@@ -76,7 +79,7 @@ def cache() -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """In the cache. What processes left there that were killed is removed: it may be as large as a checkpoint."""
+    """A folder in the cache for the block. Those that killed processes left are removed."""
     for leftover in cache().glob("tmp-*-*"):
         if not Path("/proc", leftover.name.split("-")[1]).exists():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -86,7 +89,7 @@ def temporary_folder() -> Iterator[Path]:
 
 @contextmanager
 def local_copy(source: AnyPath) -> Iterator[Path]:
-    """The files of a folder as they are on this machine: itself, or a copy for as long as the block takes. Raises
+    """A folder on this machine with the files of `source`: itself, or a copy for the block. Raises
     FileNotFoundError if there are none."""
     if isinstance(source, Path):
         yield source
@@ -102,7 +105,7 @@ def local_copy(source: AnyPath) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: AnyPath) -> None:
-    """The files of a folder, without folders within it."""
+    """Copy the files of a folder, without folders within it."""
     with as_os_error(target):
         for path in source.iterdir():
             if path.is_file():
@@ -110,8 +113,8 @@ def copy_files(source: Path, target: AnyPath) -> None:
 
 
 def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object] = lambda count: None) -> str:
-    """By chunks, each of whose bytes are told to `progress`; returns the SHA-256. Folders above a local target are
-    made; a store needs none."""
+    """Copy by chunks, calling `progress` with the bytes of each; returns the SHA-256. Folders above a local target
+    are created; a store needs none."""
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -138,7 +141,7 @@ def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[s
 
 
 def remove(folder: AnyPath) -> None:
-    """With all that is in it; nothing if there is none."""
+    """Remove a folder and all in it; it need not exist."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -148,7 +151,7 @@ def remove(folder: AnyPath) -> None:
 
 @contextmanager
 def as_os_error(folder: AnyPath) -> Iterator[None]:
-    """A store that cannot be reached is OSError, with its address, whatever its library calls it."""
+    """Raise OSError with the address of the store that cannot be reached, whatever its library raises."""
     try:
         yield
     except OSError:
