@@ -146,8 +146,8 @@ def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple
 
 
 def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_continue`. A token among the `most` best of a sentence is in one of the `most` blocks with the highest maxima,
-    or behind the last whole block: topk sees only those."""
+    """As `_continue`. A token among the `most` best of a sentence is in one of the `most` blocks with the highest
+    maxima, or behind the last whole block: topk sees only those."""
     steps = logits.float().log_softmax(1)
     steps[:, PAD] = steps[:, BOS] = -torch.inf
     num_live, vocab = log_prob.shape[1], steps.shape[1]
