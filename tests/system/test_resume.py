@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 900
+NOT_NEEDED = ("TrainController", "DatasetManager", "PlacementGroupCleaner", "AutoscalingCoordinator")
+"""Processes of Ray Train that LeanTrainer does not start on a Ray of its own."""
 
 
 def title(process):
@@ -25,6 +27,7 @@ def test_train_replaces_a_killed_worker_and_ends_with_the_same_weights(trained, 
         project.wait_for(project.checkpoints, "checkpoint")
         ours = training.children(recursive=True)
         (worker,) = (process for process in ours if title(process).startswith("ray::RayTrainWorker"))
+        assert not [process for process in ours if any(name in title(process) for name in NOT_NEEDED)]
         assert worker.nice() == training.nice()  # Ray's default, 15 more, costs a step its rate on a busy machine
         worker.kill()
         assert training.wait(PATIENCE_S) == 0, project.log()
