@@ -79,7 +79,7 @@ class Project:
 
     @property
     def environment(self):
-        not_ours = ("COVERAGE_", "DVC_", "MLFLOW_", "RAY_")  # with coverage, Ray's processes start too slowly for Ray
+        not_ours = ("COVERAGE_", "DVC_", "MLFLOW_", "RAY_")  # coverage would run in every process of Ray's own, too
         ours = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
         others = "CORPUS_MIRROR GIT_COMMIT OMP_NUM_THREADS PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
         for name in others.split():

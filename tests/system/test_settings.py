@@ -38,7 +38,7 @@ def restored():
 
 def stages_to_run(project):
     with Repo(str(project.root)) as repo:
-        return set(repo.status())
+        return {name.rpartition(":")[2] for name in repo.status()}  # "the/path/to/dvc.yaml:train"
 
 
 def test_status_is_empty_without_a_change(all_stages):

@@ -5,6 +5,9 @@ import json
 import pytest
 from mlflow import MlflowClient
 
+from pipeline.common.settings import load_settings
+from sweeps.cost import flops_per_step
+
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 600
@@ -88,6 +91,18 @@ def test_sweep_killed_leaves_one_finished_mlflow_run_for_each_trial(continued):
         assert (
             run.data.params["dropout"] == {"base": "0.1", "D-dropout0.0": "0.0", "D-dropout0.2": "0.2"}[trial["row"]]
         )
+
+
+def test_sweep_records_what_each_trial_cost(continued):
+    settings = load_settings(continued.root)
+    undisturbed = [record for record in records(continued).values() if record["attempts"] == 1]
+    assert undisturbed
+    for record in undisturbed:
+        assert record["flops"] == pytest.approx(400 * flops_per_step(settings, continued.root))
+        training, evaluation = (3600 * record[name] for name in ("device_hours", "evaluation_device_hours"))
+        assert min(training, evaluation) > 0.1
+        assert training + evaluation + record["seconds_of_overhead"] == pytest.approx(record["seconds"])
+        assert 0 < record["seconds_to_first_step"] < record["seconds"] < PATIENCE_S
 
 
 def test_sweep_prints_its_plan_first_and_counts_finished_trials(continued):
