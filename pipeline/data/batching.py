@@ -43,7 +43,7 @@ class BatchPlan:
     4. The sorted pairs are cut into that number times steps of nearly equal micro-batches: `budget`, the positions
        that one may have in the source and in the target, padding counted, is the smallest that does it. All steps
        have about the same size and number of micro-batches, at most `most_micro_batches`.
-    5. Each epoch mixes the pairs of equal length, cuts them at the same places and deals the micro-batches out to
+    5. Each epoch mixes the pairs of like lengths, cuts them at the same places and deals the micro-batches out to
        steps by chance. Every pair comes once an epoch.
 
     `src_lengths` and `tgt_lengths` are tokens without end of sentence, which is counted here (+1 each); the longest
@@ -102,10 +102,10 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
-        # Among pairs of equal length, neighbours are alike in the shorter sentence too, give or take one token:
-        # chance mixes them, and costs a percent of padding.
-        shape = _shape(self._src, self._tgt, self._lengths, self._pairs)
-        order = np.lexsort((shape + rng.uniform(-1, 1, len(shape)), self._lengths))
+        # Pairs of equal length are sorted by the shorter sentence too, give or take a token: chance mixes neighbours,
+        # and a micro-batch has little padding in either language.
+        difference = (self._src - self._tgt)[self._pairs]
+        order = np.lexsort((difference + rng.uniform(-1, 1, len(difference)), self._lengths))
         micro_batches = np.split(self._pairs[order], self._starts[1:])
         shuffled = [micro_batches[i] for i in rng.permutation(len(micro_batches))]
         bounds = [len(shuffled) * i // self.num_steps for i in range(self.num_steps + 1)]
@@ -142,7 +142,7 @@ def batches_to_read(
     pairs that are left out and errors are as in BatchPlan."""
     src, tgt, longer = _positions(src_lengths, tgt_lengths)
     pairs = _by_length(longer, max_length, micro_batch_tokens)
-    order = np.lexsort((_shape(src, tgt, longer[pairs], pairs), longer[pairs]))
+    order = np.lexsort(((src - tgt)[pairs], longer[pairs]))
     return np.split(pairs[order], cut(longer[pairs], micro_batch_tokens)[1:])
 
 
@@ -172,12 +172,6 @@ def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> 
             f"micro_batch_tokens ({micro_batch_tokens}); raise it, or lower max_length"
         )
     return pairs
-
-
-def _shape(src: np.ndarray, tgt: np.ndarray, lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """What to sort pairs of equal length by. Every other length runs backwards, so that a micro-batch that spans two
-    lengths finds pairs that are alike there as well."""
-    return (src - tgt)[pairs] * (1 - 2 * (lengths % 2))
 
 
 @dataclass

@@ -160,15 +160,15 @@ def test_batches_to_read_have_every_pair_once_and_are_full(pairs, micro, max_len
 
 
 def test_batches_to_read_hold_pairs_alike_in_the_shorter_sentence_too():
-    src, tgt = lengths_like_multi30k(2_003)
-    batches = batches_to_read(src, tgt, micro_batch_tokens=1_009, max_length=257)
+    src, tgt = lengths_like_multi30k()
+    batches = batches_to_read(src, tgt, micro_batch_tokens=1_280, max_length=257)
     by_longest = np.lexsort((np.random.default_rng(0).random(len(src)), np.maximum(src, tgt)))
     by_chance = np.split(by_longest, np.cumsum([len(indices) for indices in batches])[:-1])
     num_positions = [
         sum(len(indices) * (side[indices].max() + 1) for indices in parts for side in (src, tgt))
         for parts in (batches, by_chance)
     ]
-    assert num_positions[0] < 0.98 * num_positions[1]
+    assert num_positions[0] < 0.95 * num_positions[1]
 
 
 @pytest.mark.parametrize(("micro", "share"), [(1024, 0.05), (4096, 0.08), (25_000, 0.10)])
