@@ -4,7 +4,7 @@ Which is faster depends on the processor. How much faster oneDNN was:
 
 | processor                      | of          | nano | mini | tiny | base | source                      |
 |--------------------------------|-------------|-----:|-----:|-----:|-----:|-----------------------------|
-| AMD Zen 5 (AVX-512), 2 threads | training    |      |      |  1.3 |  1.5 | 2026-09, commit 1a57054     |
+| AMD Zen 5 (AVX-512), 2 threads | training    |      |      |  1.3 |  1.5 | 2026-11-22, 1a57054         |
 | AMD Zen 3 (AVX2), 2 threads    | training    |      |      |  1.0 |  1.0 | docs/performance.md         |
 | Intel Xeon (AVX-512), 1 thread | products    | 0.82 | 0.93 | 0.91 | 0.90 | 2026-11-28, docs/log.md     |
 

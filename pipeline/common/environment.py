@@ -19,6 +19,7 @@ DVC_STAGE_ENV = "DVC_STAGE"  # DVC sets it in the commands of a stage
 PLAIN_RAY_TRAIN_ENV = "PLAIN_RAY_TRAIN"  # not empty: Ray's own TorchTrainer instead of LeanTrainer
 GIT_COMMIT_ENV = "GIT_COMMIT"  # the commit, where there is no repository: in an image or a job
 GIT_DIRTY_ENV = "GIT_DIRTY"  # "true" if code or settings differ from that commit
+MATMUL_ENV = "MODEL_CPU_MATMUL"  # mkl or onednn; model/cpu/library.py reads it, and measures where it is not set
 
 # Set where the user has set nothing else.
 TELEMETRY = {  # no usage reports to the makers of these tools; some of them read this when they are imported
@@ -67,6 +68,7 @@ FORWARDED = (
     TRACKING_URI_ENV,
     GIT_COMMIT_ENV,
     GIT_DIRTY_ENV,
+    MATMUL_ENV,
     "RAY_USAGE_STATS_ENABLED",
     "MLFLOW_DISABLE_TELEMETRY",
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.common.environment import TELEMETRY, environment, forwarded
+from model.cpu import library
+from pipeline.common.environment import FORWARDED, TELEMETRY, environment, forwarded
 
 REPOSITORY = Path(__file__).parents[3]
 OF_TOOLS = re.compile(
@@ -37,6 +38,10 @@ def test_forwarded_variables_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RUN_STORAGE", "/shared")
     assert forwarded()["RUN_STORAGE"] == "/shared"
     assert "secret" not in forwarded().values()
+
+
+def test_forwarded_variables_have_the_choice_of_the_matrix_product() -> None:
+    assert library.ENVIRONMENT in FORWARDED
 
 
 def test_telemetry_is_off_when_the_package_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
