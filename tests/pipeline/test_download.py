@@ -285,7 +285,7 @@ def test_download_reports_a_full_disk_with_the_file(server):
 
 
 def test_download_reports_a_mirror_that_is_no_folder():
-    with pytest.raises(ValueError, match="CORPUS_MIRROR is 'nowhere': a folder or an http"):
+    with pytest.raises(ValueError, match=r"CORPUS_MIRROR must be a folder or an http\(s\) address, got 'nowhere'"):
         download(SETTINGS, "nowhere")
 
 

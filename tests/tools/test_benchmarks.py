@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.transformer import Transformer
 from pipeline.common.settings import load_settings
@@ -66,6 +67,7 @@ def test_paired_measures_training_of_ours_and_of_torchs_own_modules(corpus: Path
 
 
 def test_paired_measures_decoding_from_weights_on_disk(tmp_path: Path):
+    torch.manual_seed(1)
     save_model(tmp_path, Transformer(CONFIG).state_dict(), CONFIG)
     lengths = [3] * 70 + [5] * 66
     np.save(tmp_path / "test.src.ids.npy", np.random.default_rng(1).integers(4, 101, sum(lengths)))
