@@ -265,7 +265,7 @@ def _clean(
             dropped = found.filter(pl.col("reason").is_in(DROPPED[split]))
             kept = chunk.join(dropped, on="index", how="anti", maintain_order="left")
             for side, file in files.items():
-                # Not by write_csv itself: its error on a full disk has no number for `naming` to see.
+                # Not by write_csv itself: its error on a full disk has no number for `name_enospc` to see.
                 file.write(kept.select(side).write_csv(include_header=False, quote_style="never"))
             _list_faults(listing, split, chunk, found)
             faults.append(found)

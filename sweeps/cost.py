@@ -1,13 +1,5 @@
-"""Estimate what a sweep will cost before it starts: FLOPs, hours and money, row by row.
+"""What a sweep costs: FLOPs from the sizes of model and batches, hours at a rate that is stated or measured."""
 
-    python -m sweeps.cost                on this machine, at the rate that is measured here
-    python -m sweeps.cost --devices 8    on eight devices
-
-Reads params.yaml, whose section `sweep` can state the devices' rate and price, and data/encoded; prints a table and
-writes nothing. FLOPs follow from the sizes of model and batches; trials that are done already are left out.
-"""
-
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,14 +11,13 @@ import torch
 
 from model.flops import training_flops
 from model.transformer import Transformer
-from pipeline.common import cli
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training.loop import summed_loss
 from pipeline.training.trainer import batch_plan
-from sweeps.trials import SweepPlan, Trial, load_sweep
+from sweeps.trials import SweepPlan, Trial
 
 MEASURED_S = 3.0
 
@@ -166,27 +157,3 @@ def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: 
 
 def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
-
-
-def main() -> None:
-    parser = cli.parser("sweeps.cost", __doc__)
-    parser.add_argument(
-        "--devices", type=int, metavar="N", help="how many compute at once (default: all of this machine)"
-    )
-    arguments = parser.parse_args()
-    if arguments.devices is not None and arguments.devices < 1:
-        parser.error(f"--devices must be >= 1, got {arguments.devices}")
-    gpus = torch.cuda.device_count()
-    with cli.exit_on_error("cost"):
-        sweep = load_sweep(Path().resolve())
-        gpu = sweep.base.hardware.device == "gpu" or (sweep.base.hardware.device == "auto" and gpus > 0)
-        if gpu and not gpus and not sweep.base.sweep.flops_per_second:
-            raise ValueError(
-                "hardware.device is gpu and there is none here: state its rate in sweep.flops_per_second"
-            )
-        here = gpus if gpu else len(os.sched_getaffinity(0))
-        print(render_plan(sweep, Path().resolve(), arguments.devices or here, gpu))
-
-
-if __name__ == "__main__":
-    main()

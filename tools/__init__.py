@@ -1,1 +1,2 @@
-"""Tools around the project: a cost model, a cluster of three hosts on one machine, benchmarks."""
+"""Tools around the project: a cost model, a cluster of three hosts on one machine, benchmarks, a mutation
+check."""

@@ -6,7 +6,7 @@
 
 The global batch is the preset's whatever the number of devices, so the experiment stays the same. model/flops.py
 counts the arithmetic; rates of GPUs and networks are assumptions, named in this file; the rest was measured.
-docs/scale.md explains the numbers. `python -m sweeps.cost` estimates a whole sweep.
+docs/scale.md explains the numbers. `python -m sweeps.plan` estimates a whole sweep.
 """
 
 from collections.abc import Callable

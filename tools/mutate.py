@@ -10,6 +10,7 @@ the mutated file runs, then the other tests of its folder; both stop at the firs
 counts as caught. The code and --seed decide which mutations are made.
 """
 
+import argparse
 import ast
 import copy
 import os
@@ -211,6 +212,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         print(*mutations, sep="\n")
         return
+    with cli.exit_on_error("mutate", RuntimeError):
+        _run(mutations, options)
+
+
+def _run(mutations: list[Mutation], options: argparse.Namespace) -> None:
+    """Make each mutation, run its tests, print who caught it."""
     trees: SimpleQueue[Path] = SimpleQueue()
 
     def unmutated(folder: str) -> float:

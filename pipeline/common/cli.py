@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import signal
 import sys
 import threading
@@ -22,11 +23,15 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 @contextmanager
 def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
     """End the process with a line `name: message` on stderr: with exit code 1 for what a user can mend (ValueError,
-    OSError and `more`), with 130 after Ctrl-C. Any other exception is a bug and keeps its traceback."""
+    OSError and `more`), with 130 after Ctrl-C. Without a line if nobody reads what it prints (`| head`). Any other
+    exception is a bug and keeps its traceback."""
     mendable: tuple[type[Exception], ...] = (ValueError, OSError, *more)
     try:
         yield
+        sys.stdout.flush()
     except mendable as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            raise SystemExit(1) from None
         print(f"{name}: {_message(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -38,6 +43,20 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error's number
     return str(error)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether stdout is a pipe that nobody reads from; if so it becomes /dev/null, or Python complains at its end."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except ValueError:  # replaced by an object that is no file
+        return False
+    pipe = select.poll()
+    pipe.register(descriptor, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return closed
 
 
 def end_with_dvc() -> None:

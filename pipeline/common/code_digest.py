@@ -12,7 +12,7 @@ def code_digest(root: Path, files: Iterable[str]) -> str:
 
     A bare string does nothing: docstrings, of attributes too, do not count. A syntax tree depends on Python's
     version, so the same files give another digest after an upgrade; all nodes of a cluster have one version, as
-    pipeline/cluster/ray_cluster.py checks. Raises ValueError for a file that is missing or is not Python.
+    pipeline/cluster/preflight.py checks. Raises ValueError for a file that is missing or is not Python.
     """
     digest = hashlib.sha256()
     for name in sorted(files):

@@ -1,4 +1,4 @@
-"""Every environment variable that this project reads or sets, and what it is for.
+"""Every environment variable that pipeline/ and sweeps/ read or set, and what it is for.
 
 In common/ rather than cluster/, because tracking/ and the package itself need some of them. It imports the standard
 library alone: pipeline/__init__.py reads this before anything else.

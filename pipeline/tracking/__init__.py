@@ -1,4 +1,4 @@
 """MLflow: the store, runs, the metric writer, results, views, and the provenance of a run.
 
-Imports data/, common/ and MLflow, which no other package imports (inference/serving.py is the exception).
+Imports common/ and MLflow, which nothing else of the pipeline imports but inference/serving.py.
 """

@@ -19,7 +19,7 @@ from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
 from pipeline.training.run import WEIGHTS_CODE
-from sweeps import cost
+from sweeps import cost, plan
 from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, render_plan
 from sweeps.trials import EVALUATION_CODE, SweepPlan, load_sweep
 from tests.support.settings_files import copy_settings, edit
@@ -215,7 +215,7 @@ def run_main(root: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> No
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "argv", ["cost", *arguments])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    cost.main()
+    plan.main()
 
 
 def test_main_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys):
@@ -231,7 +231,7 @@ def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch,
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
     assert capsys.readouterr().err.startswith(
-        "cost: hardware.device is gpu and there is none here: state its rate in "
+        "plan: hardware.device is gpu and there is none here: state its rate in "
     )
 
 
@@ -239,4 +239,4 @@ def test_main_ends_with_one_line_for_a_fault_in_the_settings(root, monkeypatch, 
     edit(root, "params.yaml", "sweep", rows=["colour"])
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
-    assert capsys.readouterr().err.startswith("cost: each of sweep.rows must be one of A, B, ")
+    assert capsys.readouterr().err.startswith("plan: each of sweep.rows must be one of A, B, ")

@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,3 +70,12 @@ def test_exit_on_error_prints_one_line_and_ends_with_its_code(raised, code, line
 def test_exit_on_error_leaves_bugs_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), exit_on_error("train", OurError):
         raise RuntimeError("a bug")
+
+
+def test_exit_on_error_ends_without_a_word_when_nobody_reads_the_output():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.settings"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
