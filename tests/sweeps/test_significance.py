@@ -197,3 +197,12 @@ def test_paired_p_and_sentence_interval_print_and_log_nothing(
 )
 def test_holm_is_that_of_a_table_made_by_hand(p_values: list[float], adjusted: list[float]):
     assert holm(p_values) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize(("num_different", "least"), [(1, 1.0), (2, 0.5), (4, 0.125)])
+def test_paired_p_is_at_least_the_share_of_swaps_that_tie(num_different, least):
+    """Every sentence that differs is worse in `system`: no swap differs more, and two of 2^k differ as much."""
+    references = corpus(23, seed=3)
+    system = [*spoilt(references[:num_different], 1.0, seed=4), *references[num_different:]]
+    assert sum(a != b for a, b in zip(references, system, strict=True)) == num_different
+    assert paired_p([references], [system], references) == least
