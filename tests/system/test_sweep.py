@@ -76,6 +76,7 @@ def test_sweep_killed_keeps_finished_trials_and_continues_the_others(continued):
     after = records(continued)
     assert {name: after[name] for name in continued.before} == continued.before, "a finished trial ran again"
     assert 2 in {record["attempts"] for record in after.values()}, "no trial was continued"
+    assert not (continued.root / "checkpoints/.tune").exists(), "Tune's own state is left"
 
 
 def test_sweep_killed_leaves_one_finished_mlflow_run_for_each_trial(continued):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,14 @@ def test_share_advice_that_is_followed_is_not_repeated(batch_tokens, num_ranks):
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_share_advice_is_none_for_one_two_and_four_workers(num_ranks):
     assert share_advice(plan_of(4096, 100_000), num_ranks) is None
+
+
+@pytest.mark.parametrize(
+    ("longest", "way_out"), [(64, "set hardware.micro_batch_tokens to 64"), (65, "take fewer workers")]
+)
+def test_share_advice_is_a_size_that_has_room_for_the_longest_pair(longest, way_out):
+    plan = SimpleNamespace(most_micro_batches=4, budget=112, longest=longest)  # 112 * 4 // 8 * 8 // 7 = 64
+    assert way_out in share_advice(plan, 3)
 
 
 def test_share_advice_is_fewer_workers_if_sentences_are_too_long():
