@@ -149,6 +149,7 @@ def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, ca
         os.utime(folder, (time, time))
     log_how_it_starts(first)
     assert capsys.readouterr().err == "train: settings, data and code are those of first\n"
+    (tmp_path / "newest, but no run").mkdir()
     log_how_it_starts(third)
     assert "differ from those of second, the last run" in capsys.readouterr().err
 
