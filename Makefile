@@ -9,13 +9,14 @@ export DVC_NO_ANALYTICS := 1
 
 # Two processes share the test files, in the order of tests/conftest.py.
 DEFAULT_TESTS := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+RUN_MODULE := python -m
 
 .PHONY: help repro test test-all mutate bench lint ui clean
 
 help:
 	@echo "make repro     run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
 	@echo "make test      run the default tests: 5 minutes"
-	@echo "make test-all  run all tests but those that need a GPU, and count the lines that unit tests reach: an hour"
+	@echo "make test-all  run all tests but those that need a GPU, and count the lines that unit tests reach"
 	@echo "make mutate    break 30 lines of code one at a time and see whether a test notices: 20 minutes"
 	@echo "make bench     compare speed with other toolkits (python -m tools.benchmarks --help)"
 	@echo "make lint      ruff and mypy"
@@ -34,11 +35,11 @@ repro: .venv/installed
 	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
 
 test: .venv/installed
-	python -m $(DEFAULT_TESTS)
+	$(RUN_MODULE) $(DEFAULT_TESTS)
 
 test-all: .venv/installed
 	coverage erase
-	coverage run -m $(DEFAULT_TESTS)
+	$(MAKE) test RUN_MODULE="coverage run -m"
 	coverage combine --quiet
 	coverage report
 	python -m pytest -m "slow or host"

@@ -12,8 +12,8 @@ from model.config import BOS, EOS, PAD
 HYPOTHESES_PER_CHUNK, HYPOTHESES_PER_CHUNK_GPU = 128, 4096
 """Rows whose logits are in memory at once: on a CPU few enough for its cache; on a GPU each chunk costs launches."""
 BLOCK = 64
-"""Tokens of a block, most of which are ruled out by their maximum: a search of tiny takes 1.12 times as long with one
-topk of all 10,000 tokens, 1.33 times of 37,000 (docs/log.md)."""
+"""Tokens of a block, most of which are ruled out by their maximum: of a large vocabulary, one topk of all tokens is
+slower (docs/log.md)."""
 
 
 class Decoder(Protocol):

@@ -11,8 +11,7 @@ of two, after three steps:
                    row 1     x     x     .     .     x
 
 Here both rows continue what row 0 was after step 1, so slot (1, 1) is dead. `reorder` permutes the rows of the mask
-and copies no keys or values: with a cache per row, which is copied, a search takes 1.1 times as long. Dead slots
-stay: to drop them gained nothing for outputs of 20 and 45 tokens (docs/log.md).
+and copies no keys or values. Dead slots stay: to drop them was no faster (docs/log.md).
 """
 
 from typing import cast

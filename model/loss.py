@@ -1,10 +1,9 @@
 """Label-smoothed cross-entropy (section 5.4), fused with the pre-softmax projection, in chunks of tokens.
 
 The matrix of logits [tokens, vocab] is by far the largest of a small model's step. Here it never exists: a chunk
-is made, used for the loss and for its gradient, and dropped. A step's peak memory is less than half (tiny) to three
-quarters (base) of that of implementations with the whole matrix (docs/performance.md, two cores of Zen 3). That the
-chunks share one buffer, and that the product itself adds up the gradient of the weights, makes a step of tiny 1.16
-times as fast, and one of base 1.07 times (commit e0ad93a, Zen 3).
+is made, used for the loss and for its gradient, and dropped. The chunks share one buffer, and the product itself adds
+up the gradient of the weights. docs/performance.md has a step's peak memory and that of implementations with the
+whole matrix.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Dropout for a CPU, where torch draws one random number for each element: a seventh of a small model's step.
+"""Dropout for a CPU, where torch draws one random number for each element, which takes long beside a small model.
 
-Here each 64-bit draw serves four elements, which takes a sixth of that time. Threads that train side by side have a
-generator each, so that what one draws depends on its own seed alone.
+Here each 64-bit draw serves four elements. Threads that train at the same time have a generator each, so that what
+one draws depends on its own seed alone.
 """
 
 import threading

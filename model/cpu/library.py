@@ -13,7 +13,7 @@ the sizes below once, and oneDNN is chosen if it takes less than 1/LEAST_SPEEDUP
 
 The choice changes rounding, and a run must be the same to the bit in every process on a machine. So it is kept in the
 user's cache folder, by processor and version of torch: the first process that trains or searches measures (a
-tenth of a second), under a lock for which others wait. Where that folder cannot be written, and wherever oneDNN's
+fraction of a second), under a lock for which others wait. Where that folder cannot be written, and wherever oneDNN's
 operator is missing or fails, it is MKL. To choose by hand, set the environment variable MODEL_CPU_MATMUL to mkl or
 onednn.
 """
