@@ -38,7 +38,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     started = time.perf_counter()
     workspace = open_workspace(settings, root)
     root = workspace.root
-    folder = run_folder(settings, root)
+    key = run_key(settings, root)
+    folder = run_folder(settings, root, key)
     log_how_it_starts(folder)
     finished = finished_state(folder)
     cluster = nullcontext() if finished else ray_cluster(settings.hardware, root)
@@ -49,7 +50,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         from pipeline.tracking.runs import reconcile
 
         reconcile(workspace.tracking_uri, settings.tracking.experiment)
-        with training_run(settings, workspace, run_key(settings, root), folder, finished) as run:
+        with training_run(settings, workspace, key, folder, finished) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
             for name in ("training", "validation"):

@@ -112,7 +112,8 @@ def load_sweep(root: Path) -> SweepPlan:
         kept.append(row)
         trials += of_row
     _check_num_workers(sweep.num_workers)
-    return SweepPlan(base, kept, trials, f"sweep {_run_key(replace(base, seed=0), root)}")
+    key = _search_key(base, run_key(replace(base, seed=0), root))
+    return SweepPlan(base, kept, trials, f"sweep {key}")
 
 
 def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
@@ -121,9 +122,9 @@ def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
     num_workers = named[0] if named else base.hardware.num_workers
     settings = table3.apply(base, row)
     settings = replace(settings, seed=seed, hardware=replace(settings.hardware, num_workers=num_workers))
-    return Trial(
-        row, seed, settings, run_folder(settings, root), _result_key(settings, root), _run_key(settings, root)
-    )
+    key = run_key(settings, root)
+    folder = run_folder(settings, root, key)
+    return Trial(row, seed, settings, folder, _result_key(settings, root, key), _search_key(settings, key))
 
 
 def _check_num_workers(num_workers: Mapping[str, int]) -> None:
@@ -132,13 +133,13 @@ def _check_num_workers(num_workers: Mapping[str, int]) -> None:
             raise ValueError(f"each key of sweep.num_workers must be one of {', '.join(table3.NAMES)}, got {name!r}")
 
 
-def _run_key(settings: Settings, root: Path) -> str:
-    return f"{run_key(settings, root)}, {search_name(settings)}"
+def _search_key(settings: Settings, key: str) -> str:
+    return f"{key}, {search_name(settings)}"
 
 
-def _result_key(settings: Settings, root: Path) -> str:
+def _result_key(settings: Settings, root: Path, key: str) -> str:
     e = settings.evaluate
-    decisive = [run_key(settings, root), e.beam, e.alpha, e.max_extra, e.engine]
+    decisive = [key, e.beam, e.alpha, e.max_extra, e.engine]
     digest = hashlib.sha256(json.dumps(decisive).encode())
     languages = settings.download.src, settings.download.tgt
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]

@@ -48,9 +48,9 @@ class TrainResult:
     tracking_uri: str
 
 
-def run_folder(settings: Settings, root: Path) -> AnyPath:
-    """Where the checkpoints of this run are."""
-    name = f"{settings.data_name}-{settings.model_name}-{settings.seed}-{run_key(settings, root)}"
+def run_folder(settings: Settings, root: Path, key: str) -> AnyPath:
+    """Where the checkpoints of the run with this `run_key` are."""
+    name = f"{settings.data_name}-{settings.model_name}-{settings.seed}-{key}"
     return run_storage(root) / CHECKPOINTS.name / name
 
 
