@@ -32,9 +32,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.cluster.accounting import total_usage
+from pipeline.cluster.accounting import has_begun_since, total_usage
 from pipeline.cluster.preflight import preflight
-from pipeline.cluster.progress import PROGRESS_INTERVAL_S, show_bar, steps_done
+from pipeline.cluster.progress import PROGRESS_FILE, PROGRESS_INTERVAL_S, show_bar, steps_done
 from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.resources import capacity, node_resources, share_of_each_worker, this_node_resource
 from pipeline.cluster.training_run import TrainingError, training_run
@@ -44,7 +44,7 @@ from pipeline.common.environment import RAY_MANY_TRIALS, TRACKING_URI_ENV, TUNE,
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
-from pipeline.common.storage import AnyPath, as_os_error, copy_files, local_copy, remove
+from pipeline.common.storage import as_os_error, copy_files, local_copy, remove
 from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.inference.evaluation import evaluate_run
 from pipeline.tracking.results import log_report
@@ -332,8 +332,8 @@ def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
         statuses = [record["status"] for record in records if record]
         running, steps = 0, 0
         for trial, record in zip(trials, records, strict=True):
-            steps += trial.settings.train.max_steps if record else steps_done(trial.folder / "progress.json")
-            running += record is None and _begun_since(trial.folder / "usage", started)
+            steps += trial.settings.train.max_steps if record else steps_done(trial.folder / PROGRESS_FILE)
+            running += record is None and has_begun_since(trial.folder, started)
         failed = statuses.count("failed")
         done = len(statuses) - failed
         return steps, f"trials: {done} done, {running} running, {failed} failed, {len(trials)} in all"
@@ -341,11 +341,6 @@ def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
     total = sum(trial.settings.train.max_steps for trial in trials)
     interval_s = max(LOOK_INTERVAL_S, interval_of(trials[0].folder, PROGRESS_INTERVAL_S))
     return show_bar("sweep", total, interval_s, look)
-
-
-def _begun_since(folder: AnyPath, moment: float) -> bool:
-    """Whether an attempt has begun since: its file is named after its nanosecond."""
-    return any(int(path.stem) >= moment * 1e9 for path in folder.glob("[0-9]*.json"))
 
 
 def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:

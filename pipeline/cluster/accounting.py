@@ -74,7 +74,7 @@ class UsageRecorder:
 def total_usage(run_folder: AnyPath) -> Usage:
     """The sum over all attempts of the run in this folder."""
     with as_os_error(run_folder):
-        paths: list[AnyPath] = sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)
+        paths = _attempts(run_folder)
         attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return Usage(
         attempts=len(attempts),
@@ -83,3 +83,13 @@ def total_usage(run_folder: AnyPath) -> Usage:
         first_step_at=attempts[-1]["first_step_at"] if attempts else None,
         last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
     )
+
+
+def has_begun_since(run_folder: AnyPath, moment: float) -> bool:
+    """Whether an attempt of the run in this folder has begun since (seconds since the epoch)."""
+    return any(int(path.stem) >= moment * 1e9 for path in _attempts(run_folder))
+
+
+def _attempts(run_folder: AnyPath) -> list[AnyPath]:
+    """The file of each attempt, named after the nanosecond at which it began, oldest first."""
+    return sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from pipeline.common.periodic import PeriodicJsonFile, interval_of
 from pipeline.common.storage import AnyPath, as_os_error
 
+PROGRESS_FILE = "progress.json"
+"""In a run's folder."""
 PROGRESS_INTERVAL_S = 0.5
 REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
 """A log keeps every state of the bar."""

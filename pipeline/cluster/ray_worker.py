@@ -13,7 +13,7 @@ import torch
 from ray.train.torch import get_device
 
 from pipeline.cluster.accounting import UsageRecorder
-from pipeline.cluster.progress import ProgressReporter
+from pipeline.cluster.progress import PROGRESS_FILE, ProgressReporter
 from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
@@ -38,7 +38,7 @@ class WorkerConfig:
 
     @property
     def progress_file(self) -> AnyPath:
-        return self.run_folder / "progress.json"
+        return self.run_folder / PROGRESS_FILE
 
 
 def run_worker(options: dict[str, Any]) -> str | None:

@@ -67,7 +67,7 @@ def server_answers(uri: str) -> bool:
 
 def await_server(uri: str, patience_s: float) -> None:
     """Wait until the server answers. Raises ConnectionError after `patience_s` seconds."""
-    shown = without_password(uri)
+    shown, warned = without_password(uri), False
 
     def ask() -> None:
         if not server_answers(uri):
@@ -76,9 +76,14 @@ def await_server(uri: str, patience_s: float) -> None:
                 "or unset it to use the file mlflow.db"
             )
 
-    if not server_answers(uri):
-        logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
-        retry(ask, every(min(2.0, patience_s), patience_s), lambda error: isinstance(error, ConnectionError))
+    def log(_: Exception, pause_s: float) -> None:
+        nonlocal warned
+        if not warned:
+            logger.warning("The MLflow server %s does not answer; waiting up to %.0f s for it.", shown, patience_s)
+        warned = True
+
+    pauses_s = every(min(2.0, patience_s), patience_s)
+    retry(ask, pauses_s, lambda error: isinstance(error, ConnectionError), log)
 
 
 def without_password(uri: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import accounting
-from pipeline.cluster.accounting import USAGE_INTERVAL_S, Usage, UsageRecorder, total_usage
+from pipeline.cluster.accounting import USAGE_INTERVAL_S, Usage, UsageRecorder, has_begun_since, total_usage
 from pipeline.common import periodic
 
 
@@ -130,3 +130,14 @@ def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypat
     assert total_usage(tmp_path) == Usage()
     recorder.write()  # there is space again
     assert total_usage(tmp_path).steps == 5
+
+
+def test_has_begun_since_asks_for_the_beginning_of_any_attempt(tmp_path, clock):
+    assert not has_begun_since(tmp_path, 0.0)
+    UsageRecorder(tmp_path, devices=1)
+    began = clock.time()
+    clock.now += 7
+    assert has_begun_since(tmp_path, began)
+    assert not has_begun_since(tmp_path, began + 1)
+    UsageRecorder(tmp_path, devices=1)
+    assert has_begun_since(tmp_path, began + 1)
