@@ -86,13 +86,14 @@ def settings(
     )
 
 
-def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23) -> None:
-    """An encoded corpus of random tokens, as the tokenize stage writes it; pairs of each split as in PAIRS."""
+def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23, longest_tgt: int | None = None) -> None:
+    """An encoded corpus of random tokens, as the tokenize stage writes it; pairs of each split as in PAIRS. `longest`
+    is the most tokens of a sentence, `longest_tgt` of one of the target, if not the same."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(1)
     for split in SPLITS:
-        for side in SIDES:
-            lengths = rng.integers(1, longest + 1, PAIRS[split])
+        for side, most in zip(SIDES, (longest, longest_tgt or longest), strict=True):
+            lengths = rng.integers(1, most + 1, PAIRS[split])
             ids_path, offsets_path = encoded_paths(folder, split, side)
             np.save(ids_path, rng.integers(EOS + 1, vocab_size, lengths.sum()).astype(np.uint16))
             np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))

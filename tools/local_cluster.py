@@ -33,6 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.common.cli import exit_on_error, parser
+from pipeline.common.environment import TELEMETRY
 
 BIN = Path(sys.executable).parent
 STATE = Path(os.environ.get("LOCAL_CLUSTER_DIR", "/var/tmp/local-cluster"))
@@ -252,14 +253,12 @@ def _environment(**more: str) -> dict[str, str]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(STATE / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # the hosts share this machine's cores: nobody yields to anybody
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_WAIT_POLICY": "passive",
         "TMPDIR": str(STATE / "tmp"),  # each host's own
         "RAY_TMPDIR": str(STATE / "tmp"),
     }
-    return kept | ours | more
+    return kept | TELEMETRY | ours | more
 
 
 def _spawn(words: list[object], log: Path, **environment: str) -> subprocess.Popen:

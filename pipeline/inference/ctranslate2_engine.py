@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from model.config import BOS, EOS, PAD
-from model.decoding import Hypothesis, beam_search, length_penalty
-from model.kv_cache import BeamKVCache
+from model.decoding import Hypothesis, length_penalty
 from model.transformer import Transformer
 from pipeline.common.settings import Evaluate
 from pipeline.data.bucketing import search_batches_of_one_length
 from pipeline.inference.ctranslate2_export import Quantization, write_export
+from pipeline.inference.torch_engine import TorchEngine
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -81,18 +81,8 @@ class CTranslate2Engine:
 
     @cached_property
     def _of_empty_source(self) -> Hypothesis:
-        """By our own search: CTranslate2 does not ask the model for one."""
-        device = self._model.embedding.weight.device
-        limit = min(self._settings.max_extra, self._model.config.max_length - 1)
-        with torch.inference_mode():
-            decoder = BeamKVCache(self._model, torch.tensor([[EOS]], device=device))
-        [[best]] = beam_search(
-            decoder,
-            torch.tensor([limit], device=device),
-            beam=self._settings.beam,
-            alpha=self._settings.alpha,
-            num_best=1,
-        )
+        """By the other engine: CTranslate2 does not ask the model for one."""
+        [best] = TorchEngine(self._model, self._settings).search([np.empty(0, np.int64)])
         return best
 
     def _translate(self, sources: list[np.ndarray], max_tokens: int) -> list[Hypothesis]:

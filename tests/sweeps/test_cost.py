@@ -1,6 +1,5 @@
 """The plan against models that are really built and micro-batches that are really collated."""
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -12,36 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import EOS
 from model.flops import training_flops
 from model.transformer import Transformer
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
-from pipeline.data.dataset import SIDES, SPLITS, EncodedSplit, encoded_paths
+from pipeline.data.dataset import EncodedSplit
 from pipeline.training.run import WEIGHTS_CODE
 from sweeps import cost, plan
 from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, render_plan
 from sweeps.trials import EVALUATION_CODE, SweepPlan, load_sweep
+from tests.factories import write_corpus
 from tests.support.settings_files import copy_settings, edit
 
 VOCAB = 29
-PAIRS = {"train": 97, "valid": 3, "test": 3}
 CPU = torch.device("cpu")
-
-
-def write_corpus(folder: Path) -> None:
-    """Chance pieces, as the tokenize stage lays them out."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    for split in SPLITS:
-        for side, longest in zip(SIDES, (11, 17), strict=True):
-            lengths = rng.integers(1, longest + 1, PAIRS[split])
-            ids_path, offsets_path = encoded_paths(folder, split, side)
-            np.save(ids_path, rng.integers(EOS + 1, VOCAB, lengths.sum()).astype(np.uint16))
-            np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
-    words = {split: {side: 41 for side in SIDES} for split in SPLITS}
-    info = {"src": "en", "tgt": "de", "vocab_size": VOCAB, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
-    (folder / "meta.json").write_text(json.dumps(info))
 
 
 @pytest.fixture
@@ -55,7 +38,7 @@ def root(tmp_path: Path) -> Path:
     for split in ("valid", "test"):
         for language in ("en", "de"):
             (tmp_path / f"data/clean/{split}.{language}").touch()
-    write_corpus(tmp_path / "data/encoded")
+    write_corpus(tmp_path / "data/encoded", longest=11, vocab_size=VOCAB, longest_tgt=17)
     edit(tmp_path, "conf/model/nano.yaml", "train", batch_tokens=170, max_steps=13)
     edit(tmp_path, "conf/model/nano.yaml", "model", d_k=14)
     edit(tmp_path, "conf/hardware/auto.yaml", "hardware", micro_batch_tokens=53, device="cpu")

@@ -8,7 +8,6 @@ text is Multi30k, from the web or from the folder CORPUS_MIRROR. What is made st
 """
 
 import datetime
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from tools.benchmarks.harness import ROOT, THREADS, CommandError, log, machine, 
 
 PEERS = Path(__file__).with_name("peers.txt")
 DOCUMENT, BEGIN, END = ROOT / "docs/performance.md", "<!-- begin -->\n", "<!-- end -->\n"
-NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1"}
 
 
 def main() -> None:
@@ -44,8 +42,6 @@ def main() -> None:
 
 def measure(parts: list[str], rounds: int, pairs: int, text: list[Path] | None) -> None:
     """Print the tables of the parts; of all parts, if none is named, also into DOCUMENT."""
-    for name, value in NO_TELEMETRY.items():
-        os.environ.setdefault(name, value)
     folder = ROOT / ".benchmarks"
     folder.mkdir(exist_ok=True)
     source_and_target = (text[0], text[1]) if text else None
