@@ -9,8 +9,8 @@ every file.
 - A public corpus comes from its URL or, with CORPUS_MIRROR set, from a folder or web address that holds the same
   files under the same names. Every file is checked against its SHA-256. Files from the web are kept in
   data/downloads/; a download that was cut off continues where it ended.
-- "files" are your own texts: data/own/{train,valid,test}.{src,tgt}, plain or .gz.
-- "grammar" is generated, from download.seed.
+- "own" is your own: data/own/{train,valid,test}.{src,tgt}, plain or .gz.
+- "grammar" is generated, from data.seed.
 """
 
 import gzip
@@ -28,7 +28,7 @@ from pipeline.common.atomic_io import name_enospc, replace_folder, sha256_of, wr
 from pipeline.common.environment import CORPUS_MIRROR_ENV
 from pipeline.common.paths import DOWNLOADS, OWN, RAW
 from pipeline.common.retry import retry
-from pipeline.common.settings import Download, load_settings
+from pipeline.common.settings import Data, load_settings
 from pipeline.data import grammar
 from pipeline.data.catalog import CORPORA, RemoteFile
 
@@ -38,7 +38,7 @@ RETRY_PAUSES_S = (1, 2, 4, 8)
 BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be another one in a moment
 
 
-def download(settings: Download, mirror: str | None = None) -> None:
+def download(settings: Data, mirror: str | None = None) -> None:
     """Fill data/raw/ with {train,valid,test}.{src,tgt} and corpus.json, which says what came from where.
 
     `mirror` is a folder or an http(s) address. Raises ValueError or OSError, one line with the way out.
@@ -47,7 +47,7 @@ def download(settings: Download, mirror: str | None = None) -> None:
     if settings.corpus == "grammar":
         _check_languages(settings, ("en", "de"))
         _generate(settings)
-    elif settings.corpus == "files":
+    elif settings.corpus == "own":
         sources = _own_files(names)
         origin = {name: _origin(path.as_posix(), sha256_of(path)) for name, path in sources.items()}
         _unpack(settings, sources, origin, licence="the user's own")
@@ -59,19 +59,19 @@ def download(settings: Download, mirror: str | None = None) -> None:
         origin = {name: _origin(file.url, file.sha256) for name, file in remote.items()}
         _unpack(settings, _obtain(remote, mirror), origin, corpus.licence)
     else:
-        known = ", ".join(sorted((*CORPORA, "files", "grammar")))
-        raise ValueError(f"download.corpus must be one of {known}, got {settings.corpus!r}")
+        known = ", ".join(sorted((*CORPORA, "own", "grammar")))
+        raise ValueError(f"data.corpus must be one of {known}, got {settings.corpus!r}")
 
 
-def _check_languages(settings: Download, languages: tuple[str, ...]) -> None:
+def _check_languages(settings: Data, languages: tuple[str, ...]) -> None:
     for key in ("src", "tgt"):
         if getattr(settings, key) not in languages:
             raise ValueError(
-                f"download.{key} is {getattr(settings, key)!r}: {settings.corpus} has {', '.join(languages)}"
+                f"data.{key} is {getattr(settings, key)!r}: {settings.corpus} has {', '.join(languages)}"
             )
 
 
-def _generate(settings: Download) -> None:
+def _generate(settings: Data) -> None:
     with replace_folder(RAW) as folder:
         grammar.generate(
             folder,
@@ -232,7 +232,7 @@ def _reason(error: Exception) -> str:
     return text.partition("): ")[2] or text
 
 
-def _unpack(settings: Download, sources: dict[str, Path], origin: dict[str, dict], licence: str) -> None:
+def _unpack(settings: Data, sources: dict[str, Path], origin: dict[str, dict], licence: str) -> None:
     total = sum(path.stat().st_size for path in sources.values())
     with replace_folder(RAW) as folder, _bar("unpack", total) as bar:
         for name, path in sources.items():
@@ -254,7 +254,7 @@ def _read(text: BinaryIO, path: Path) -> bytes:
         raise ValueError(f"{path} is not a whole gzip file ({error}): pack it again") from None
 
 
-def _describe(folder: Path, settings: Download, origin: dict[str, dict], licence: str) -> None:
+def _describe(folder: Path, settings: Data, origin: dict[str, dict], licence: str) -> None:
     languages = {"src": settings.src, "tgt": settings.tgt}
     values = {"corpus": settings.corpus, **languages, "licence": licence, "origin": origin}
     write_json(folder / "corpus.json", values)
@@ -271,7 +271,7 @@ def _bar(title: str, total: int, initial: int = 0) -> tqdm:
 def main() -> None:
     cli.parser("pipeline.download", __doc__).parse_args()
     with cli.exit_on_error("download", interrupted="stopped; run again to continue"):
-        download(load_settings().download, os.environ.get(CORPUS_MIRROR_ENV) or None)
+        download(load_settings().data, os.environ.get(CORPUS_MIRROR_ENV) or None)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def main() -> None:
     cli.parser("pipeline.encode", __doc__).parse_args()
     with cli.exit_on_error("tokenize"):
         settings = load_settings()
-        report = encode_corpus(CLEAN, TOKENIZER, ENCODED, settings.download.src, settings.download.tgt)
+        report = encode_corpus(CLEAN, TOKENIZER, ENCODED, settings.data.src, settings.data.tgt)
         write_json(REPORTS / "tokenization.json", report)
 
 

@@ -1,9 +1,10 @@
-"""Translate the test split by beam search (section 6.1 of the paper) and score it; compute perplexities.
+"""Translate and score the test and validation split by beam search (section 6.1 of the paper); compute perplexities.
 
     python -m pipeline.evaluate
 
-Reads models/final, data/tokenizer, data/encoded and data/clean; writes reports/evaluation.json,
-reports/bleu_by_length.csv and reports/translations.tsv, and adds them and the model to the training's run in MLflow.
+Reads models/final, data/tokenizer, data/encoded and data/clean; writes metrics/test.json and, to reports/,
+evaluation.json, bleu_by_length.csv, translations.tsv and translations_valid.tsv; adds these and the model to the
+training's run in MLflow.
 """
 
 import os
@@ -11,16 +12,20 @@ import os
 import torch
 
 from pipeline.common import cli
+from pipeline.common.atomic_io import write_json
+from pipeline.common.paths import METRICS
 from pipeline.common.settings import load_settings
 from pipeline.inference.evaluation import evaluate_run
-from pipeline.inference.reports import format_scores
+from pipeline.inference.reports import format_scores, shown_metrics
 
 
 def main() -> None:
     cli.parser("pipeline.evaluate", __doc__).parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with cli.exit_on_error("evaluate"):
-        print(format_scores(evaluate_run(load_settings()).metrics))
+        metrics = evaluate_run(load_settings()).metrics
+        write_json(METRICS / "test.json", shown_metrics(metrics))
+        print(format_scores(metrics))
 
 
 if __name__ == "__main__":

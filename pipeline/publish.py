@@ -41,7 +41,7 @@ def _files(settings: Settings, root: Path) -> list[Path]:
     texts = [
         root / CLEAN / f"{split}.{language}"
         for split in ("valid", "test")
-        for language in (settings.download.src, settings.download.tgt)
+        for language in (settings.data.src, settings.data.tgt)
     ]
     paths = [*sorted((root / ENCODED).iterdir()), root / TOKENIZER / "spm.model", *texts]
     for path in paths:

@@ -3,8 +3,8 @@
     python -m pipeline.train
     RAY_ADDRESS=head:6379 RUN_STORAGE=s3://bucket/runs python -m pipeline.train
 
-Reads data/encoded/; writes models/final, the average of the last checkpoints, reports/train.json and the curves
-reports/training_curve.csv and validation_curve.csv; draws the curves in MLflow (MLFLOW_TRACKING_URI).
+Reads data/encoded/; writes models/final, the average of the last checkpoints, reports/train.json, metrics/train.json
+and the curves reports/training_curve.csv and validation_curve.csv; draws the curves in MLflow (MLFLOW_TRACKING_URI).
 
 With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine. A
 run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
@@ -23,11 +23,14 @@ from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json
-from pipeline.common.paths import FINAL, REPORTS
+from pipeline.common.paths import FINAL, METRICS, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.workspace import open_workspace
 from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
+
+SHOWN = ("steps", "tokens_per_second", "valid_ppl")
+"""What `dvc metrics show` prints of training."""
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
@@ -53,6 +56,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         with training_run(settings, workspace, key, folder, finished) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
+            write_json(root / METRICS / "train.json", {key: metrics[key] for key in SHOWN})
             for name in ("training", "validation"):
                 write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
     log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")

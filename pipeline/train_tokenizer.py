@@ -113,7 +113,7 @@ def main() -> None:
     cli.parser("pipeline.train_tokenizer", __doc__).parse_args()
     with cli.exit_on_error("tokenize"):
         settings = load_settings()
-        src, tgt = (CLEAN / f"train.{code}" for code in (settings.download.src, settings.download.tgt))
+        src, tgt = (CLEAN / f"train.{code}" for code in (settings.data.src, settings.data.tgt))
         train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size, settings.tokenize.lowercase)
 
 

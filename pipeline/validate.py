@@ -36,7 +36,7 @@ from tqdm import tqdm
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.paths import CLEAN, RAW, REPORTS
-from pipeline.common.settings import Download, Validate, load_settings
+from pipeline.common.settings import Data, Validate, load_settings
 
 CHUNK_PAIRS = 100_000
 OTHER_SCRIPT_SHARE = 0.5  # of a sentence's letters; names and quotations stay below
@@ -69,7 +69,7 @@ SCRIPTS = {  # as in a regular expression's character class -> languages
 }
 
 
-def validate(languages: Download, limits: Validate) -> dict[str, dict[str, Any]]:
+def validate(languages: Data, limits: Validate) -> dict[str, dict[str, Any]]:
     """Write data/clean/ and the report, which is also returned. Raises ValueError where the stage must stop.
 
     The text is read twice, a chunk at a time: first for what pairs have to do with each other, then for the pairs
@@ -337,7 +337,7 @@ def main() -> None:
     cli.parser("pipeline.validate", __doc__).parse_args()
     with cli.exit_on_error("validate"):
         settings = load_settings()
-        report = validate(settings.download, settings.validate)
+        report = validate(settings.data, settings.validate)
     for split, found in report.items():
         counts = ", ".join(f"{reason} {number:,}" for reason, number in found["faults"].items() if number)
         print(f"{split}: {found['pairs']:,} of {found['pairs_in']:,} pairs kept; faults: {counts or 'none'}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -90,7 +90,7 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     data = root / ENCODED
     config = settings.model.config(CorpusInfo.open(data).vocab_size)
     split = EncodedSplit.open(data, "train")
-    plan = batch_plan(split, replace(settings, seed=0))
+    plan = batch_plan(split, settings.with_seed(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, bf16 = Transformer(config).to(device), settings.hardware.precision == "bf16"

@@ -348,7 +348,7 @@ def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
     settings = sweep.base
     trials = []
     with replace_folder(root / SWEEP) as folder:
-        shutil.copy(root / CLEAN / f"test.{settings.download.tgt}", folder / "references.txt")
+        shutil.copy(root / CLEAN / f"test.{settings.data.tgt}", folder / "references.txt")
         signature = ""
         for trial in sweep.trials:
             record = trial.record() or {"status": "unfinished", "error": "was interrupted", "metrics": {}}

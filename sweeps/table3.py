@@ -5,13 +5,12 @@ paper (1 head of 8 is x 1/8), so that on conf/model/base.yaml the rows are exact
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from pipeline.common.settings import Model, Settings, Train, check_type, flatten
+from pipeline.common.settings import GRID_KEYS, Settings, flatten
 
 Value = int | float | str
 
@@ -31,8 +30,8 @@ class Row:
     """`changes` are the settings that differ from base; `skipped` is why the row cannot be run, None if it can."""
 
     id: str  # unique, and safe in a file's name
-    group: str  # base, A, B, C, D, E, big; beyond (the paper); free (the user's own)
-    axis: str  # base, heads, d_k, layers, d_model, d_ff, dropout, label_smoothing, positions, norm, big, free
+    group: str  # base, A, B, C, D, E, big; beyond (the paper); grid (the user's own)
+    axis: str  # base, heads, d_k, layers, d_model, d_ff, dropout, label_smoothing, positions, norm, big, grid
     label: str
     changes: Mapping[str, Value]
     published: Published | None = None
@@ -56,8 +55,8 @@ def _label(group: str, changes: Mapping[str, Value]) -> str:
     if group in ("base", "big"):
         return group
     named = [_named(key, value) for key, value in changes.items()]
-    if group == "free":
-        return f"free: {', '.join(named)}"
+    if group == "grid":
+        return f"grid: {', '.join(named)}"
     return named[0] if group == "beyond" else f"{group}: {named[0]}"  # in the paper the others follow from the first
 
 
@@ -125,33 +124,19 @@ BEYOND = tuple(
     for kind in ("none", "relative", "rotary", "alibi")
 )
 
-NAMES = (
-    *("A", "B", "C", "D", "E", "big"),
-    *("heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing", "positions", "norm"),
-)
-"""What rows can be asked for by: their group in the paper, or their axis."""
 
-SECTIONS: Mapping[str, type] = {"model": Model, "train": Train}
-"""The settings in which rows may differ."""
+def rows(settings: Settings, chosen: Sequence[str], grid: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """Base, the rows of these groups and axes in the order of the paper, and every combination of the grid's values.
 
-
-def rows(settings: Settings, chosen: Sequence[str], free: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """Base, the rows of these groups and axes in the order of the paper, and every combination of `free`'s values.
-
-    `settings` are the base at hand. `free`: "model.d_ff" or the like -> values; of the combinations those are left
+    `settings` are the base at hand. `grid`: "model.d_ff" or the like -> values; of the combinations those are left
     out that are base or another row. A row that has no whole number of something, that is refused by the settings'
     own checks, or that is base itself, is there, with the reason in `skipped`.
-
-    Raises ValueError that names sweep.rows or sweep.free for what is unknown or of the wrong type.
     """
-    for name in chosen:
-        if name not in NAMES:
-            raise ValueError(f"each of sweep.rows must be one of {', '.join(NAMES)}, got {name!r}")
     other_norm = "pre" if settings.model.norm == "post" else "post"
     norm = _row(f"norm-{other_norm}", "beyond", "norm", {"model.norm": other_norm})
     wanted = {"base", *chosen}
     found = [_scaled(settings, row) for row in (*TABLE_3, *BEYOND, norm) if wanted & {row.group, row.axis}]
-    for row in _free_rows(settings, free):
+    for row in _grid_rows(settings, grid):
         if all(row.changes != other.changes for other in found):
             found.append(row)
     return found
@@ -189,26 +174,15 @@ def _scaled(settings: Settings, row: Row) -> Row:
     return replace(row, skipped=skipped or _refused(settings, row))
 
 
-def _free_rows(settings: Settings, free: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+def _grid_rows(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
     """Named after what differs from base, so that more values or settings, or another order, rename no row."""
     at_hand = _values(settings)
-    types = {f"{name}.{field.name}": field.type for name, cls in SECTIONS.items() for field in fields(cls)}
-    for key, values in free.items():
-        if str(key).partition(".")[0] not in SECTIONS:
-            raise ValueError(
-                f"sweep.free has {key!r}: settings of model and train alone are possible (model.d_ff, "
-                "train.warmup_steps, ...), for all rows share data, hardware and search"
-            )
-        if key not in types:
-            raise ValueError(f"each key of sweep.free must be one of {', '.join(types)}, got {key!r}")
-        for value in values:
-            check_type(Path("sweep.free"), key, value, types[key])
-    keys = [key for key in types if key in free]
-    lists = [[float(value) if types[key] is float else value for value in free[key]] for key in keys]
+    keys = [key for key in GRID_KEYS if key in grid]
+    lists = [[float(value) if isinstance(at_hand[key], float) else value for value in grid[key]] for key in keys]
     for combination in product(*lists):
         changes = {key: value for key, value in zip(keys, combination, strict=True) if value != at_hand[key]}
-        name = "-".join(["free", *(f"{key.partition('.')[2]}{value}" for key, value in changes.items())])
-        row = Row(name, "free", "free", _label("free", changes), changes)
+        name = "-".join(["grid", *(f"{key.partition('.')[2]}{value}" for key, value in changes.items())])
+        row = Row(name, "grid", "grid", _label("grid", changes), changes)
         yield replace(row, skipped=_refused(settings, row))
 
 

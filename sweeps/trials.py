@@ -86,21 +86,16 @@ class SweepPlan:
 
 def load_sweep(root: Path) -> SweepPlan:
     """The sweep that params.yaml asks for. Raises ValueError that names the setting."""
-    settings = load_settings(root, model=load_settings(root).sweep.model)
+    settings = load_settings(root)
     sweep = settings.sweep
     base = replace(
         settings,
         tracking=replace(settings.tracking, experiment=f"table3-{settings.data_name}-{settings.model_name}"),
-        train=replace(
-            settings.train,
-            average_checkpoints=sweep.average_checkpoints,
-            keep_checkpoints=sweep.average_checkpoints + 1,
-        ),
         hardware=replace(
             settings.hardware, cpus_per_worker=sweep.cpus_per_worker or settings.hardware.cpus_per_worker
         ),
     )
-    rows = table3.rows(base, sweep.rows, sweep.free)
+    rows = table3.rows(base, sweep.rows, sweep.grid or {})
     kept: list[Row] = []
     trials: list[Trial] = []
     labels: dict[str, str] = {}
@@ -111,26 +106,19 @@ def load_sweep(root: Path) -> SweepPlan:
         labels |= {trial.key: row.label for trial in of_row}
         kept.append(row)
         trials += of_row
-    _check_num_workers(sweep.num_workers)
-    key = _search_key(base, run_key(replace(base, seed=0), root))
+    key = _search_key(base, run_key(base.with_seed(0), root))
     return SweepPlan(base, kept, trials, f"sweep {key}")
 
 
 def _trial(base: Settings, row: Row, seed: int, root: Path) -> Trial:
-    workers = base.sweep.num_workers
+    workers = base.sweep.num_workers or {}
     named = [workers[name] for name in (row.axis, row.group) if name in workers]
     num_workers = named[0] if named else base.hardware.num_workers
-    settings = table3.apply(base, row)
-    settings = replace(settings, seed=seed, hardware=replace(settings.hardware, num_workers=num_workers))
+    settings = table3.apply(base, row).with_seed(seed)
+    settings = replace(settings, hardware=replace(settings.hardware, num_workers=num_workers))
     key = run_key(settings, root)
     folder = run_folder(settings, root, key)
     return Trial(row, seed, settings, folder, _result_key(settings, root, key), _search_key(settings, key))
-
-
-def _check_num_workers(num_workers: Mapping[str, int]) -> None:
-    for name in num_workers:
-        if name not in table3.NAMES:
-            raise ValueError(f"each key of sweep.num_workers must be one of {', '.join(table3.NAMES)}, got {name!r}")
 
 
 def _search_key(settings: Settings, key: str) -> str:
@@ -141,7 +129,7 @@ def _result_key(settings: Settings, root: Path, key: str) -> str:
     e = settings.evaluate
     decisive = [key, e.beam, e.alpha, e.max_extra, e.engine]
     digest = hashlib.sha256(json.dumps(decisive).encode())
-    languages = settings.download.src, settings.download.tgt
+    languages = settings.data.src, settings.data.tgt
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]
     digest.update(code_digest(root, EVALUATION_CODE).encode())
     for path in texts:

@@ -162,8 +162,6 @@ class Cluster:
 
 def workload(model: str, root: Path = Path()) -> Work:
     """The work of the preset `model` in `root`. Raises ValueError if there is none."""
-    known = sorted(path.stem for path in (root / "conf/model").glob("*.yaml"))
-    require(model in known, "--model", model, f"one of {', '.join(known)}")
     settings = load_settings(root, model=model)
     config, t = settings.model.config(VOCAB_SIZE), settings.train
     with torch.device("meta"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 OWN = Path("data/own")
-"""The user's own texts, for the corpus "files"."""
+"""The user's own texts, for the corpus "own"."""
 DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 CLEAN = Path("data/clean")
@@ -16,3 +16,5 @@ FINAL = Path("models/final")
 """The averaged model of the last training."""
 CTRANSLATE2 = Path("models/ctranslate2")
 REPORTS = Path("reports")
+METRICS = Path("metrics")
+"""The few numbers that `dvc metrics show` prints; the rest is in the reports."""

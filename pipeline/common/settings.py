@@ -1,31 +1,39 @@
-"""The settings of a run: params.yaml and the presets of conf/ that it names, as typed and checked sections.
+"""The settings of a run: params.yaml, whole, as typed and checked sections.
 
-Every value is in exactly one file, so no edit is shadowed by another: params.yaml names a preset of
-conf/data, conf/model and conf/hardware, and holds what belongs to none of them. `python -m pipeline.settings`
-prints all values with the file that each comes from.
+Presets (presets.py) are only starting points: `python -m pipeline.preset` writes their values into params.yaml, and
+nothing else reads a setting from anywhere else. Every command checks all sections before it does anything.
 """
 
-import math
-import re
 import types
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.fields import FieldInfo
 
 from model.config import Norm, Positions, TransformerConfig
+from pipeline.common.presets import PRESETS, find_preset, nearest_preset
+from pipeline.common.yaml_files import read_yaml
 
-PRESETS = ("data", "model", "hardware")
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]  # a text: what the error line names
+Workers = Annotated[int | list[int], "a whole number >= 1 or [least, most]"]
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-09 as a number, as YAML 1.2 does, and DVC, whose `-S` writes it so; YAML 1.1 wants 1.0e-09."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+RowName = Literal[
+    "A", "B", "C", "D", "E", "big", "heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing",
+    "positions", "norm",
+]  # fmt: skip
+"""What rows of Table 3 can be asked for by: their group in the paper, or their axis."""
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -33,68 +41,60 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ValueError(f"{key} must be {allowed}, got {value!r}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Download:
-    """The corpus: a name of pipeline/data/catalog.py, "grammar" or "files"; for "grammar" its seed and sizes."""
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """The corpus: a name of pipeline/data/catalog.py, "own" (data/own) or "grammar", for which seed and sizes are."""
 
     corpus: str
     src: str  # language codes
     tgt: str
-    seed: int | None = None
-    train_pairs: int | None = None
-    valid_pairs: int | None = None
-    test_pairs: int | None = None
+    seed: Count | None = None
+    train_pairs: Count | None = None
+    valid_pairs: Count | None = None
+    test_pairs: Count | None = None
 
     def __post_init__(self) -> None:
         for key in ("seed", "train_pairs", "valid_pairs", "test_pairs"):
             value = getattr(self, key)
             if self.corpus == "grammar":
-                require(value is not None and value > 0, f"download.{key}", value, ">= 1")
+                require(value is not None, f"data.{key}", value, "a whole number >= 1 for the corpus grammar")
             else:
-                require(value is None, f"download.{key}", value, "left out (only grammar is generated)")
-        require(self.src != self.tgt, "download.tgt", self.tgt, "a language other than src")
+                way_out = f"python -m pipeline.preset data={self.corpus} writes what belongs to {self.corpus}"
+                require(value is None, f"data.{key}", value, f"left out, for it is grammar's alone ({way_out})")
+        require(self.src != self.tgt, "data.tgt", self.tgt, "a language other than data.src")
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Validate:
     """The limits beyond which a pair is dropped, and how many pairs may be."""
 
-    max_words: int
-    max_length_ratio: float
-    max_dropped_share: float
-
-    def __post_init__(self) -> None:
-        require(self.max_words >= 1, "validate.max_words", self.max_words, ">= 1")
-        require(self.max_length_ratio >= 1, "validate.max_length_ratio", self.max_length_ratio, ">= 1")
-        share = self.max_dropped_share
-        require(0 <= share <= 1, "validate.max_dropped_share", share, "in [0, 1]")
+    max_words: Count
+    max_length_ratio: Annotated[float, Field(ge=1)]
+    max_dropped_share: Share
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tokenize:
     """The joint byte-pair encoding (section 5.1)."""
 
-    vocab_size: int
+    vocab_size: Annotated[int, Field(gt=4), "> 4, the number of reserved tokens"]
     lowercase: bool  # the encoding lower-cases what it is given
 
-    def __post_init__(self) -> None:
-        require(self.vocab_size > 4, "tokenize.vocab_size", self.vocab_size, "> 4, the number of reserved tokens")
 
-
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
     """TransformerConfig without the vocabulary's size, which the tokenizer settles."""
 
-    num_layers: int
-    d_model: int
-    d_ff: int
-    num_heads: int
-    d_k: int
-    d_v: int
-    dropout: float
+    num_layers: Count
+    d_model: Count
+    d_ff: Count
+    num_heads: Count
+    d_k: Count
+    d_v: Count
+    dropout: Fraction
     positions: Positions
     norm: Norm
-    max_length: int
+    max_length: Count
 
     def __post_init__(self) -> None:
         try:
@@ -106,69 +106,50 @@ class Model:
         return TransformerConfig(vocab_size=vocab_size, **asdict(self))
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Train:
     """Section 5 of the paper: batches, Adam, the learning rate, label smoothing, averaging."""
 
-    label_smoothing: float
-    batch_tokens: int
-    max_steps: int
-    warmup_steps: int
-    lr_scale: float
-    beta1: float
-    beta2: float
-    eps: float
-    max_grad_norm: float
-    log_every: int
-    validate_every: int
-    patience: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    average_checkpoints: int
+    seed: Seed
+    label_smoothing: Fraction
+    batch_tokens: Count
+    max_steps: Count
+    warmup_steps: Count
+    lr_scale: Positive
+    beta1: Fraction
+    beta2: Fraction
+    eps: Positive
+    max_grad_norm: NotNegative
+    log_every: Count
+    validate_every: Count
+    patience: CountOrZero
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    average_checkpoints: Count
 
     def __post_init__(self) -> None:
-        for key in ("batch_tokens", "max_steps", "warmup_steps", "log_every", "validate_every", "checkpoint_every"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
-        for key in ("label_smoothing", "beta1", "beta2"):
-            value = getattr(self, key)
-            require(0 <= value < 1, f"train.{key}", value, "in [0, 1)")
-        for key in ("lr_scale", "eps"):
-            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "> 0")
-        for key in ("max_grad_norm", "patience"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), ">= 0")
         kept, averaged = self.keep_checkpoints, self.average_checkpoints
-        require(
-            1 <= averaged <= kept,
-            "train.average_checkpoints",
-            averaged,
-            f"in [1, train.keep_checkpoints ({kept})]",
-        )
+        allowed = f"in [1, train.keep_checkpoints ({kept})]"
+        require(averaged <= kept, "train.average_checkpoints", averaged, allowed)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Hardware:
     """The devices that training runs on. Only `precision` and `micro_batch_tokens` are part of a run's identity:
     `device` and `compile` change rounding and which numbers dropout draws, the others the order of sums alone."""
 
-    num_workers: int | list[int]
+    num_workers: Workers
     device: Literal["auto", "cpu", "gpu"]
-    cpus_per_worker: int
+    cpus_per_worker: CountOrZero
     precision: Literal["fp32", "bf16"]
     compile: bool
-    micro_batch_tokens: int
-    max_failures: int
+    micro_batch_tokens: Count
+    max_failures: CountOrZero
 
     def __post_init__(self) -> None:
-        workers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
-        require(
-            len(workers) == 2 and 1 <= workers[0] <= workers[1],
-            "hardware.num_workers",
-            self.num_workers,
-            ">= 1 or [least, most]",
-        )
-        require(self.micro_batch_tokens >= 1, "hardware.micro_batch_tokens", self.micro_batch_tokens, ">= 1")
-        for key in ("cpus_per_worker", "max_failures"):
-            require(getattr(self, key) >= 0, f"hardware.{key}", getattr(self, key), ">= 0")
+        least_and_most = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
+        fits = len(least_and_most) == 2 and 1 <= least_and_most[0] <= least_and_most[1]
+        require(fits, "hardware.num_workers", self.num_workers, "a whole number >= 1 or [least, most]")
 
     @property
     def min_workers(self) -> int:
@@ -180,25 +161,45 @@ class Hardware:
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluate:
     """The search of section 6.1: beam, alpha, the longest output; and its engine."""
 
-    beam: int
-    alpha: float
-    max_extra: int
+    beam: Count
+    alpha: NotNegative
+    max_extra: CountOrZero
     engine: Literal["torch", "ctranslate2", "ctranslate2-int8"]
-    batch_tokens: int
-    num_samples: int
+    batch_tokens: Count
+    num_samples: CountOrZero
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sweep:
+    """The rows of Table 3 (and others) that run, and their seeds; the base is the run of `model` and `train`."""
+
+    rows: list[RowName]
+    seeds: Annotated[list[Seed], "a list of different numbers in [0, 2^63)"]
+    grid: dict[str, list[Any]] | None
+    scheduler: Literal["fifo", "asha"]
+    cpus_per_worker: CountOrZero
+    num_workers: dict[RowName, Count] | None
+    flops_per_second: NotNegative
+    price_per_device_hour: NotNegative
 
     def __post_init__(self) -> None:
-        for key in ("beam", "batch_tokens"):
-            require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), ">= 1")
-        for key in ("alpha", "max_extra", "num_samples"):
-            require(getattr(self, key) >= 0, f"evaluate.{key}", getattr(self, key), ">= 0")
+        different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        require(different, "sweep.seeds", self.seeds, "a list of different numbers in [0, 2^63)")
+        require(bool(self.rows or self.grid), "sweep.rows", self.rows, "one row or more, for sweep.grid is empty")
+        for key, values in (self.grid or {}).items():
+            require(bool(values), f"sweep.grid.{key}", values, "a list of one value or more")
+        comparable = (
+            "empty with sweep.scheduler asha, which ends trials early: rows of a table must be comparable, values of "
+            "sweep.grid need not"
+        )
+        require(not (self.scheduler == "asha" and self.rows), "sweep.rows", self.rows, comparable)
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tracking:
     """Where MLflow shows the runs."""
 
@@ -206,191 +207,176 @@ class Tracking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """The rows of Table 3 (and others) that run, their seeds and base model; see sweeps/."""
-
-    model: str  # a preset of conf/model
-    rows: list[str]
-    seeds: list[int]
-    free: dict[str, list[object]]
-    scheduler: Literal["grid", "asha"]
-    average_checkpoints: int
-    cpus_per_worker: int
-    num_workers: dict[str, int]
-    flops_per_second: float
-    price_per_device_hour: float
-
-    def __post_init__(self) -> None:
-        require(
-            bool(self.seeds)
-            and len(set(self.seeds)) == len(self.seeds)
-            and 0 <= min(self.seeds) <= max(self.seeds) < 2**63,
-            "sweep.seeds",
-            self.seeds,
-            "a list of different numbers in [0, 2^63)",
-        )
-        require(
-            bool(self.rows or self.free),
-            "sweep.rows",
-            self.rows,
-            "one row or more, for sweep.free is empty",
-        )
-        for key, values in self.free.items():
-            require(bool(values), f"sweep.free.{key}", values, "a list of one value or more")
-        asha = self.scheduler == "asha"
-        require(
-            not (asha and self.rows),
-            "sweep.rows",
-            self.rows,
-            "empty with sweep.scheduler asha, which ends trials early: rows of a table must be comparable, values of "
-            "sweep.free need not",
-        )
-        require(self.average_checkpoints >= 1, "sweep.average_checkpoints", self.average_checkpoints, ">= 1")
-        require(self.cpus_per_worker >= 0, "sweep.cpus_per_worker", self.cpus_per_worker, ">= 0")
-        for row, workers in self.num_workers.items():
-            require(workers >= 1, f"sweep.num_workers.{row}", workers, ">= 1")
-        for key in ("flops_per_second", "price_per_device_hour"):
-            require(getattr(self, key) >= 0, f"sweep.{key}", getattr(self, key), ">= 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All of them. `data_name`, `model_name` and `hardware_name` are the presets' names."""
+    """All sections. `data_name` and `model_name` are the presets that they are nearest to, and `changes` is what
+    differs from these, {"model.d_k": 4, ...}: for names that people read, not for identity."""
 
-    data_name: str
-    model_name: str
-    hardware_name: str
-    seed: int
-    download: Download
+    data: Data
     validate: Validate
     tokenize: Tokenize
     model: Model
     train: Train
     hardware: Hardware
     evaluate: Evaluate
-    tracking: Tracking
     sweep: Sweep
+    tracking: Tracking
+    data_name: str
+    model_name: str
+    changes: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        for key, values in (self.sweep.grid or {}).items():
+            _check_grid(key, values)
+
+    @property
+    def seed(self) -> int:
+        """train.seed: of initial weights, the order of the data and dropout."""
+        return self.train.seed
+
+    def with_seed(self, seed: int) -> "Settings":
+        return replace(self, train=replace(self.train, seed=seed))
 
 
-SECTIONS: dict[str, dict[str, type]] = {
-    "data": {"download": Download, "validate": Validate, "tokenize": Tokenize},
-    "model": {"model": Model, "train": Train},
-    "hardware": {"hardware": Hardware},
-    "params": {"evaluate": Evaluate, "tracking": Tracking, "sweep": Sweep},
-}
-"""The sections that each kind of file holds."""
+SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
+GRID_KEYS = [f"{name}.{f.name}" for name in ("model", "train") for f in fields(SECTIONS[name]) if f.name != "seed"]
+"""What trials of a sweep may differ in; all share data, hardware and search, and sweep.seeds has the seeds."""
 
 
-def load_settings(root: Path = Path(), model: str | None = None) -> Settings:
-    """Read `root`/params.yaml and the presets that it names; `model` is another preset of conf/model, that
-    of sweep.model.
+def load_settings(root: Path = Path(), **presets: str) -> Settings:
+    """Read and check `root`/params.yaml; with `presets`, such as model="tiny", as if they had been written there.
 
-    Raises ValueError that names file, key, value and what is allowed, for one that is
-    unknown, missing or impossible.
+    Raises ValueError that names file, key, value and what is allowed, for one that is unknown, missing or impossible.
     """
     path = root / "params.yaml"
-    params = _read(path)
-    _check_keys(path, "", params, {*PRESETS, "seed", *SECTIONS["params"]})
-    check_type(path, "seed", params["seed"], int)
-    if model is not None:
-        params["model"] = model
-    sections = _sections(path, {key: params[key] for key in SECTIONS["params"]}, SECTIONS["params"])
-    for kind in PRESETS:
-        folder = root / "conf" / kind
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        if params[kind] not in known:
-            key = "sweep.model" if kind == "model" and model is not None else kind
-            raise ValueError(
-                f"{path}: {key} must be one of {', '.join(known)} (files of {folder}), got {params[kind]!r}"
-            )
-        preset = folder / f"{params[kind]}.yaml"
-        sections |= _sections(preset, _read(preset), SECTIONS[kind])
-    presets = {f"{kind}_name": params[kind] for kind in PRESETS}
+    values = read_yaml(path)
+    for kind, name in presets.items():
+        preset = read_yaml(find_preset(root, kind, name))
+        for section in PRESETS[kind]:
+            kept = {key: value for key, value in values[section].items() if key not in optional_keys(section)}
+            values[section] = kept | preset[section]
     try:
-        return Settings(seed=params["seed"], **presets, **sections)
+        _check_keys("", values, SECTIONS)
+        sections = {name: make_section(name, values[name]) for name in SECTIONS}
+        data_name, of_data = nearest_preset(root, "data", values)
+        model_name, of_model = nearest_preset(root, "model", values)
+        return Settings(**sections, data_name=data_name, model_name=model_name, changes=of_data | of_model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run from the project's root folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+def make_section(name: str, values: Any) -> Any:
+    """The section of these values, checked. Raises ValueError, one line without the file's name."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections of `key: value` lines")
-    return values
-
-
-def _sections(path: Path, values: dict[str, Any], sections: dict[str, type]) -> dict[str, Any]:
-    _check_keys(path, "", values, set(sections))
-    return {name: _section(path, name, values[name], section) for name, section in sections.items()}
-
-
-def _section(path: Path, name: str, values: Any, section: type) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: {name} must be a section of `key: value` lines, got {values!r}")
-    known = {field.name: field for field in fields(section)}
-    required = {key for key, field in known.items() if not _optional(field.type)}
-    _check_keys(path, f"{name}.", values, set(known), required)
-    for key, value in values.items():
-        check_type(path, f"{name}.{key}", value, known[key].type)
+        kind = next((kind for kind, sections in PRESETS.items() if name in sections), None)
+        advice = f"; for a preset's values, run python -m pipeline.preset {kind}={values}"
+        raise ValueError(
+            f"{name} must be a section of `key: value` lines, got {values!r}"
+            f"{advice if kind and isinstance(values, str) else ''}"
+        )
+    cls = SECTIONS[name]
+    _check_keys(f"{name}.", values, [f.name for f in fields(cls)], optional_keys(name))
     try:
-        return section(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        return cls(**values)
+    except ValidationError as error:
+        raise ValueError(_line(name, {f.name: f.type for f in fields(cls)}, values, error)) from None
 
 
-def _optional(kind: Any) -> bool:
-    return isinstance(kind, types.UnionType) and types.NoneType in get_args(kind)
+def optional_keys(section: str) -> set[str]:
+    """Those that may be left out of params.yaml."""
+    return {f.name for f in fields(SECTIONS[section]) if f.default is None}
 
 
-def _check_keys(path: Path, prefix: str, values: dict, known: set[str], required: set[str] | None = None) -> None:
-    for key in sorted(set(values) - known, key=str):
-        raise ValueError(f"{path}: {prefix}{key} is unknown: it must be one of {', '.join(sorted(known))}")
-    for key in sorted((known if required is None else required) - set(values)):
-        raise ValueError(f"{path}: {prefix}{key} is missing")
+def _check_keys(prefix: str, given: Iterable[str], known: Collection[str], optional: Collection[str] = ()) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{prefix}{key} is unknown: it must be one of {', '.join(sorted(known))}")
+    for key in known:
+        if key not in given and key not in optional:
+            raise ValueError(f"{prefix}{key} is missing")
 
 
-def check_type(path: Path, key: str, value: object, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        fits, allowed = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
-    elif _optional(kind):
-        return check_type(path, key, value, get_args(kind)[0])
-    elif isinstance(kind, types.UnionType):  # int | list[int]
-        one, many = get_args(kind)
-        return check_type(path, key, value, many if isinstance(value, list) else one)
-    elif get_origin(kind) is list:
-        fits, allowed = type(value) is list, "a list"
-        for item in value if type(value) is list else ():
-            check_type(path, key, item, get_args(kind)[0])
-    elif get_origin(kind) is dict:
-        fits, allowed = type(value) is dict, "`name: value` lines, or {}"
-        for name, item in value.items() if type(value) is dict else ():
-            check_type(path, f"{key}.{name}", item, get_args(kind)[1])
-    elif kind is object:
-        return
-    elif kind is float:
-        fits, allowed = type(value) is int or (type(value) is float and math.isfinite(value)), "a number"
-    else:
-        names = {int: "a whole number", bool: "true or false", str: "text (in quotes)"}
-        fits, allowed = type(value) is kind, names[kind]
-    if not fits:
-        raise ValueError(f"{path}: {key} must be {allowed}, got {value!r}")
+def _check_grid(key: str, values: list[Any]) -> None:
+    """Raises ValueError for a setting that no trial can have, or a value that it cannot have."""
+    if key not in GRID_KEYS:
+        raise ValueError(f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}, got {key!r}")
+    section, name = key.split(".")
+    kind: Any = next(f.type for f in fields(SECTIONS[section]) if f.name == name)
+    for value in values:
+        try:
+            TypeAdapter(kind, config=STRICT).validate_python(value)
+        except ValidationError as error:
+            ranges = error.errors()[0]["type"] in RANGE_ERRORS
+            raise ValueError(f"sweep.grid.{key} must be {_allowed(kind, ranges)}, got {value!r}") from None
+
+
+RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+def _line(section: str, kinds: Mapping[str, Any], values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first of pydantic's errors, as `require` words it."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # of a __post_init__
+        return str(first["ctx"]["error"])
+    name, *places = first["loc"]
+    key, kind, value = f"{section}.{name}", kinds[str(name)], values[str(name)]
+    if places and places[-1] == "[key]":
+        return f"each key of {key} must be {_allowed(get_args(_bare(kind))[0])}, got {places[0]!r}"
+    for place in places:
+        if _text(kind):  # it is for the whole
+            break
+        kind, value = get_args(_bare(kind))[-1], value[place]
+        key = key if isinstance(place, int) else f"{key}.{place}"
+    return f"{key} must be {_allowed(kind, first['type'] in RANGE_ERRORS)}, got {value!r}"
+
+
+def _allowed(kind: Any, ranges: bool = False) -> str:
+    """What a value of this annotation must be; of one that has the right type, its `ranges` alone."""
+    if text := _text(kind):
+        return text
+    bare = _bare(kind)
+    if get_origin(bare) is Literal:
+        return f"one of {', '.join(get_args(bare))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)", list: "a list"}
+    word = words.get(get_origin(bare) or bare, "`name: value` lines")
+    bounds = _bounds(kind)
+    return bounds if ranges else f"{word} {bounds}".strip()
+
+
+def _text(kind: Any) -> str | None:
+    """The text among the metadata of Annotated."""
+    return next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, str)), None)
+
+
+def _bounds(kind: Any) -> str:
+    """In [0, 1), >= 1, > 0 or nothing, by the metadata of pydantic's Field."""
+    kind = _not_none(kind)
+    infos = [item for item in getattr(kind, "__metadata__", ()) if isinstance(item, FieldInfo)]
+    limits = {name: getattr(item, name) for info in infos for item in info.metadata for name in item.__slots__}
+    if "ge" in limits and ("lt" in limits or "le" in limits):
+        upper = f"{limits['lt']})" if "lt" in limits else f"{limits['le']}]"
+        return f"in [{limits['ge']}, {upper}"
+    return f">= {limits['ge']}" if "ge" in limits else f"> {limits['gt']}" if "gt" in limits else ""
+
+
+def _bare(kind: Any) -> Any:
+    """Without None and metadata."""
+    kind = _not_none(kind)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _not_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(item for item in get_args(kind) if item is not types.NoneType)
+    return kind
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
     """{"train.max_steps": 600, ...} of Settings or of one section; what is not set is left out."""
     flat: dict[str, Any] = {}
-    for field in fields(section):
-        value = getattr(section, field.name)
+    for f in fields(section):
+        value = getattr(section, f.name)
         if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{field.name}.")
+            flat |= flatten(value, f"{prefix}{f.name}.")
         elif value is not None:
-            flat[f"{prefix}{field.name}"] = value
+            flat[f"{prefix}{f.name}"] = value
     return flat

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: translate the test split, score it, compute perplexities, report."""
+"""Evaluate a trained model: translate test and validation split, score them, compute perplexities, report."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from pipeline.common.settings import Evaluate, Settings
 from pipeline.data.batching import MicroBatch, batches_to_read, collate
 from pipeline.data.dataset import EncodedSplit, load_tokenizer
 from pipeline.inference.metrics import bleu_by_length, chrf, length_ratio, lowercase_bleu, paper_bleu, sacre_bleu
-from pipeline.inference.reports import Evaluation, log_to_mlflow, write_reports
-from pipeline.inference.translate import translate
+from pipeline.inference.reports import Evaluation, Translated, log_to_mlflow, write_reports
+from pipeline.inference.translate import Translation, translate
 from pipeline.training.checkpoint import load_model
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def evaluate_run(
             f"{root / TOKENIZER} has {tokenizer.get_piece_size()} pieces, {root / final} was trained with "
             f"{model.config.vocab_size}: run the train stage again"
         )
-    languages = settings.download.src, settings.download.tgt
+    languages = settings.data.src, settings.data.tgt
     test, valid = (read_split(name, *languages, root) for name in ("test", "valid"))
     too_long = int((test.tokens.src.lengths >= model.config.max_length).sum())
     if too_long:
@@ -61,7 +61,7 @@ def evaluate_run(
         tqdm.write(f"evaluate: {warning}", file=sys.stderr)
     if torch.cuda.is_available():
         model = model.cuda()
-    evaluation = evaluate_model(model, tokenizer, test, valid, settings.download.tgt, settings.evaluate, progress)
+    evaluation = evaluate_model(model, tokenizer, test, valid, settings.data.tgt, settings.evaluate, progress)
     files = write_reports(evaluation, root / reports)
     log_to_mlflow(evaluation, files, settings, trained_on, root, root / final)
     return evaluation
@@ -76,31 +76,46 @@ def evaluate_model(
     settings: Evaluate,
     progress: bool = True,
 ) -> Evaluation:
-    """Translate and score `test`, whose target language is `tgt`; compute the perplexities of both splits."""
+    """Translate and score both splits, whose target language is `tgt`, and compute their perplexities."""
     started = time.perf_counter()
-    translations = translate(model, tokenizer, test.tokens.src, settings, progress)
+    translations = {
+        split.name: translate(model, tokenizer, split.tokens.src, settings, progress, f"translate, {split.name}")
+        for split in (test, valid)
+    }
     seconds = time.perf_counter() - started
-    outputs = [translation.text for translation in translations]
-    scores = {
-        "bleu": sacre_bleu(outputs, test.references),
-        "bleu_paper": paper_bleu(outputs, test.references, tgt),
-        "bleu_lowercase": lowercase_bleu(outputs, test.references, tgt),
-        "chrf": chrf(outputs, test.references),
-    }
-    test_metrics: dict[str, Any] = {"sentences": len(outputs)}
-    for name, score in scores.items():
-        test_metrics |= {name: score.value, f"{name}_signature": score.signature}
-    test_metrics["length_ratio"] = length_ratio(outputs, test.references)
-    test_metrics["cut_off"] = sum(not translation.finished for translation in translations)
-    test_metrics["ppl"], test_metrics["ppl_word"] = perplexities(model, test, settings.batch_tokens, progress)
+    test_ppl, test_ppl_word = perplexities(model, test, settings.batch_tokens, progress)
     valid_ppl, valid_ppl_word = perplexities(model, valid, settings.batch_tokens, progress)
+    of_valid = _scores(valid, translations["valid"], tgt) | {"ppl": valid_ppl, "ppl_word": valid_ppl_word}
     metrics = {
-        "test": test_metrics,
-        "valid": {"averaged_ppl": valid_ppl, "averaged_ppl_word": valid_ppl_word},  # train.json has the last step's
-        "sentences_per_second": len(outputs) / seconds,
+        "test": _scores(test, translations["test"], tgt) | {"ppl": test_ppl, "ppl_word": test_ppl_word},
+        # of the final weights, an average: train.json has the perplexity of the last step's
+        "valid": {f"averaged_{name}": value for name, value in of_valid.items()},
+        "sentences_per_second": sum(map(len, translations.values())) / seconds,
     }
+    outputs = [translation.text for translation in translations["test"]]
     by_length = bleu_by_length(test.sources, outputs, test.references)
-    return Evaluation(metrics, by_length, test.sources, test.references, translations)
+    return Evaluation(
+        metrics,
+        by_length,
+        test=Translated(test.sources, test.references, translations["test"]),
+        valid=Translated(valid.sources, valid.references, translations["valid"]),
+    )
+
+
+def _scores(split: Split, translations: list[Translation], tgt: str) -> dict[str, Any]:
+    """Each score and its signature."""
+    outputs = [translation.text for translation in translations]
+    found = {
+        "bleu": sacre_bleu(outputs, split.references),
+        "bleu_paper": paper_bleu(outputs, split.references, tgt),
+        "bleu_lowercase": lowercase_bleu(outputs, split.references, tgt),
+        "chrf": chrf(outputs, split.references),
+    }
+    metrics: dict[str, Any] = {"sentences": len(outputs)}
+    for name, score in found.items():
+        metrics |= {name: score.value, f"{name}_signature": score.signature}
+    cut_off = sum(not translation.finished for translation in translations)
+    return metrics | {"length_ratio": length_ratio(outputs, split.references), "cut_off": cut_off}
 
 
 def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: bool = True) -> tuple[float, float]:

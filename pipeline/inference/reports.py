@@ -19,30 +19,52 @@ SCORE_LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """`metrics` and `by_length` are the content of the reports; the lists have an entry for every test sentence."""
+TRANSLATIONS, VALID_TRANSLATIONS = "translations.tsv", "translations_valid.tsv"
 
-    metrics: dict[str, Any]
-    by_length: list[dict[str, float]]
+
+@dataclass(frozen=True)
+class Translated:
+    """An entry for every sentence of a split."""
+
     sources: list[str]
     references: list[str]
     translations: list[Translation]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics` and `by_length` are the content of the reports, as are the translations."""
+
+    metrics: dict[str, Any]
+    by_length: list[dict[str, float]]
+    test: Translated
+    valid: Translated
+
+
 def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write evaluation.json, bleu_by_length.csv and translations.tsv; return their paths."""
-    paths = [folder / name for name in ("evaluation.json", "bleu_by_length.csv", "translations.tsv")]
+    """Write evaluation.json, bleu_by_length.csv and the translations of both splits; return their paths."""
+    names = ("evaluation.json", "bleu_by_length.csv", TRANSLATIONS, VALID_TRANSLATIONS)
+    paths = [folder / name for name in names]
     write_json(paths[0], evaluation.metrics)
     write_csv(paths[1], evaluation.by_length)
+    _write_translations(paths[2], evaluation.test)
+    _write_translations(paths[3], evaluation.valid)
+    return paths
+
+
+def _write_translations(path: Path, split: Translated) -> None:
     lines = ["source\treference\ttranslation\tscore"]
-    for source, reference, best in zip(
-        evaluation.sources, evaluation.references, evaluation.translations, strict=True
-    ):
+    for source, reference, best in zip(split.sources, split.references, split.translations, strict=True):
         columns = (" ".join(text.split()) for text in (source, reference, best.text))  # no tab within one
         lines.append("\t".join((*columns, f"{best.score:.4f}")))
-    write_text(paths[2], "\n".join(lines) + "\n")
-    return paths
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def shown_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """What `dvc metrics show` prints of an evaluation: scores and perplexity of the test split."""
+    test = metrics["test"]
+    scores = {"bleu": "bleu", "bleu_paper": "bleu_paper", "bleu_lc": "bleu_lowercase", "chrf": "chrf", "ppl": "ppl"}
+    return {short: test[name] for short, name in scores.items()}
 
 
 def log_to_mlflow(
@@ -61,8 +83,9 @@ def log_to_mlflow(
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):
         flat |= {f"{split}_{name}": value for name, value in evaluation.metrics[split].items()}
-    num_samples = min(settings.evaluate.num_samples, len(evaluation.sources))
-    shown = [len(evaluation.sources) * i // num_samples for i in range(num_samples)]  # from all over the split
+    test = evaluation.test
+    num_samples = min(settings.evaluate.num_samples, len(test.sources))
+    shown = [len(test.sources) * i // num_samples for i in range(num_samples)]  # from all over the split
     log_evaluation(
         uri,
         settings,
@@ -73,9 +96,9 @@ def log_to_mlflow(
         files=files,
         samples=[
             {
-                "source": evaluation.sources[i],
-                "reference": evaluation.references[i],
-                "translation": evaluation.translations[i].text,
+                "source": test.sources[i],
+                "reference": test.references[i],
+                "translation": test.translations[i].text,
             }
             for i in shown
         ],
@@ -85,13 +108,20 @@ def log_to_mlflow(
 def format_scores(metrics: dict[str, Any]) -> str:
     """The metrics for people; each score with its signature below it."""
     test, valid = metrics["test"], metrics["valid"]
-    lines = [f"{test['sentences']} test sentences, {metrics['sentences_per_second']:.1f} translated a second"]
+    counts = f"{test['sentences']} test and {valid['averaged_sentences']} validation sentences"
+    lines = [f"{counts}, {metrics['sentences_per_second']:.1f} translated a second", f"  {'':58}   test  valid"]
+
+    def line(label: str, name: str, form: str) -> str:
+        return f"  {label:58}{test[name]:{form}}{valid[f'averaged_{name}']:{form}}"
+
     for name, label in SCORE_LABELS.items():
-        lines += [f"  {label:58}{test[name]:7.2f}", f"      {test[f'{name}_signature']}"]
-    lines += [
-        f"  {'length of the output / length of the reference':58}{test['length_ratio']:7.3f}",
-        f"  {'outputs cut off before they ended':58}{test['cut_off']:7}",
-        f"  {'perplexity per piece: test, validation':58}{test['ppl']:7.3f} {valid['averaged_ppl']:7.3f}",
-        f"  {'perplexity per word: test, validation':58}{test['ppl_word']:7.3f} {valid['averaged_ppl_word']:7.3f}",
-    ]
-    return "\n".join(lines)
+        lines += [line(label, name, "7.2f"), f"      {test[f'{name}_signature']}"]
+    return "\n".join(
+        [
+            *lines,
+            line("length of the output / length of the reference", "length_ratio", "7.3f"),
+            line("outputs cut off before they ended", "cut_off", "7"),
+            line("perplexity per token", "ppl", "7.3f"),
+            line("perplexity per word", "ppl_word", "7.3f"),
+        ]
+    )

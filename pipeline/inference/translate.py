@@ -51,6 +51,7 @@ def translate(
     sources: Sequence[Sequence[int] | np.ndarray] | EncodedText,
     settings: Evaluate,
     progress: bool = True,
+    title: str = "translating",
 ) -> list[Translation]:
     """The best output for each sentence (its tokens, without EOS), in their order, by the engine of the settings.
 
@@ -63,7 +64,7 @@ def translate(
     batches = engine.batches(np.array([len(source) for source in cut], dtype=np.int64))
     translations: list[Translation | None] = [None] * len(cut)
     with (
-        tqdm(total=len(cut), desc="translating", unit=" sentences", disable=not progress) as bar,
+        tqdm(total=len(cut), desc=title, unit=" sentences", disable=not progress) as bar,
         engine.workers() as pool,
     ):
         outputs = pool.map(engine.search, [[cut[i] for i in indices] for indices in batches])

@@ -89,7 +89,7 @@ def open_run(
     client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
-        _log_dataset(client, run_id, settings.download.corpus, hashes["data"], root)
+        _log_dataset(client, run_id, settings.data.corpus, hashes["data"], root)
     return run_id
 
 
@@ -123,9 +123,9 @@ def run_params(settings: Settings) -> dict[str, str]:
         "data": settings.data_name,
         "model": settings.model_name,
         "seed": settings.seed,
-        "corpus": settings.download.corpus,
-        "src": settings.download.src,
-        "tgt": settings.download.tgt,
+        "corpus": settings.data.corpus,
+        "src": settings.data.src,
+        "tgt": settings.data.tgt,
     }
     for section in (settings.tokenize, settings.model, settings.train, settings.hardware):
         named |= flatten(section)

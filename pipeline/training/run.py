@@ -59,7 +59,6 @@ def run_key(settings: Settings, root: Path) -> str:
     changes the order of sums, nor comments, docstrings and formatting of the code."""
     decisive = {
         "data": CorpusInfo.open(root / ENCODED).sha256,
-        "seed": settings.seed,
         "model": asdict(settings.model),
         "train": asdict(settings.train),
         "micro_batch_tokens": settings.hardware.micro_batch_tokens,

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.common.settings import Download
+from pipeline.common.settings import Data
 from pipeline.data.catalog import Corpus, RemoteFile
 from pipeline.download import download
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = Download(corpus="toy", src="en", tgt="de")
+SETTINGS = Data(corpus="toy", src="en", tgt="de")
 TEXTS = {
     f"{split}.{code}": "".join(f"{split} sentence {i * i} in {code}: ä\n" for i in range(lines))
     for split, lines in (("train", 2003), ("valid", 53), ("test", 47))
@@ -304,7 +304,7 @@ def test_download_takes_own_files_plain_or_packed():
     write_own_files()
     shutil.move("data/own/train.de", "data/own/unpacked")
     Path("data/own/train.de.gz").write_bytes(PACKED["/toy/train.de.gz"])
-    download(Download(corpus="files", src="en", tgt="de"))
+    download(Data(corpus="own", src="en", tgt="de"))
     assert_whole()
     origin = json.loads(Path("data/raw/corpus.json").read_text())["origin"]
     assert origin["train.de"]["url"] == "data/own/train.de.gz"
@@ -312,7 +312,7 @@ def test_download_takes_own_files_plain_or_packed():
 
 
 def test_download_reports_own_files_missing_double_or_broken():
-    settings = Download(corpus="files", src="en", tgt="de")
+    settings = Data(corpus="own", src="en", tgt="de")
     write_own_files()
     packed = Path("data/own/valid.en.gz")
     packed.write_bytes(PACKED["/toy/valid.en.gz"][:-9])
@@ -338,7 +338,7 @@ def write_own_files():
 
 
 def test_download_generates_and_describes_the_grammar():
-    download(Download(corpus="grammar", src="en", tgt="de", seed=3, train_pairs=101, valid_pairs=7, test_pairs=5))
+    download(Data(corpus="grammar", src="en", tgt="de", seed=3, train_pairs=101, valid_pairs=7, test_pairs=5))
     lines = {file.name: len(file.read_text().splitlines()) for file in Path("data/raw").iterdir()}
     del lines["corpus.json"]
     assert lines == {
@@ -360,7 +360,7 @@ def test_download_generates_and_describes_the_grammar():
 )
 def test_download_refuses_an_unknown_corpus_or_language(corpus, src, tgt, message):
     with pytest.raises(ValueError, match=message):
-        download(Download(corpus=corpus, src=src, tgt=tgt))
+        download(Data(corpus=corpus, src=src, tgt=tgt))
 
 
 def test_main_reports_a_fault_in_one_line_with_exit_code_1(project):

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.common.settings import Download, Validate
+from pipeline.common.settings import Data, Validate
 from pipeline.download import download
 from pipeline.validate import _create, _in_script, _num_words, _respaced, mark, validate
 
 ROOT = Path(__file__).parents[2]
 MIRROR = Path.cwd() / os.environ.get("CORPUS_MIRROR", "none")
-LANGUAGES = Download(corpus="files", src="en", tgt="de")
+LANGUAGES = Data(corpus="own", src="en", tgt="de")
 LIMITS = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=1.0)
 SOUND = [(f"sentence {i} stands here .", f"Satz {i} steht hier .") for i in range(5)]
 VALID = [("the second week begins .", "die zweite Woche beginnt .")]
@@ -159,7 +159,7 @@ def test_validate_passes_a_language_of_unknown_script():
     write_raw([*SOUND, ("он дома", "er ist daheim")])
     for split in ("train", "valid", "test"):
         shutil.copy(f"data/raw/{split}.en", f"data/raw/{split}.xx")
-    report = validate(Download(corpus="files", src="xx", tgt="de"), LIMITS)
+    report = validate(Data(corpus="own", src="xx", tgt="de"), LIMITS)
     assert faults(report, "train") == {}
 
 
@@ -299,7 +299,7 @@ def test_mark_finds_what_sets_of_hashes_find(rows):
 
 @pytest.mark.skipif(not MIRROR.is_dir(), reason="needs Multi30k: set CORPUS_MIRROR to its folder")
 def test_validate_multi30k_finds_three_duplicates_and_no_leak_of_test():
-    multi30k = Download(corpus="multi30k", src="en", tgt="de")
+    multi30k = Data(corpus="multi30k", src="en", tgt="de")
     download(multi30k, str(MIRROR))
     report = validate(multi30k, Validate(max_words=100, max_length_ratio=4.0, max_dropped_share=0.05))
     assert [report[split]["pairs_in"] for split in ("train", "valid", "test")] == [29_000, 1_014, 1_000]

@@ -39,9 +39,9 @@ def root(tmp_path: Path) -> Path:
         for language in ("en", "de"):
             (tmp_path / f"data/clean/{split}.{language}").touch()
     write_corpus(tmp_path / "data/encoded", longest=11, vocab_size=VOCAB, longest_tgt=17)
-    edit(tmp_path, "conf/model/nano.yaml", "train", batch_tokens=170, max_steps=13)
-    edit(tmp_path, "conf/model/nano.yaml", "model", d_k=14)
-    edit(tmp_path, "conf/hardware/auto.yaml", "hardware", micro_batch_tokens=53, device="cpu")
+    edit(tmp_path, "params.yaml", "train", batch_tokens=170, max_steps=13)
+    edit(tmp_path, "params.yaml", "model", d_k=14)
+    edit(tmp_path, "params.yaml", "hardware", micro_batch_tokens=53, device="cpu")
     edit(tmp_path, "params.yaml", "sweep", rows=["d_k"], seeds=[3, 5], flops_per_second=1e6)
     return tmp_path
 
@@ -109,7 +109,7 @@ def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
 
 
 def test_costs_grow_with_max_steps(root):
-    edit(root, "params.yaml", "sweep", free={"train.max_steps": [39]})
+    edit(root, "params.yaml", "sweep", grid={"train.max_steps": [39]})
     base, _, longer = costs(load_sweep(root), root)
     assert longer.flops == 3 * base.flops
 
@@ -207,7 +207,7 @@ def test_main_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys
 
 
 def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch, capsys):
-    edit(root, "conf/hardware/auto.yaml", "hardware", device="gpu")
+    edit(root, "params.yaml", "hardware", device="gpu")
     run_main(root, monkeypatch, "--devices", "8")
     assert "GPU hours at 1e+06" in capsys.readouterr().out
     edit(root, "params.yaml", "sweep", flops_per_second=0.0)

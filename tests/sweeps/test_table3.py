@@ -354,17 +354,17 @@ SHARED = (
 @pytest.mark.parametrize(
     ("free", "message"),
     [
-        ({"evaluate.beam": [1, 4]}, f"sweep.free has 'evaluate.beam': {SHARED}"),
-        ({"tokenize.vocab_size": [500]}, f"sweep.free has 'tokenize.vocab_size': {SHARED}"),
-        ({"d_ff": [64]}, f"sweep.free has 'd_ff': {SHARED}"),
-        ({3: [64]}, f"sweep.free has 3: {SHARED}"),
-        ({"model.d_ff": ["64"]}, "sweep.free: model.d_ff must be a whole number, got '64'"),
-        ({"model.d_ff": [64, 2.5]}, "sweep.free: model.d_ff must be a whole number, got 2.5"),
-        ({"model.num_heads": [True]}, "sweep.free: model.num_heads must be a whole number, got True"),
-        ({"train.lr_scale": ["high"]}, "sweep.free: train.lr_scale must be a number, got 'high'"),
+        ({"evaluate.beam": [1, 4]}, f"sweep.grid has 'evaluate.beam': {SHARED}"),
+        ({"tokenize.vocab_size": [500]}, f"sweep.grid has 'tokenize.vocab_size': {SHARED}"),
+        ({"d_ff": [64]}, f"sweep.grid has 'd_ff': {SHARED}"),
+        ({3: [64]}, f"sweep.grid has 3: {SHARED}"),
+        ({"model.d_ff": ["64"]}, "sweep.grid: model.d_ff must be a whole number, got '64'"),
+        ({"model.d_ff": [64, 2.5]}, "sweep.grid: model.d_ff must be a whole number, got 2.5"),
+        ({"model.num_heads": [True]}, "sweep.grid: model.num_heads must be a whole number, got True"),
+        ({"train.lr_scale": ["high"]}, "sweep.grid: train.lr_scale must be a number, got 'high'"),
         (
             {"model.positions": ["absolute"]},
-            "sweep.free: model.positions must be one of sinusoidal, learned, none, relative, rotary, alibi, "
+            "sweep.grid: model.positions must be one of sinusoidal, learned, none, relative, rotary, alibi, "
             "got 'absolute'",
         ),
     ],
@@ -376,7 +376,7 @@ def test_rows_refuses_a_free_setting_of_another_section_or_type(free, message):
 
 def test_rows_refuses_an_unknown_free_setting_and_lists_the_known():
     message = (
-        r"^each key of sweep.free must be one of model.num_layers, .*, train.average_checkpoints, got 'model.colour'$"
+        r"^each key of sweep.grid must be one of model.num_layers, .*, train.average_checkpoints, got 'model.colour'$"
     )
     with pytest.raises(ValueError, match=message):
         rows(preset("mini"), [], {"model.colour": ["blue"]})

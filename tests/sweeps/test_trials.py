@@ -79,7 +79,7 @@ def test_load_sweep_gives_every_trial_a_folder_and_a_key_of_its_own(root):
 
 
 def test_load_sweep_has_no_trial_of_a_row_that_cannot_be_built(root):
-    edit(root, "conf/model/nano.yaml", "model", num_heads=4, d_k=16, d_v=16)
+    edit(root, "params.yaml", "model", num_heads=4, d_k=16, d_v=16)
     sweep = load_sweep(root)
     skipped = {row.id: row.skipped for row in sweep.rows if row.skipped}
     assert skipped == {"A-h1": "4 heads x 1/8 is 0.5 heads"}
@@ -87,8 +87,8 @@ def test_load_sweep_has_no_trial_of_a_row_that_cannot_be_built(root):
 
 
 def test_load_sweep_runs_the_first_of_rows_with_equal_settings(root):
-    edit(root, "conf/model/nano.yaml", "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
-    edit(root, "conf/model/nano.yaml", "train", max_steps=100)
+    edit(root, "params.yaml", "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
+    edit(root, "params.yaml", "train", max_steps=100)
     big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [300, 299]}
     sweep = sweep_with(root, rows=["big"], free=big)
     assert [(row.group, row.skipped) for row in sweep.rows] == [
@@ -105,12 +105,12 @@ def test_load_sweep_takes_base_with_the_sweeps_averaging_and_cpus(root):
     assert base.tracking.experiment == "table3-grammar-tiny"
     assert (base.train.average_checkpoints, base.train.keep_checkpoints) == (3, 4)
     assert base.hardware.cpus_per_worker == 2
-    edit(root, "conf/hardware/auto.yaml", "hardware", cpus_per_worker=7)
+    edit(root, "params.yaml", "hardware", cpus_per_worker=7)
     assert sweep_with(root, cpus_per_worker=0).base.hardware.cpus_per_worker == 7
 
 
 def test_load_sweep_gives_rows_their_workers_by_axis_before_group(root):
-    edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2)
+    edit(root, "params.yaml", "hardware", num_workers=2)
     found = workers(sweep_with(root, rows=["A", "B", "C"], num_workers={"B": 3, "C": 5, "d_ff": 7}))
     assert found == {
         **{id: 2 for id in ("base", "A-h1", "A-h4", "A-h16", "A-h32")},
@@ -220,7 +220,7 @@ def test_result_key_ignores_comments(root):
 
 def test_result_key_ignores_where_and_on_how_many_workers_a_trial_runs(root):
     before = load_sweep(root)
-    edit(root, "conf/hardware/auto.yaml", "hardware", num_workers=2, device="cpu", max_failures=11)
+    edit(root, "params.yaml", "hardware", num_workers=2, device="cpu", max_failures=11)
     edit(root, "params.yaml", "evaluate", batch_tokens=97, num_samples=1)
     after = sweep_with(root, num_workers={"heads": 3}, cpus_per_worker=5, price_per_device_hour=1.5)
     assert workers(after)["A-h4"] == 3
@@ -258,7 +258,7 @@ def test_run_key_of_a_sweep_stays_with_more_rows_and_seeds(root):
 def test_run_key_of_a_sweep_changes_with_base_data_and_code(root, change):
     before = load_sweep(root)
     if change == "base":
-        edit(root, "conf/model/nano.yaml", "train", lr_scale=0.7)
+        edit(root, "params.yaml", "train", lr_scale=0.7)
     elif change == "data":
         write_meta(root, "1" * 64)
     else:

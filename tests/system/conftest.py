@@ -26,7 +26,6 @@ SOURCES = (
     ".gitignore",
     ".rayignore",
     "conf",
-    "data/own/.gitignore",
     "dvc.yaml",
     "model",
     "params.yaml",
@@ -36,14 +35,14 @@ SOURCES = (
 PATIENCE_S = 900
 
 CORPUS = {
-    "download": dict(corpus="grammar", src="en", tgt="de", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23),
+    "data": dict(corpus="grammar", src="en", tgt="de", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23),
     "validate": dict(max_words=50, max_length_ratio=4.0, max_dropped_share=0.2),
     "tokenize": dict(vocab_size=400, lowercase=False),
 }
 MODEL = {
     "model": dict(num_layers=1, d_model=16, d_ff=24, num_heads=2, d_k=8, d_v=8, dropout=0.1)
     | dict(positions="sinusoidal", norm="post", max_length=256),
-    "train": dict(label_smoothing=0.1, batch_tokens=700, max_steps=400, warmup_steps=50, lr_scale=1.0)
+    "train": dict(seed=1, label_smoothing=0.1, batch_tokens=700, max_steps=400, warmup_steps=50, lr_scale=1.0)
     | dict(beta1=0.9, beta2=0.98, eps=1e-9, max_grad_norm=0.0, log_every=7, validate_every=100, patience=0)
     | dict(checkpoint_every=10, keep_checkpoints=100, average_checkpoints=2),
 }
@@ -52,8 +51,8 @@ HARDWARE = {
     | dict(micro_batch_tokens=256, max_failures=3)
 }
 EVALUATE = dict(beam=2, alpha=0.6, max_extra=3, engine="torch", batch_tokens=1024, num_samples=3)
-SWEEP = dict(model="micro", rows=["dropout"], seeds=[0], free={}, scheduler="grid", average_checkpoints=2) | dict(
-    cpus_per_worker=1, num_workers={}, flops_per_second=1e9, price_per_device_hour=0.5
+SWEEP = dict(rows=["dropout"], seeds=[0], grid=None, scheduler="fifo", cpus_per_worker=1, num_workers=None) | dict(
+    flops_per_second=1e9, price_per_device_hour=0.5
 )
 
 
@@ -202,11 +201,8 @@ def make_project(root: Path, ray: Path) -> Project:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, root / name)
     project = Project(root, ray)
-    for kind, values in (("data", CORPUS), ("model", MODEL), ("hardware", HARDWARE)):
-        project.write_yaml(f"conf/{kind}/micro.yaml", values)
-        project.edit("params.yaml", kind, "micro")
-    project.edit("params.yaml", "evaluate", EVALUATE)
-    project.edit("params.yaml", "sweep", SWEEP)
+    for section, values in (CORPUS | MODEL | HARDWARE | {"evaluate": EVALUATE, "sweep": SWEEP}).items():
+        project.edit("params.yaml", section, values)
     project.run("git", "init", "--quiet", "--initial-branch", "main")
     project.commit()
     return project

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 PAIRS = {"train": 6000, "valid": 100, "test": 100}
 CORPUS = {
-    "download": dict(corpus="files", src="en", tgt="de"),
+    "download": dict(corpus="own", src="en", tgt="de"),
     "validate": dict(max_words=20, max_length_ratio=4.0, max_dropped_share=0.0),
     "tokenize": dict(vocab_size=290, lowercase=False),
 }
@@ -51,7 +51,7 @@ def test_exp_run_learns_to_copy_and_to_reverse(new_project):
         "data=letters",
         "model=copier",
         f"seed={seed}",
-        "conf/hardware/micro.yaml:hardware.micro_batch_tokens=2048",
+        "params.yaml:hardware.micro_batch_tokens=2048",
     )
     new_project.run(
         "dvc",

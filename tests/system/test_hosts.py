@@ -214,11 +214,11 @@ def cluster() -> Iterator[Cluster]:
 def project(trained, tmp_path_factory):
     """The miniature, its corpus encoded, for two workers of one CPU each; steps long enough to be interrupted."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("cluster") / "project")
-    project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 2)
-    project.edit("conf/model/micro.yaml", "train.batch_tokens", 2800)
-    project.edit("conf/model/micro.yaml", "train.max_steps", STEPS)
-    project.edit("conf/model/micro.yaml", "train.checkpoint_every", CHECKPOINT_EVERY)
-    project.edit("conf/model/micro.yaml", "train.validate_every", 40)
+    project.edit("params.yaml", "hardware.num_workers", 2)
+    project.edit("params.yaml", "train.batch_tokens", 2800)
+    project.edit("params.yaml", "train.max_steps", STEPS)
+    project.edit("params.yaml", "train.checkpoint_every", CHECKPOINT_EVERY)
+    project.edit("params.yaml", "train.validate_every", 40)
     project.commit()
     return project
 
@@ -232,7 +232,7 @@ def published(cluster: Cluster, project) -> Path:
 @pytest.fixture
 def new_run(cluster: Cluster, project, published: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
     cluster.heal()
-    changed = ("params.yaml", "conf/hardware/micro.yaml", "conf/model/micro.yaml")
+    changed = ("params.yaml", "params.yaml", "params.yaml")
     settings = {path: (project.root / path).read_text() for path in changed}
     name = re.sub(r"\W+", "_", request.node.name.removeprefix("test_"))[:60]
     project.wait_for(lambda: not cluster.workers(), "end of the workers before", PATIENCE_S)
@@ -278,7 +278,7 @@ def test_local_cluster_beside_another_has_its_own_names_and_ends_alone(cluster, 
 
 
 def test_train_on_two_hosts_reaches_the_loss_of_one(undisturbed, new_run, figures):
-    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
+    new_run.project.edit("params.yaml", "hardware.num_workers", 1)
     new_run.submit()
     assert len(undisturbed.hosts) == 2
     assert_close_early(new_run, undisturbed)
@@ -318,9 +318,9 @@ def test_train_resumes_after_a_lost_host(undisturbed, new_run, figures, fault, n
 
 
 def test_train_shrinks_with_a_lost_host_and_grows_when_it_returns(undisturbed, new_run, figures):
-    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", [1, 3])
-    new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
-    new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
+    new_run.project.edit("params.yaml", "hardware.num_workers", [1, 3])
+    new_run.project.edit("params.yaml", "train.max_steps", LONG)
+    new_run.project.edit("params.yaml", "train.keep_checkpoints", 1000)
 
     def num_workers() -> int:
         return sum(map(len, new_run.cluster.workers().values()))
@@ -348,8 +348,8 @@ def test_train_shrinks_with_a_lost_host_and_grows_when_it_returns(undisturbed, n
 
 
 def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures):
-    new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)  # it is stopped before
-    new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
+    new_run.project.edit("params.yaml", "train.max_steps", LONG)  # it is stopped before
+    new_run.project.edit("params.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted() as job:
         new_run.await_step(25)
         for host in ("head", "worker1", "worker2"):  # which would end a minute later, for want of the head
@@ -373,8 +373,8 @@ def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures)
 
 
 def test_train_goes_on_while_the_tracking_server_is_away(new_run, figures):
-    new_run.project.edit("conf/model/micro.yaml", "train.max_steps", LONG)
-    new_run.project.edit("conf/model/micro.yaml", "train.keep_checkpoints", 1000)
+    new_run.project.edit("params.yaml", "train.max_steps", LONG)
+    new_run.project.edit("params.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted():
         new_run.await_step(100)
         new_run.cluster("kill", "mlflow")
@@ -415,7 +415,7 @@ def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
 
 
 def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
-    new_run.project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 1)
+    new_run.project.edit("params.yaml", "hardware.num_workers", 1)
     new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
 
     def busy() -> bool:
@@ -489,10 +489,10 @@ def test_preflight_refuses_data_that_a_node_cannot_read(cluster, on_head):
 
 def test_preflight_refuses_more_workers_than_there_is_room_for(cluster, on_head):
     cluster.heal()
-    settings = (on_head / "conf/hardware/micro.yaml").read_text()
-    (on_head / "conf/hardware/micro.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))
+    settings = (on_head / "params.yaml").read_text()
+    (on_head / "params.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))
     said = refused(cluster, on_head)
-    (on_head / "conf/hardware/micro.yaml").write_text(settings)
+    (on_head / "params.yaml").write_text(settings)
     assert said == (
         "train: hardware.num_workers is 4, with 1 CPUs each: the cluster has 3 on 3 nodes, room for 3; "
         "lower it, or hardware.cpus_per_worker; [least, most] takes what there is"

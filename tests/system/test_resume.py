@@ -54,7 +54,7 @@ def test_train_interrupted_prints_one_line_and_leaves_no_process(trained, tmp_pa
 def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(trained, tmp_path):
     project = trained.copy(tmp_path / "project", without=())
     before = project.checkpoints()
-    project.edit("conf/model/micro.yaml", "train.lr_scale", 1e30)
+    project.edit("params.yaml", "train.lr_scale", 1e30)
     output = project.run("python", "-m", "pipeline.train", code=1)
     assert f"differ from those of {before[-1].parent.name}, the last run: a new run begins" in output
     assert "train: step 2 (epoch 0, batch 1 of it): the loss is nan" in output
@@ -66,8 +66,8 @@ def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(traine
 
 def test_train_with_two_workers_ends_with_the_weights_of_one(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
-    project.edit("conf/hardware/micro.yaml", "hardware.num_workers", 2)
-    project.edit("conf/model/micro.yaml", "train.max_steps", 20)
+    project.edit("params.yaml", "hardware.num_workers", 2)
+    project.edit("params.yaml", "train.max_steps", 20)
     project.run("python", "-m", "pipeline.train")
     (theirs,) = trained.root.glob("checkpoints/*/step_00000020")
     (ours,) = project.root.glob("checkpoints/*/step_00000020")

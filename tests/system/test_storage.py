@@ -49,7 +49,7 @@ def test_train_killed_with_run_storage_on_s3_ends_with_the_same_weights(trained,
 def test_sweep_with_run_storage_on_s3_ends_and_again_starts_no_ray(trained, s3, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     project.edit("params.yaml", "sweep.rows", [])
-    project.edit("params.yaml", "sweep.free", {"model.d_ff": [32]})
+    project.edit("params.yaml", "sweep.grid", {"model.d_ff": [32]})
     environment = s3.environment | {"RUN_STORAGE": "s3://bucket/runs"}
     project.run("python", "-m", "pipeline.publish", **environment)
     project.run("python", "-m", "sweeps.run", **environment)

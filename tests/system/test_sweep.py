@@ -62,7 +62,7 @@ def continued(killed):
 def widened(continued):
     """The same with a seed more, and a row that comes to no finite loss."""
     continued.edit("params.yaml", "sweep.seeds", [0, 5])
-    continued.edit("params.yaml", "sweep.free", {"train.lr_scale": [1e30]})
+    continued.edit("params.yaml", "sweep.grid", {"train.lr_scale": [1e30]})
     continued.unwidened = records(continued)
     continued.output = continued.run("python", "-m", "sweeps.run")
     return continued
@@ -143,7 +143,7 @@ def test_report_is_written_and_logged_in_the_run_of_the_sweep(widened):
 def test_sweep_that_is_finished_starts_no_ray(widened, tmp_path):
     assert list(widened.ray.glob("ray/session_*")), "sessions are elsewhere: this test would see none"
     before = records(widened)
-    widened.edit("params.yaml", "sweep.free", {})
+    widened.edit("params.yaml", "sweep.grid", {})
     output = widened.run("python", "-m", "sweeps.run", RAY_TMPDIR=str(tmp_path))
     assert records(widened) == before
     assert "trials:" not in output
@@ -156,7 +156,7 @@ def halved(trained, tmp_path_factory):
     project = trained.untrained_copy(tmp_path_factory.mktemp("asha") / "project")
     project.edit("params.yaml", "sweep.rows", [])
     project.edit("params.yaml", "sweep.scheduler", "asha")
-    project.edit("params.yaml", "sweep.free", {"train.lr_scale": [0.9, 2e-9, 1e-9]})
+    project.edit("params.yaml", "sweep.grid", {"train.lr_scale": [0.9, 2e-9, 1e-9]})
     project.output = project.run("python", "-m", "sweeps.run")
     return project
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.preset import write_presets
 from tools.benchmarks.harness import (
     OPERATORS,
     ROOT,
@@ -132,7 +133,7 @@ def data(setting: Setting) -> list[str]:
     """Time of the stages from text to tokens, compared with SentencePiece alone; time of an epoch's plan."""
     project = setting.folder / "data"
     _clear(project)
-    new_project(project, data="files", model="mini")
+    new_project(project, data="own", model="mini")
     if setting.text:
         what, vocab_size = f"of {setting.text[0].name} again and again, numbered", WMT_VOCAB_SIZE
         _write_copies(setting.text, project / "data/own", setting.pairs)
@@ -145,7 +146,7 @@ def data(setting: Setting) -> list[str]:
         "| | seconds | pairs/s | peak memory |",
         "|---|---:|---:|---:|",
     ]
-    edit(project / "conf/data/files.yaml", "tokenize.vocab_size", vocab_size)
+    edit(project / "params.yaml", "tokenize.vocab_size", vocab_size)
     rows = []
     for stage in ("download", "validate", "train_tokenizer", "encode"):
         log(stage)
@@ -209,7 +210,7 @@ def start(setting: Setting) -> list[str]:
     project = _tiny_on_multi30k(setting)
     starts: dict[str, list[float]] = {"a new project": [], "one that has MLflow's store": []}
     parts = []  # of the second
-    _lengths(project, "tiny", max_steps=2, checkpoint_every=2)
+    _lengths(project, max_steps=2, checkpoint_every=2)
     for number in range(3):
         _forget(project)
         for where, seconds in starts.items():
@@ -239,7 +240,7 @@ def orchestration(setting: Setting) -> list[str]:
     work."""
     project = _tiny_on_multi30k(setting)
     slower = []
-    _lengths(project, "tiny", max_steps=10_000, checkpoint_every=100)
+    _lengths(project, max_steps=10_000, checkpoint_every=100)
     for number in range(setting.rounds):
         log(f"round {number + 1} of {setting.rounds}: python -m pipeline.train and the bare loop in turns")
         _forget(project)
@@ -262,16 +263,16 @@ def orchestration(setting: Setting) -> list[str]:
         f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
         f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
     ]
-    edit(project / "params.yaml", "model", "base")
-    _lengths(project, "base", max_steps=6, checkpoint_every=6)
-    edit(project / "conf/model/base.yaml", "train.batch_tokens", 4096)
-    edit(project / "conf/model/base.yaml", "train.log_every", 1)
-    edit(project / "conf/hardware/auto.yaml", "hardware.cpus_per_worker", 1)
+    write_presets(["model=base"], project)
+    _lengths(project, max_steps=6, checkpoint_every=6)
+    edit(project / "params.yaml", "train.batch_tokens", 4096)
+    edit(project / "params.yaml", "train.log_every", 1)
+    edit(project / "params.yaml", "hardware.cpus_per_worker", 1)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(setting.rounds):
         for workers, found in rates.items():
             log(f"round {number + 1} of {setting.rounds}: base on {workers} workers of one thread")
-            edit(project / "conf/hardware/auto.yaml", "hardware.num_workers", workers)
+            edit(project / "params.yaml", "hardware.num_workers", workers)
             _clear(project / "checkpoints")  # or one worker's run would be two's as well
             run([sys.executable, "-m", "pipeline.train"], project, OMP_NUM_THREADS="1")
             points = csv.DictReader((project / "reports/training_curve.csv").read_text().splitlines())
@@ -283,8 +284,8 @@ def orchestration(setting: Setting) -> list[str]:
         f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})."
     )
     _clear(project)
-    new_project(project, data="grammar", model="nano")
-    _lengths(project, "nano", max_steps=20, checkpoint_every=20)
+    new_project(project, data="grammar", model="mini")
+    _lengths(project, max_steps=20, checkpoint_every=20)
     for command in (["git", "init", "-q"], ["git", "add", "."], ["git", *WHO, "commit", "-qm", "benchmark"]):
         run(command, project)
     log("dvc repro evaluate, and again")
@@ -306,16 +307,14 @@ WHO = ("-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost")
 
 
 def new_project(root: Path, **presets: str) -> None:
-    """Copy what the stages need into a folder of its own; `presets` as in params.yaml."""
+    """Copy what the stages need into a folder of its own, with these presets in params.yaml."""
     root.mkdir(parents=True, exist_ok=True)
     for name in ("conf", "model", "pipeline", "sweeps", ".dvc"):
         ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
         shutil.copytree(ROOT / name, root / name, dirs_exist_ok=True, ignore=ignored)
-    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "data/own/.gitignore"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root / name)
-    for key, value in presets.items():
-        edit(root / "params.yaml", key, value)
+    write_presets([f"{kind}={name}" for kind, name in presets.items()], root)
 
 
 def edit(path: Path, key: str, value: Any) -> None:
@@ -345,9 +344,9 @@ def _ray_began() -> float:
     return datetime.datetime.strptime(moment, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
 
 
-def _lengths(project: Path, preset: str, max_steps: int, checkpoint_every: int) -> None:
+def _lengths(project: Path, max_steps: int, checkpoint_every: int) -> None:
     for key, value in (("max_steps", max_steps), ("checkpoint_every", checkpoint_every), ("validate_every", 1000)):
-        edit(project / f"conf/model/{preset}.yaml", f"train.{key}", value)
+        edit(project / "params.yaml", f"train.{key}", value)
 
 
 def _forget(project: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import yaml
 
 from pipeline.common.cli import exit_on_error, parser
 from pipeline.common.settings import load_settings
@@ -55,13 +54,11 @@ def measure(device: torch.device, presets: list[str], batch_tokens: int, steps: 
     print("| | target tokens/s | TFLOP/s | share of the product's | ours to it | peak memory | hours to all steps |")
     print("|---|---:|---:|---:|---|---:|---:|")
     profiles = []
-    on_gpu = yaml.safe_load((ROOT / "conf/hardware/gpu.yaml").read_text(encoding="utf-8"))
-    micro_batch_tokens = on_gpu["hardware"]["micro_batch_tokens"]
     with TemporaryDirectory() as folder:
         corpus = Path(folder)
         write_corpus(corpus, PAIRS, VOCAB_SIZE)
         for preset in presets:
-            settings = load_settings(ROOT, model=preset)
+            settings = load_settings(ROOT, model=preset, hardware="gpu")
             config = settings.model.config(VOCAB_SIZE)
             shared: list[object] = ["--corpus", corpus, "--sizes", json.dumps(vars(config)), "--device", device]
             shared += ["--bf16", "--threads", torch.get_num_threads(), "--steps", steps]
@@ -69,7 +66,7 @@ def measure(device: torch.device, presets: list[str], batch_tokens: int, steps: 
             own: list[object] = [
                 "--compile",
                 "--micro-batch-tokens",
-                max(512, micro_batch_tokens * batch_tokens // 25_000),
+                max(512, settings.hardware.micro_batch_tokens * batch_tokens // 25_000),
             ]
             ours = System(f"{preset}, ours", module("training", sys.executable, "ours", *shared, *own))
             peer = System(f"{preset}, torch.nn.Transformer", module("training", sys.executable, "torch", *shared))

@@ -3,256 +3,300 @@
 import ast
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from pipeline.common.settings import PRESETS, SECTIONS, flatten, load_settings
+from model.config import Positions
+from pipeline.common.settings import GRID_KEYS, SECTIONS, RowName, flatten, load_settings
+from tests.support.settings_files import REPOSITORY, copy_settings
 
-REPOSITORY = Path(__file__).parents[3]
+EACH_KEY = f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}"
+POSITIONS = ", ".join(get_args(Positions))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project's settings, to be changed."""
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    copy_settings(tmp_path)
     return tmp_path
 
 
-def file_of(root: Path, kind: str) -> Path:
-    """Of this kind, the one that params.yaml names."""
-    path = root / "params.yaml"
-    return path if kind == "params" else root / "conf" / kind / f"{yaml.safe_load(path.read_text())[kind]}.yaml"
-
-
-def edit(root: Path, kind: str, section: str, key: str, value: Any = MISSING) -> Path:
+def set_value(root: Path, section: str, key: str, value: Any = MISSING) -> None:
     """Set a value, or take it away."""
-    path = file_of(root, kind)
+    path = root / "params.yaml"
     content = yaml.safe_load(path.read_text())
     values = content[section] if section else content
     values.pop(key, None)
     if value is not MISSING:
         values[key] = value
     path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def refused(root: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{root}/params.yaml: {message}')}$"):
         load_settings(root)
 
 
-def all_fields() -> Iterator[tuple[str, str, str, Any]]:
-    """kind of file, section, key, type."""
-    for kind, sections in SECTIONS.items():
-        for section, cls in sections.items():
-            for field in fields(cls):
-                yield kind, section, field.name, field.type
+FIELDS = [(section, field.name, field.type) for section, cls in SECTIONS.items() for field in fields(cls)]
+KEYS = [f"{section}.{key}" for section, key, _ in FIELDS]
+GRAMMAR_KEYS = ("seed", "train_pairs", "valid_pairs", "test_pairs")
+"""Of the section data; a corpus that is not generated has none of them."""
 
 
-FIELDS = list(all_fields())
-KEYS = [f"{section}.{key}" for _, section, key, _ in FIELDS]
-
-
-@pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
-def test_load_settings_names_a_missing_value_and_its_file(root, kind, section, key, of_type):
-    path = edit(root, kind, section, key)
-    if section == "download" and key not in ("corpus", "src", "tgt"):  # of the corpus that is generated
-        refused(root, f"{path}: download.{key} must be >= 1, got None")
+@pytest.mark.parametrize(("section", "key", "of_type"), FIELDS, ids=KEYS)
+def test_load_settings_names_a_missing_value(root, section, key, of_type):
+    set_value(root, section, key)
+    if section == "data" and key in GRAMMAR_KEYS:
+        refused(root, f"data.{key} must be a whole number >= 1 for the corpus grammar, got None")
     else:
-        refused(root, f"{path}: {section}.{key} is missing")
+        refused(root, f"{section}.{key} is missing")
 
 
-ALLOWED = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)"}
-COLLECTIONS = {list: "a list", dict: "`name: value` lines, or {}"}
+WORDS = {
+    "data.corpus": "text (in quotes)",
+    "data.train_pairs": "a whole number >= 1",
+    "validate.max_length_ratio": "a number >= 1",
+    "validate.max_dropped_share": "a number in [0, 1]",
+    "tokenize.vocab_size": "> 4, the number of reserved tokens",
+    "tokenize.lowercase": "true or false",
+    "model.num_layers": "a whole number >= 1",
+    "model.dropout": "a number in [0, 1)",
+    "model.norm": "one of post, pre",
+    "train.seed": "a whole number in [0, 2^63)",
+    "train.eps": "a number > 0",
+    "train.max_grad_norm": "a number >= 0",
+    "hardware.num_workers": "a whole number >= 1 or [least, most]",
+    "hardware.max_failures": "a whole number >= 0",
+    "sweep.rows": "a list",
+    "sweep.seeds": "a list of different numbers in [0, 2^63)",
+    "sweep.grid": "`name: value` lines",
+    "tracking.experiment": "text (in quotes)",
+}
+"""One of each kind."""
 
 
-@pytest.mark.parametrize(("kind", "section", "key", "of_type"), FIELDS, ids=KEYS)
-def test_load_settings_names_a_value_of_the_wrong_type_and_what_it_must_be(root, kind, section, key, of_type):
-    if get_origin(of_type) is Literal:
-        allowed = f"one of {', '.join(get_args(of_type))}"
-    elif get_origin(of_type) in COLLECTIONS:
-        allowed = COLLECTIONS[get_origin(of_type)]
-    else:
-        allowed = ALLOWED[of_type if of_type in ALLOWED else get_args(of_type)[0]]
-    for value in ([3], None, {"a": 1}, 2.5 if of_type is not float else "2.5", "x" if of_type is not str else 7):
-        if type(value) is get_origin(of_type) or (
-            key == "num_workers" and value == [3] and of_type == int | list[int]
-        ):
-            continue  # of what is in it: the next tests
-        path = edit(root, kind, section, key, value)
-        refused(root, f"{path}: {section}.{key} must be {allowed}, got {value!r}")
+@pytest.mark.parametrize("name", WORDS)
+def test_load_settings_names_a_value_of_the_wrong_type_and_what_it_must_be(root, name):
+    section, key = name.split(".")
+    own = yaml.safe_load((root / "params.yaml").read_text())[section][key]
+    for value in (3.5, {"a": 1}, True, "x", [3.5]):
+        if type(value) is type(own) or (type(own) is float and type(value) is float) or name == "sweep.grid":
+            continue
+        set_value(root, section, key, value)
+        refused(root, f"{name} must be {WORDS[name]}, got {value!r}")
+
+
+@pytest.mark.parametrize(("section", "key", "of_type"), FIELDS, ids=KEYS)
+def test_load_settings_refuses_a_value_of_another_type_everywhere(root, section, key, of_type):
+    set_value(root, section, key, {3: [1]})
+    with pytest.raises(ValueError, match=rf"params\.yaml: (each key of )?{section}\.{key} must be .*, got "):
+        load_settings(root)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "fault"),
     [
-        ("rows", ["heads", 3], "sweep.rows must be text (in quotes), got 3"),
-        ("rows", [None], "sweep.rows must be text (in quotes), got None"),
-        ("seeds", [2, "3"], "sweep.seeds must be a whole number, got '3'"),
-        ("seeds", [2, 3.0], "sweep.seeds must be a whole number, got 3.0"),
-        ("seeds", [True], "sweep.seeds must be a whole number, got True"),
-        ("free", {"model.d_ff": 64}, "sweep.free.model.d_ff must be a list, got 64"),
-        ("free", {"model.d_k": [5], "model.d_ff": {"a": 64}}, "sweep.free.model.d_ff must be a list, got {'a': 64}"),
-        ("num_workers", {"heads": 2, "big": "4"}, "sweep.num_workers.big must be a whole number, got '4'"),
-        ("num_workers", {"big": [4]}, "sweep.num_workers.big must be a whole number, got [4]"),
+        ("rows", ["heads", "Z"], f"sweep.rows must be one of {', '.join(get_args(RowName))}, got 'Z'"),
+        ("rows", [None], f"sweep.rows must be one of {', '.join(get_args(RowName))}, got None"),
+        ("seeds", [2, "3"], "sweep.seeds must be a list of different numbers in [0, 2^63), got [2, '3']"),
+        ("seeds", [2, -1], "sweep.seeds must be a list of different numbers in [0, 2^63), got [2, -1]"),
+        ("seeds", [True], "sweep.seeds must be a list of different numbers in [0, 2^63), got [True]"),
+        ("grid", {"model.d_ff": 64}, "sweep.grid.model.d_ff must be a list, got 64"),
+        ("grid", {"model.d_ff": ["64"]}, "sweep.grid.model.d_ff must be a whole number >= 1, got '64'"),
+        ("grid", {"model.d_ff": [64, 0]}, "sweep.grid.model.d_ff must be >= 1, got 0"),
+        (
+            "grid",
+            {"model.positions": ["polar"]},
+            f"sweep.grid.model.positions must be one of {POSITIONS}, got 'polar'",
+        ),
+        (
+            "grid",
+            {"model.d_k": [5], "model.d_ff": []},
+            "sweep.grid.model.d_ff must be a list of one value or more, got []",
+        ),
+        ("grid", {"d_ff": [64]}, f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}, got 'd_ff'"),
+        (
+            "grid",
+            {"train.seed": [1]},
+            f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}, got 'train.seed'",
+        ),
+        ("num_workers", {"heads": 2, "big": "4"}, "sweep.num_workers.big must be a whole number >= 1, got '4'"),
+        ("num_workers", {"heads": 2, "d_k": 0}, "sweep.num_workers.d_k must be >= 1, got 0"),
+        (
+            "num_workers",
+            {"Z": 2},
+            f"each key of sweep.num_workers must be one of {', '.join(get_args(RowName))}, got 'Z'",
+        ),
     ],
 )
-def test_load_settings_names_what_has_the_wrong_type_inside_a_list(root, key, value, fault):
-    path = edit(root, "params", "sweep", key, value)
-    refused(root, f"{path}: {fault}")
+def test_load_settings_names_what_is_wrong_inside_a_list(root, key, value, fault):
+    set_value(root, "sweep", key, value)
+    refused(root, fault)
 
 
 def test_hardware_num_workers_is_one_number_or_a_range(root):
     for value, least, most in ((3, 3, 3), ([2, 5], 2, 5)):
-        edit(root, "hardware", "hardware", "num_workers", value)
+        set_value(root, "hardware", "num_workers", value)
         hardware = load_settings(root).hardware
         assert (hardware.min_workers, hardware.max_workers) == (least, most)
-    path = edit(root, "hardware", "hardware", "num_workers", [2, "5"])
-    refused(root, f"{path}: hardware.num_workers must be a whole number, got '5'")
+    set_value(root, "hardware", "num_workers", [2, "5"])
+    refused(root, "hardware.num_workers must be a whole number >= 1 or [least, most], got [2, '5']")
 
 
 def test_load_settings_reads_lists_and_sections_of_every_type(root):
-    edit(root, "params", "sweep", "seeds", [5, 3])
-    edit(root, "params", "sweep", "rows", [])
-    free = {"model.d_ff": [64, 256], "model.positions": ["none"], "train.beta1": [0.5]}
-    edit(root, "params", "sweep", "free", free)
-    edit(root, "params", "sweep", "num_workers", {"big": 3})
+    set_value(root, "sweep", "seeds", [5, 3])
+    set_value(root, "sweep", "rows", [])
+    grid = {"model.d_ff": [64, 256], "model.positions": ["none"], "train.beta1": [0.5]}
+    set_value(root, "sweep", "grid", grid)
+    set_value(root, "sweep", "num_workers", {"big": 3})
     sweep = load_settings(root).sweep
-    assert (sweep.seeds, sweep.rows, sweep.free, sweep.num_workers) == ([5, 3], [], free, {"big": 3})
+    assert (sweep.seeds, sweep.rows, sweep.grid, sweep.num_workers) == ([5, 3], [], grid, {"big": 3})
 
 
-@pytest.mark.parametrize(("kind", "section"), [(kind, section) for kind in SECTIONS for section in SECTIONS[kind]])
-def test_load_settings_names_an_unknown_key_and_lists_the_known(root, kind, section):
-    path = edit(root, kind, section, "colour", 3)
-    known = ", ".join(sorted(field.name for field in fields(SECTIONS[kind][section])))
-    refused(root, f"{path}: {section}.colour is unknown: it must be one of {known}")
+@pytest.mark.parametrize("section", SECTIONS)
+def test_load_settings_names_an_unknown_key_and_lists_the_known(root, section):
+    set_value(root, section, "colour", 3)
+    known = ", ".join(sorted(field.name for field in fields(SECTIONS[section])))
+    refused(root, f"{section}.colour is unknown: it must be one of {known}")
 
 
-@pytest.mark.parametrize("kind", SECTIONS)
-def test_load_settings_names_a_section_that_is_unknown_missing_or_none(root, kind):
-    section = next(iter(SECTIONS[kind]))
-    path = edit(root, kind, "", section, 3)
-    refused(root, f"{path}: {section} must be a section of `key: value` lines, got 3")
-    edit(root, kind, "", section)
-    refused(root, f"{path}: {section} is missing")
-    edit(root, kind, "", "colour", {})
-    with pytest.raises(ValueError, match=re.escape(f"{path}: colour is unknown: it must be one of ")):
+@pytest.mark.parametrize("section", SECTIONS)
+def test_load_settings_names_a_section_that_is_unknown_missing_or_none(root, section):
+    set_value(root, "", section, 3)
+    refused(root, f"{section} must be a section of `key: value` lines, got 3")
+    set_value(root, "", section)
+    refused(root, f"{section} is missing")
+    set_value(root, "", "colour", {})
+    with pytest.raises(ValueError, match=re.escape("params.yaml: colour is unknown: it must be one of ")):
+        load_settings(root)
+
+
+def test_load_settings_names_the_command_where_a_section_is_a_presets_name(root):
+    set_value(root, "", "model", "tiny")
+    refused(
+        root,
+        "model must be a section of `key: value` lines, got 'tiny'; for a preset's values, run "
+        "python -m pipeline.preset model=tiny",
+    )
+    set_value(root, "", "sweep", "tiny")
+    with pytest.raises(ValueError, match=r"got 'tiny'; for a preset's values, run .* model=tiny"):  # the first fault
         load_settings(root)
 
 
 FROM_1 = ">= 1"
 FROM_0 = ">= 0"
 SHARE = "in [0, 1)"
-DIFFERENT = "a list of different numbers in [0, 2^63)"
 IMPOSSIBLE = [
-    ("data", "download", "train_pairs", 0, FROM_1),
-    ("data", "download", "valid_pairs", -2, FROM_1),
-    ("data", "download", "test_pairs", 0, FROM_1),
-    ("data", "download", "seed", 0, FROM_1),
-    ("data", "download", "tgt", "en", "a language other than src"),
-    ("data", "validate", "max_words", 0, FROM_1),
-    ("data", "validate", "max_length_ratio", 0.9, ">= 1"),
-    ("data", "validate", "max_dropped_share", 1.01, "in [0, 1]"),
-    ("data", "validate", "max_dropped_share", -0.1, "in [0, 1]"),
-    ("data", "tokenize", "vocab_size", 4, "> 4, the number of reserved tokens"),
+    *[("data", key, 0, FROM_1) for key in GRAMMAR_KEYS],
+    ("data", "tgt", "en", "a language other than data.src"),
+    ("validate", "max_words", 0, FROM_1),
+    ("validate", "max_length_ratio", 0.9, ">= 1"),
+    ("validate", "max_dropped_share", 1.01, "in [0, 1]"),
+    ("validate", "max_dropped_share", -0.1, "in [0, 1]"),
+    ("tokenize", "vocab_size", 4, "> 4, the number of reserved tokens"),
     *[
-        ("model", "model", key, 0, "a whole number >= 1")
+        ("model", key, 0, FROM_1)
         for key in ("num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v", "max_length")
     ],
-    ("model", "model", "dropout", 1.0, SHARE),
-    ("model", "train", "label_smoothing", 1.0, SHARE),
-    ("model", "train", "beta1", 1, SHARE),
-    ("model", "train", "beta2", -0.1, SHARE),
+    ("model", "dropout", 1.0, SHARE),
+    ("model", "dropout", 1.5, SHARE),
+    ("train", "label_smoothing", 1.0, SHARE),
+    ("train", "beta1", 1, SHARE),
+    ("train", "beta2", -0.1, SHARE),
     *[
-        ("model", "train", key, 0, FROM_1)
-        for key in ("batch_tokens", "max_steps", "warmup_steps", "log_every", "validate_every", "checkpoint_every")
+        ("train", key, 0, FROM_1)
+        for key in (
+            "batch_tokens",
+            "max_steps",
+            "warmup_steps",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "average_checkpoints",
+        )
     ],
-    ("model", "train", "lr_scale", 0.0, "> 0"),
-    ("model", "train", "eps", 0, "> 0"),
-    ("model", "train", "max_grad_norm", -1.0, FROM_0),
-    ("model", "train", "patience", -1, FROM_0),
-    ("model", "train", "average_checkpoints", 0, "in [1, train.keep_checkpoints (5)]"),
-    ("model", "train", "average_checkpoints", 6, "in [1, train.keep_checkpoints (5)]"),
+    ("train", "lr_scale", 0.0, "> 0"),
+    ("train", "eps", 0, "> 0"),
+    ("train", "max_grad_norm", -1.0, FROM_0),
+    ("train", "patience", -1, FROM_0),
+    ("train", "average_checkpoints", 10_000, None),
+    ("train", "seed", -1, "a whole number in [0, 2^63)"),
+    ("train", "seed", 2**63, "a whole number in [0, 2^63)"),
     *[
-        ("hardware", "hardware", "num_workers", workers, ">= 1 or [least, most]")
+        ("hardware", "num_workers", workers, "a whole number >= 1 or [least, most]")
         for workers in (0, [], [3], [0, 3], [3, 2], [2, 3, 5])
     ],
-    ("hardware", "hardware", "micro_batch_tokens", 0, FROM_1),
-    ("hardware", "hardware", "cpus_per_worker", -1, FROM_0),
-    ("hardware", "hardware", "max_failures", -1, FROM_0),
-    ("params", "evaluate", "beam", 0, FROM_1),
-    ("params", "evaluate", "batch_tokens", 0, FROM_1),
-    ("params", "evaluate", "alpha", -0.6, FROM_0),
-    ("params", "evaluate", "max_extra", -1, FROM_0),
-    ("params", "evaluate", "num_samples", -1, FROM_0),
-    *[("params", "sweep", "seeds", seeds, DIFFERENT) for seeds in ([], [3, 5, 3], [2, -1])],
-    ("params", "sweep", "rows", [], "one row or more, for sweep.free is empty"),  # where sweep.free is {}
-    ("params", "sweep", "average_checkpoints", 0, ">= 1"),
-    ("params", "sweep", "cpus_per_worker", -1, FROM_0),
-    ("params", "sweep", "flops_per_second", -1.0, FROM_0),
-    ("params", "sweep", "price_per_device_hour", -0.5, FROM_0),
-    ("params", "", "seed", -1, "in [0, 2^63)"),
-    ("params", "", "seed", 2**63, "in [0, 2^63)"),
-    ("params", "", "seed", "one", "a whole number"),
+    ("hardware", "micro_batch_tokens", 0, FROM_1),
+    ("hardware", "cpus_per_worker", -1, FROM_0),
+    ("hardware", "max_failures", -1, FROM_0),
+    ("evaluate", "beam", 0, FROM_1),
+    ("evaluate", "batch_tokens", 0, FROM_1),
+    ("evaluate", "alpha", -0.6, FROM_0),
+    ("evaluate", "max_extra", -1, FROM_0),
+    ("evaluate", "num_samples", -1, FROM_0),
+    *[("sweep", "seeds", seeds, "a list of different numbers in [0, 2^63)") for seeds in ([], [3, 5, 3])],
+    ("sweep", "rows", [], "one row or more, for sweep.grid is empty"),
+    ("sweep", "cpus_per_worker", -1, FROM_0),
+    ("sweep", "flops_per_second", -1.0, FROM_0),
+    ("sweep", "price_per_device_hour", -0.5, FROM_0),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "section", "key", "value", "allowed"), IMPOSSIBLE, ids=[f"{i[1]}.{i[2]}={i[3]}" for i in IMPOSSIBLE]
+    ("section", "key", "value", "allowed"), IMPOSSIBLE, ids=[f"{i[0]}.{i[1]}={i[2]}" for i in IMPOSSIBLE]
 )
-def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, kind, section, key, value, allowed):
-    path = edit(root, kind, section, key, value)
-    refused(root, f"{path}: {section}{'.' if section else ''}{key} must be {allowed}, got {value!r}")
+def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, section, key, value, allowed):
+    allowed = allowed or f"in [1, train.keep_checkpoints ({load_settings(root).train.keep_checkpoints})]"
+    set_value(root, section, key, value)
+    refused(root, f"{section}.{key} must be {allowed}, got {value!r}")
 
 
-def test_load_settings_refuses_a_row_without_workers_or_values(root):
-    path = edit(root, "params", "sweep", "num_workers", {"heads": 2, "d_k": 0})
-    refused(root, f"{path}: sweep.num_workers.d_k must be >= 1, got 0")
-    edit(root, "params", "sweep", "num_workers", {})
-    edit(root, "params", "sweep", "free", {"model.d_k": [5], "model.d_ff": []})
-    refused(root, f"{path}: sweep.free.model.d_ff must be a list of one value or more, got []")
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("d_model", 7, "model.d_model is 7: sinusoidal positions need an even number"),
+        ("positions", "rotary", "model.d_k is 5: rotary positions need an even number"),
+    ],
+)
+def test_load_settings_names_sizes_that_do_not_go_together(root, key, value, fault):
+    set_value(root, "model", "d_k", 5)
+    set_value(root, "model", key, value)
+    refused(root, fault)
 
 
-def test_load_settings_refuses_asha_for_rows_and_takes_it_for_free(root):
-    edit(root, "params", "sweep", "rows", ["heads"])
-    edit(root, "params", "sweep", "free", {"model.d_ff": [64]})
-    path = edit(root, "params", "sweep", "scheduler", "asha")
+def test_load_settings_refuses_asha_for_rows_and_takes_it_for_a_grid(root):
+    set_value(root, "sweep", "rows", ["heads"])
+    set_value(root, "sweep", "grid", {"model.d_ff": [64]})
+    set_value(root, "sweep", "scheduler", "asha")
     refused(
         root,
-        f"{path}: sweep.rows must be empty with sweep.scheduler asha, which ends trials early: rows of a table must "
-        "be comparable, values of sweep.free need not, got ['heads']",
+        "sweep.rows must be empty with sweep.scheduler asha, which ends trials early: rows of a table must be "
+        "comparable, values of sweep.grid need not, got ['heads']",
     )
-    edit(root, "params", "sweep", "rows", [])
+    set_value(root, "sweep", "rows", [])
     assert load_settings(root).sweep.scheduler == "asha"
 
 
-@pytest.mark.parametrize(("kind", "section", "key"), [f[:3] for f in FIELDS if f[3] is float])
+@pytest.mark.parametrize("name", ["model.dropout", "train.eps", "evaluate.alpha", "sweep.price_per_device_hour"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_load_settings_refuses_numbers_that_are_not_finite(root, kind, section, key, value):
-    path = edit(root, kind, section, key, value)
-    refused(root, f"{path}: {section}.{key} must be a number, got {value!r}")
+def test_load_settings_refuses_numbers_that_are_not_finite(root, name, value):
+    set_value(root, *name.split("."), value)
+    with pytest.raises(ValueError, match=rf"{name} must be a number .*, got {value!r}$"):
+        load_settings(root)
 
 
-def test_load_settings_refuses_a_seed_and_sizes_but_for_grammar(root):
-    path = edit(root, "data", "download", "corpus", "multi30k")
-    refused(root, f"{path}: download.seed must be left out (only grammar is generated), got 2017")
-
-
-@pytest.mark.parametrize("kind", PRESETS)
-@pytest.mark.parametrize("name", ["huge", 7, None, "../model"])
-def test_load_settings_names_an_unknown_preset_and_lists_the_known(root, kind, name):
-    path = edit(root, "params", "", kind, name)
-    folder = root / "conf" / kind
-    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-    refused(root, f"{path}: {kind} must be one of {known} (files of {folder}), got {name!r}")
+def test_load_settings_refuses_the_grammars_keys_for_another_corpus(root):
+    set_value(root, "data", "corpus", "multi30k")
+    refused(
+        root,
+        "data.seed must be left out, for it is grammar's alone (python -m pipeline.preset data=multi30k writes what "
+        "belongs to multi30k), got 2017",
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,78 +317,66 @@ def test_load_settings_names_a_file_that_is_no_settings_file(root, content, mess
 
 
 def test_load_settings_tells_where_to_run_if_params_yaml_is_missing(tmp_path):
-    refused(tmp_path, f"{tmp_path / 'params.yaml'} does not exist: run from the project's root folder")
+    with pytest.raises(ValueError, match=r"params\.yaml does not exist: run from the project's root folder$"):
+        load_settings(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-09", 1e-9), ("1e-9", 1e-9), ("1.0e-9", 1e-9), ("2E+3", 2e3), ("1", 1)]
 )
 def test_load_settings_reads_numbers_as_dvc_writes_them(root, text, value):
-    path = file_of(root, "model")
+    path = root / "params.yaml"
     path.write_text(re.sub(r"\beps: \S+", f"eps: {text}", path.read_text()))
     assert load_settings(root).train.eps == value
 
 
-PRESET_FILES = [(kind, path.stem) for kind in PRESETS for path in sorted((REPOSITORY / "conf" / kind).glob("*.yaml"))]
+def test_load_settings_reads_no_other_file_for_a_value(root):
+    shutil.rmtree(root / "conf")
+    assert flatten(load_settings(root)) == flatten(load_settings(REPOSITORY)) | {
+        "data_name": "grammar-en-de", "model_name": "custom",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "name"), PRESET_FILES)
-def test_load_settings_reads_every_preset(root, kind, name):
-    edit(root, "params", "", kind, name)
-    assert getattr(load_settings(root), f"{kind}_name") == name
+def test_params_yaml_has_every_setting_and_a_section_for_each():
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    assert {f"{section}.{key}" for section in values for key in values[section]} == set(KEYS)
 
 
-def test_load_settings_takes_another_model_than_params_yaml(root):
-    edit(root, "params", "", "model", "tiny")
-    own, other = load_settings(root), load_settings(root, model="nano")
-    values = yaml.safe_load((root / "conf/model/nano.yaml").read_text())
-    assert (flatten(other.model), flatten(other.train)) == (values["model"], values["train"])
-    assert (own.model_name, other.model_name) == ("tiny", "nano")
-    assert replace(other, model_name="tiny", model=own.model, train=own.train) == own
-    with pytest.raises(ValueError, match=re.escape(f"must be one of base, big, mini, nano, tiny (files of {root}")):
-        load_settings(root, model="huge")
-
-
-def test_presets_are_the_folders_of_conf():
-    assert sorted(path.name for path in (REPOSITORY / "conf").iterdir()) == sorted(PRESETS)
-
-
-def test_load_settings_finds_every_value_in_exactly_one_file():
-    files = [file_of(REPOSITORY, kind) for kind in SECTIONS]
-    found = [
-        f"{section}.{key}"
-        for path in files
-        for section, values in yaml.safe_load(path.read_text()).items()
-        if isinstance(values, dict)
-        for key in values
-    ]
-    assert len(found) == len(set(found))
-    assert set(found) == {key for key in flatten(load_settings(REPOSITORY)) if "." in key}
-
-
-def test_settings_have_no_default_that_a_file_could_contradict():
+def test_settings_have_no_default_that_params_yaml_could_contradict():
     defaults = {
         f"{section}.{field.name}": field.default
-        for sections in SECTIONS.values()
-        for section, cls in sections.items()
+        for section, cls in SECTIONS.items()
         for field in fields(cls)
         if field.default is not MISSING or field.default_factory is not MISSING
     }
-    generated_only = ("seed", "train_pairs", "valid_pairs", "test_pairs")
-    assert defaults == {f"download.{key}": None for key in generated_only}
+    assert defaults == {f"data.{key}": None for key in GRAMMAR_KEYS}
 
 
 def test_load_settings_has_the_files_values(root):
-    edit(root, "model", "model", "d_k", 37)
-    edit(root, "params", "evaluate", "alpha", 1)
+    set_value(root, "model", "d_k", 37)
+    set_value(root, "evaluate", "alpha", 1)
     settings = load_settings(root)
     assert (settings.model.d_k, settings.evaluate.alpha) == (37, 1)
     assert settings.model.config(vocab_size=101).d_k == 37
 
 
+def test_load_settings_takes_presets_instead():
+    own, other = load_settings(REPOSITORY), load_settings(REPOSITORY, model="base", data="multi30k")
+    preset = yaml.safe_load((REPOSITORY / "conf/model/base.yaml").read_text())
+    assert flatten(other.model) == preset["model"]
+    assert flatten(other.train) == preset["train"] | {"seed": own.seed}
+    assert (other.data.corpus, other.data.seed, other.hardware) == ("multi30k", None, own.hardware)
+    with pytest.raises(ValueError, match=r"model must be one of base, big, .*, got 'huge'"):
+        load_settings(REPOSITORY, model="huge")
+
+
 def test_settings_check_a_changed_copy_too():
-    with pytest.raises(ValueError, match=r"seed must be in .*got -3"):
-        replace(load_settings(REPOSITORY), seed=-3)
+    own = load_settings(REPOSITORY)
+    with pytest.raises(ValueError, match="seed"):
+        own.with_seed(-3)
+    with pytest.raises(ValueError, match="average_checkpoints must be in"):
+        replace(own.train, average_checkpoints=10_000)
+    assert own.with_seed(3) == replace(own, train=replace(own.train, seed=3))
 
 
 def attributes_read(folders: tuple[str, ...]) -> set[str]:
@@ -364,27 +396,5 @@ def attributes_read(folders: tuple[str, ...]) -> set[str]:
 
 def test_settings_are_all_read_by_the_code():
     read = attributes_read(("model", "pipeline", "sweeps"))
-    keys = {key for _, _, key, _ in FIELDS} | {"seed"}
+    keys = {key for _, key, _ in FIELDS}
     assert keys <= read, f"no code reads {sorted(keys - read)}"
-
-
-def test_settings_command_prints_all_with_their_files(root):
-    command = [sys.executable, "-m", "pipeline.settings"]
-    printed = subprocess.run(
-        command, cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True
-    ).stdout
-    lines = {line.split()[0]: line.split() for line in printed.splitlines()}
-    assert lines["seed"] == ["seed", "1", "params.yaml"]
-    assert lines["train.beta2"] == ["train.beta2", "0.98", str(file_of(root, "model").relative_to(root))]
-    assert lines["evaluate.beam"][2] == "params.yaml"
-    assert len(lines) == len(flatten(load_settings(root)))
-
-
-def test_settings_command_ends_with_one_line_for_a_fault(root):
-    edit(root, "params", "evaluate", "beam", 0)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.settings"],
-        cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr == "settings: params.yaml: evaluate.beam must be >= 1, got 0\n"

@@ -1,0 +1,143 @@
+"""Write presets into params.yaml: the values of a corpus, of a model and its training, of a kind of machine.
+
+    python -m pipeline.preset --list
+    python -m pipeline.preset --show model=tiny
+    python -m pipeline.preset data=multi30k model=tiny
+
+A preset is a file of conf/. Its values replace those of params.yaml, the comments there stay, and what changed is
+printed. `data=own` also makes data/own a dependency of the download stage in dvc.yaml; other corpora take that back.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import CommentMark
+from ruamel.yaml.tokens import CommentToken
+
+from pipeline.common import cli
+from pipeline.common.paths import OWN
+from pipeline.common.presets import PRESETS, find_preset, preset_files
+from pipeline.common.settings import load_settings, optional_keys
+from pipeline.common.yaml_files import read_with_comments, write_yaml
+
+PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+
+
+def write_presets(names: list[str], root: Path = Path()) -> list[str]:
+    """Write these presets into `root`/params.yaml; returns a line for each value that changed.
+
+    Raises ValueError, before anything is written, for a preset that is unknown.
+    """
+    presets = [_kind_and_name(name) for name in names]
+    files = [find_preset(root, kind, name) for kind, name in presets]
+    params = read_with_comments(root / PARAMS)
+    lines = []
+    for (kind, _), path in zip(presets, files, strict=True):
+        preset = read_with_comments(path)
+        for section in PRESETS[kind]:
+            lines += _replace_section(params, section, preset[section])
+    write_yaml(root / PARAMS, params)
+    return lines + _depend_on_own(root, params["data"]["corpus"] == "own")
+
+
+def _kind_and_name(preset: str) -> tuple[str, str]:
+    kind, equals, name = preset.partition("=")
+    if not equals:
+        raise ValueError(f"a preset must be KIND=NAME, such as model=tiny, got {preset!r}; --list shows all")
+    return kind, name
+
+
+def _replace_section(params: CommentedMap, name: str, preset: CommentedMap) -> list[str]:
+    """Give the section the preset's values. What the preset leaves out stays if every run needs it, else it goes."""
+    old = params.get(name)
+    if not isinstance(old, CommentedMap):
+        params[name] = preset
+        return [_line(f"{name}.{key}", None, value) for key, value in preset.items()]
+    below = _cut_below(old)
+    obsolete = [key for key in old if key in optional_keys(name) and key not in preset]
+    lines = [_line(f"{name}.{key}", old.pop(key), None) for key in obsolete]
+    for key, value in preset.items():
+        if key in old and old[key] == value:
+            continue
+        lines.append(_line(f"{name}.{key}", old.get(key), value))
+        if key not in old and key in preset.ca.items:
+            old.ca.items[key] = preset.ca.items[key]
+        old[key] = value
+    _put_below(old, below)
+    return lines
+
+
+def _cut_below(section: CommentedMap) -> str:
+    """Take away what ruamel.yaml keeps with the last key: blank lines and comments before the next section."""
+    token = _comment_of(section, list(section)[-1])
+    if token is None:
+        return ""
+    own, _, below = token.value.partition("\n")
+    token.value = f"{own}\n"
+    return below
+
+
+def _put_below(section: CommentedMap, below: str) -> None:
+    last = list(section)[-1]
+    token = _comment_of(section, last)
+    if token is None:
+        section.ca.items[last] = [None, None, CommentToken("\n", CommentMark(0), None), None]
+        token = section.ca.items[last][2]
+    token.value = token.value.partition("\n")[0] + "\n" + below
+
+
+def _comment_of(section: CommentedMap, key: str) -> CommentToken | None:
+    return section.ca.items[key][2] if key in section.ca.items else None
+
+
+def _depend_on_own(root: Path, own: bool) -> list[str]:
+    """Make data/own a dependency of the download stage, or no longer: DVC refuses one that does not exist."""
+    pipeline = read_with_comments(root / PIPELINE)
+    deps = pipeline["stages"]["download"]["deps"]
+    if own == (str(OWN) in deps):
+        return []
+    if own:
+        deps.append(str(OWN))
+    else:
+        deps.remove(str(OWN))
+    write_yaml(root / PIPELINE, pipeline)
+    return [f"dvc.yaml: the download stage depends on {OWN}{'' if own else ' no longer'}"]
+
+
+def _line(key: str, old: Any, new: Any) -> str:
+    shown = ["(none)" if value is None else str(value) for value in (old, new)]
+    return f"{key:32} {shown[0]} -> {shown[1]}"
+
+
+def describe(path: Path) -> str:
+    """The comment at a preset's head, on one line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    return " ".join(line.lstrip("# ") for line in head)
+
+
+def main() -> None:
+    parser = cli.parser("pipeline.preset", __doc__)
+    parser.add_argument("presets", nargs="*", metavar="KIND=NAME", help="data=..., model=... or hardware=...")
+    parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--show", action="store_true", help="print the presets' values, write nothing")
+    options = parser.parse_args()
+    if not options.list and not options.presets:
+        parser.error("name a preset, such as model=tiny, or --list")
+    with cli.exit_on_error("preset"):
+        if options.list:
+            for kind in PRESETS:
+                for name, path in preset_files(Path(), kind).items():
+                    print(f"{kind + '=' + name:20} {describe(path)}")
+        elif options.show:
+            for kind, name in map(_kind_and_name, options.presets):
+                print(find_preset(Path(), kind, name).read_text(encoding="utf-8"), end="")
+        else:
+            lines = write_presets(options.presets)
+            print("\n".join(lines) if lines else "params.yaml has these values already")
+            load_settings()
+
+
+if __name__ == "__main__":
+    main()
