@@ -4,8 +4,8 @@
     python -m pipeline.preset --show model=tiny
     python -m pipeline.preset data=multi30k model=tiny
 
-A preset is a file of conf/. Its values replace those of params.yaml, the comments there stay, and what changed is
-printed. `data=own` also makes data/own a dependency of the download stage in dvc.yaml; other corpora take that back.
+A preset is a file of conf/. Writes its values over those of params.yaml, where comments stay, and prints what
+changed. `data=own` also makes data/own a dependency of the download stage in dvc.yaml; other corpora take that back.
 """
 
 from pathlib import Path

@@ -29,9 +29,6 @@ from pipeline.data.workspace import open_workspace
 from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
 
-SHOWN = ("steps", "tokens_per_second", "valid_ppl")
-"""What `dvc metrics show` prints of training."""
-
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     """The stage: train, average the last checkpoints into models/final, write the reports; returns the metrics.
@@ -56,7 +53,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         with training_run(settings, workspace, key, folder, finished) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
-            write_json(root / METRICS / "train.json", {key: metrics[key] for key in SHOWN})
+            shown = {"steps": metrics["steps"], "tokens_per_s": round(metrics["tokens_per_second"])}
+            write_json(root / METRICS / "train.json", shown | {"valid_ppl": round(metrics["valid_ppl"], 3)})
             for name in ("training", "validation"):
                 write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
     log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")

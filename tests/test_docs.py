@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +20,16 @@ import pytest
 import yaml
 from dvc.cli import parse_args as parse_dvc
 from dvc.utils.cli_parse import to_path_overrides
-from dvc.utils.hydra import apply_overrides
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from pipeline.common.settings import flatten, load_settings
+from pipeline.common.settings import SECTIONS, load_settings
+from pipeline.preset import write_presets
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "infra/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "log.md"]
 
-RUN = ["dvc metrics show", "python -m pipeline.settings"]
+RUN = ["dvc metrics show", "python -m pipeline.preset --list", "python -m pipeline.preset --show model=tiny"]
 """Run as they are: they only read."""
 ELSEWHERE = {
     "docker": "needs Docker",
@@ -48,6 +50,7 @@ ELSEWHERE = {
     "mkdir": "a folder of the user",
     "chmod": "files of the user",
     "${EDITOR:-vi}": "the user's editor",
+    "git": "commits of the user's own",
 }
 """First words of commands that are not run here, and why. Files of the project that they name have to exist."""
 
@@ -119,7 +122,8 @@ COMMANDS = [(f"{document}:{number}", text) for document in DOCUMENTS for number,
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the settings."""
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     return tmp_path
 
@@ -132,12 +136,14 @@ def stages() -> set[str]:
 def check_dvc(words: list[str], project: Path) -> None:
     """The command exists and takes these options, stages exist, settings are possible with what -S sets."""
     arguments = parse_dvc(words[1:])
-    options = {"targets": None, "set_param": None} | vars(arguments)
-    assert set(options["targets"] or ()) <= stages()
-    for file, overrides in to_path_overrides(options["set_param"] or ()).items():
-        apply_overrides(project / file, overrides)
-    settings = load_settings(project)
-    load_settings(project, model=settings.sweep.model)
+    options = {"set_param": None, "queue": False} | vars(arguments)
+    if words[1] in ("exp", "repro"):
+        assert set(options.get("targets") or ()) <= stages()
+    overrides = to_path_overrides(options["set_param"] or ())
+    for by_file in get_hydra_sweeps(overrides) if options["queue"] else [overrides]:
+        for file, of_file in by_file.items():
+            apply_overrides(project / file, of_file)
+        load_settings(project)
 
 
 def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,15 +174,14 @@ def test_commands_of_the_documents_work(where, command, project, monkeypatch):
             subprocess.run([python, *words[1:]], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
         elif words[0] == "dvc":
             check_dvc(words, project)
+        elif words[:3] == ["python", "-m", "pipeline.preset"]:
+            assert write_presets(words[3:], project)
         elif words[:2] == ["python", "-m"]:
             check_module(words, monkeypatch)
         elif words[0] == "make":
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
         elif words[:2] == ["git", "restore"]:
             assert {*words[2:]} <= set(tracked()) | {str(Path(name).parent) for name in tracked()} | {"conf"}
-        elif words[:2] == ["sed", "-i"]:
-            subprocess.run(words, cwd=project, check=True)
-            assert load_settings(project) != load_settings(REPOSITORY)
         elif words[0] == "sed":
             assert (REPOSITORY / words[-1]).is_file()
         else:
@@ -241,7 +246,7 @@ def test_names_of_the_documents_are_in_the_code(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_of_the_documents_exist(document):
-    settings = flatten(load_settings(REPOSITORY))
+    settings = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in fields(section)}
     sections = {key.partition(".")[0] for key in settings}
     named = [text for text in quoted(document) if re.fullmatch(r"[a-z]+\.(?!(py|en|fr)$)[a-z_0-9]+", text)]
     assert [name for name in named if name.partition(".")[0] in sections and name not in settings] == []

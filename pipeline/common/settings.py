@@ -8,16 +8,17 @@ import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from model.config import Norm, Positions, TransformerConfig
 from pipeline.common.presets import PRESETS, find_preset, nearest_preset
 from pipeline.common.yaml_files import read_yaml
 
+T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -41,7 +42,24 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise ValueError(f"{key} must be {allowed}, got {value!r}")
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def checked(cls: type[T]) -> type[T]:
+    """A frozen dataclass of keywords that pydantic checks, by annotations and `__post_init__`, whenever one is made:
+    ValueError, one line that names section, key, value and what is allowed."""
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
+    check = made.__init__
+
+    def __init__(self: T, **values: Any) -> None:  # noqa: N807
+        try:
+            check(self, **values)
+        except ValidationError as error:
+            raise ValueError(_line(made, values, error)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+@checked
 class Data:
     """The corpus: a name of pipeline/data/catalog.py, "own" (data/own) or "grammar", for which seed and sizes are."""
 
@@ -64,7 +82,7 @@ class Data:
         require(self.src != self.tgt, "data.tgt", self.tgt, "a language other than data.src")
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Validate:
     """The limits beyond which a pair is dropped, and how many pairs may be."""
 
@@ -73,7 +91,7 @@ class Validate:
     max_dropped_share: Share
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Tokenize:
     """The joint byte-pair encoding (section 5.1)."""
 
@@ -81,7 +99,7 @@ class Tokenize:
     lowercase: bool  # the encoding lower-cases what it is given
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Model:
     """TransformerConfig without the vocabulary's size, which the tokenizer settles."""
 
@@ -106,7 +124,7 @@ class Model:
         return TransformerConfig(vocab_size=vocab_size, **asdict(self))
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Train:
     """Section 5 of the paper: batches, Adam, the learning rate, label smoothing, averaging."""
 
@@ -133,7 +151,7 @@ class Train:
         require(averaged <= kept, "train.average_checkpoints", averaged, allowed)
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Hardware:
     """The devices that training runs on. Only `precision` and `micro_batch_tokens` are part of a run's identity:
     `device` and `compile` change rounding and which numbers dropout draws, the others the order of sums alone."""
@@ -161,7 +179,7 @@ class Hardware:
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Evaluate:
     """The search of section 6.1: beam, alpha, the longest output; and its engine."""
 
@@ -173,7 +191,7 @@ class Evaluate:
     num_samples: CountOrZero
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Sweep:
     """The rows of Table 3 (and others) that run, and their seeds; the base is the run of `model` and `train`."""
 
@@ -199,7 +217,7 @@ class Sweep:
         require(not (self.scheduler == "asha" and self.rows), "sweep.rows", self.rows, comparable)
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+@checked
 class Tracking:
     """Where MLflow shows the runs."""
 
@@ -275,10 +293,7 @@ def make_section(name: str, values: Any) -> Any:
         )
     cls = SECTIONS[name]
     _check_keys(f"{name}.", values, [f.name for f in fields(cls)], optional_keys(name))
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        raise ValueError(_line(name, {f.name: f.type for f in fields(cls)}, values, error)) from None
+    return cls(**values)
 
 
 def optional_keys(section: str) -> set[str]:
@@ -312,20 +327,21 @@ def _check_grid(key: str, values: list[Any]) -> None:
 RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def _line(section: str, kinds: Mapping[str, Any], values: Mapping[str, Any], error: ValidationError) -> str:
+def _line(cls: Any, values: Mapping[str, Any], error: ValidationError) -> str:
     """The first of pydantic's errors, as `require` words it."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # of a __post_init__
         return str(first["ctx"]["error"])
-    name, *places = first["loc"]
-    key, kind, value = f"{section}.{name}", kinds[str(name)], values[str(name)]
+    name, *places = map(str, first["loc"])
+    key, value = f"{cls.__name__.lower()}.{name}", values[name]
+    kind: Any = next(f.type for f in fields(cls) if f.name == name)
     if places and places[-1] == "[key]":
         return f"each key of {key} must be {_allowed(get_args(_bare(kind))[0])}, got {places[0]!r}"
     for place in places:
         if _text(kind):  # it is for the whole
             break
-        kind, value = get_args(_bare(kind))[-1], value[place]
-        key = key if isinstance(place, int) else f"{key}.{place}"
+        kind = get_args(_bare(kind))[-1]
+        key, value = (key, value[int(place)]) if isinstance(value, list) else (f"{key}.{place}", value[place])
     return f"{key} must be {_allowed(kind, first['type'] in RANGE_ERRORS)}, got {value!r}"
 
 

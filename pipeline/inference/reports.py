@@ -61,10 +61,10 @@ def _write_translations(path: Path, split: Translated) -> None:
 
 
 def shown_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """What `dvc metrics show` prints of an evaluation: scores and perplexity of the test split."""
+    """What `dvc metrics show` prints of an evaluation, on one screen: BLEU and perplexity of the test split."""
     test = metrics["test"]
-    scores = {"bleu": "bleu", "bleu_paper": "bleu_paper", "bleu_lc": "bleu_lowercase", "chrf": "chrf", "ppl": "ppl"}
-    return {short: test[name] for short, name in scores.items()}
+    names = {"bleu": "bleu", "bleu_paper": "bleu_paper", "bleu_lc": "bleu_lowercase", "ppl": "ppl"}
+    return {short: round(test[name], 3) for short, name in names.items()}
 
 
 def log_to_mlflow(

@@ -18,6 +18,7 @@ import pytest
 from pipeline.common.settings import Data
 from pipeline.data.catalog import Corpus, RemoteFile
 from pipeline.download import download
+from pipeline.preset import write_presets
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Data(corpus="toy", src="en", tgt="de")
@@ -354,8 +355,8 @@ def test_download_generates_and_describes_the_grammar():
 @pytest.mark.parametrize(
     ("corpus", "src", "tgt", "message"),
     [
-        ("toy", "en", "fr", "download.tgt is 'fr': toy has en, de"),
-        ("toi", "en", "de", "download.corpus must be one of files, grammar, toy, got 'toi'"),
+        ("toy", "en", "fr", "data.tgt is 'fr': toy has en, de"),
+        ("toi", "en", "de", "data.corpus must be one of grammar, own, toy, got 'toi'"),
     ],
 )
 def test_download_refuses_an_unknown_corpus_or_language(corpus, src, tgt, message):
@@ -364,9 +365,10 @@ def test_download_refuses_an_unknown_corpus_or_language(corpus, src, tgt, messag
 
 
 def test_main_reports_a_fault_in_one_line_with_exit_code_1(project):
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, name)
     shutil.copytree(ROOT / "conf", "conf")
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    Path("params.yaml").write_text(re.sub("(?m)^data: .*", "data: multi30k", params), encoding="utf-8")
+    write_presets(["data=multi30k"])
     result = subprocess.run(
         [sys.executable, "-m", "pipeline.download"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CORPUS_MIRROR": "nowhere"},

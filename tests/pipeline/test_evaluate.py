@@ -133,8 +133,9 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     """One sentence, whose n-grams can be counted by hand: by case, and with the compound whole or split."""
     hypothesis, reference = "a b c d e f g x-i", "A b c d e f g h-i j"
     output = Translation(hypothesis, -1.0, finished=False)
-    monkeypatch.setattr("pipeline.inference.evaluation.translate", lambda *arguments: [output])
     valid = read_split("valid", "en", "de", project)
+    outputs = {1: [output], len(valid.references): [Translation(text, -1.0, True) for text in valid.references]}
+    monkeypatch.setattr("pipeline.inference.evaluation.translate", lambda m, t, sources, *more: outputs[len(sources)])
     one = EncodedText(np.array([7, 5, 9, 300], dtype=np.uint16), np.array([0, 4]))
     test = Split("test", EncodedSplit(one, one), ["one two three four five six seven"], [reference])
     model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
@@ -156,7 +157,12 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     assert (metrics["sentences"], metrics["cut_off"], metrics["length_ratio"]) == (1, 1, 8 / 9)
     assert found.by_length == [{"source_words": 10, "num_sentences": 1, "bleu": metrics["bleu"]}]
     assert (metrics["ppl"], metrics["ppl_word"]) == perplexities(model, test, 4096, progress=False)
-    assert tuple(found.metrics["valid"].values()) == perplexities(model, valid, 4096, progress=False)
+    of_valid = found.metrics["valid"]
+    assert set(of_valid) == {f"averaged_{name}" for name in metrics}
+    found_ppl = of_valid["averaged_ppl"], of_valid["averaged_ppl_word"]
+    assert found_ppl == perplexities(model, valid, 4096, progress=False)
+    assert of_valid["averaged_bleu"] == pytest.approx(100)  # the references themselves
+    assert (of_valid["averaged_chrf"], of_valid["averaged_cut_off"]) == (pytest.approx(100), 0)
 
 
 def test_translate_searches_by_the_engine_of_the_settings(project: Path, settings: Settings):
@@ -174,16 +180,20 @@ def test_evaluate_run_writes_reports_and_logs_to_mlflow(project: Path, settings:
     found = evaluate_run(settings, project)
     reports = project / "reports"
     assert json.loads((reports / "evaluation.json").read_text()) == found.metrics
-    with open(reports / "translations.tsv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    assert [(row["source"], row["reference"]) for row in rows] == SPLITS["test"]
-    assert [row["translation"] for row in rows] == [translation.text for translation in found.translations]
-    assert float(rows[0]["score"]) == pytest.approx(found.translations[0].score, abs=1e-4)
+    for name, split, texts in (
+        ("translations_valid.tsv", found.valid, SPLITS["valid"]),
+        ("translations.tsv", found.test, SPLITS["test"]),
+    ):
+        with open(reports / name, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert [(row["source"], row["reference"]) for row in rows] == texts
+        assert [row["translation"] for row in rows] == [translation.text for translation in split.translations]
+        assert float(rows[0]["score"]) == pytest.approx(split.translations[0].score, abs=1e-4)
     with open(reports / "bleu_by_length.csv", encoding="utf-8", newline="") as file:
         by_length = list(csv.DictReader(file))
     assert [{key: float(value) for key, value in row.items()} for row in by_length] == found.by_length
     assert sorted(path.name for path in reports.iterdir()) == [
-        "bleu_by_length.csv", "evaluation.json", "translations.tsv",
+        "bleu_by_length.csv", "evaluation.json", "translations.tsv", "translations_valid.tsv",
     ]  # fmt: skip
 
     assert (mlflow["run_id"], mlflow["step"]) == ("run of abc", 600)

@@ -32,7 +32,6 @@ NEEDED = [
     "pipeline/train.py",
     "model/transformer.py",
     "sweeps/run.py",
-    "dvc.lock",
 ]
 
 

@@ -8,13 +8,19 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 
+NANO = {"num_layers": 1, "d_model": 64, "d_ff": 128, "num_heads": 8, "d_k": 8, "d_v": 8, "dropout": 0.1}
+MINI = {"num_layers": 2, "d_model": 128, "d_ff": 256, "num_heads": 4, "d_k": 32, "d_v": 32, "dropout": 0.1}
+"""Sizes of small models, for tests that may not depend on what the presets are at the moment."""
+
 
 def copy_settings(root: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", root)
     shutil.copytree(REPOSITORY / "conf", root / "conf")
 
 
-def edit(root: Path, file: str, section: str, **values: Any) -> None:
-    content = yaml.safe_load((root / file).read_text())
+def edit(root: Path, section: str, **values: Any) -> None:
+    """Set these values of a section of params.yaml."""
+    path = root / "params.yaml"
+    content = yaml.safe_load(path.read_text())
     content[section] |= values
-    (root / file).write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content))

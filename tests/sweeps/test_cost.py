@@ -21,7 +21,7 @@ from sweeps import cost, plan
 from sweeps.cost import costs, flops_per_step, is_done, measured_rate, num_parameters, render_plan
 from sweeps.trials import EVALUATION_CODE, SweepPlan, load_sweep
 from tests.factories import write_corpus
-from tests.support.settings_files import copy_settings, edit
+from tests.support.settings_files import NANO, copy_settings, edit
 
 VOCAB = 29
 CPU = torch.device("cpu")
@@ -39,10 +39,10 @@ def root(tmp_path: Path) -> Path:
         for language in ("en", "de"):
             (tmp_path / f"data/clean/{split}.{language}").touch()
     write_corpus(tmp_path / "data/encoded", longest=11, vocab_size=VOCAB, longest_tgt=17)
-    edit(tmp_path, "params.yaml", "train", batch_tokens=170, max_steps=13)
-    edit(tmp_path, "params.yaml", "model", d_k=14)
-    edit(tmp_path, "params.yaml", "hardware", micro_batch_tokens=53, device="cpu")
-    edit(tmp_path, "params.yaml", "sweep", rows=["d_k"], seeds=[3, 5], flops_per_second=1e6)
+    edit(tmp_path, "train", batch_tokens=170, max_steps=13)
+    edit(tmp_path, "model", **NANO | {"d_k": 14})
+    edit(tmp_path, "hardware", micro_batch_tokens=53, device="cpu")
+    edit(tmp_path, "sweep", rows=["d_k"], seeds=[3, 5], flops_per_second=1e6)
     return tmp_path
 
 
@@ -109,7 +109,7 @@ def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
 
 
 def test_costs_grow_with_max_steps(root):
-    edit(root, "params.yaml", "sweep", grid={"train.max_steps": [39]})
+    edit(root, "sweep", grid={"train.max_steps": [39]})
     base, _, longer = costs(load_sweep(root), root)
     assert longer.flops == 3 * base.flops
 
@@ -129,13 +129,13 @@ def test_is_done_if_finished_or_stopped_but_not_if_failed(root, status, done):
 
 
 def test_render_plan_shows_what_is_done_left_out_and_still_to_pay(root):
-    edit(root, "params.yaml", "sweep", price_per_device_hour=2.5)
+    edit(root, "sweep", price_per_device_hour=2.5)
     sweep = load_sweep(root)
     finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished", "B-dk32.5": "finished"})
     lines = render_plan(sweep, root, devices=4, gpu=False).splitlines()
     flops = 13 * flops_per_step(sweep.base, root)  # of the one that failed
     hours = flops / 1e6 / 3600
-    assert lines[0] == "table3-grammar-nano: 2 rows x 2 seeds, 3 trials done, 1 to run"
+    assert lines[0] == "table3-grammar-custom: 2 rows x 2 seeds, 3 trials done, 1 to run"
     assert lines[2] == "| row | parameters | to run | FLOPs | CPU core hours |"
     parameters = num_parameters(sweep.base, root)
     assert lines[4] == f"| base | {parameters:,} | 1 | {flops:.2g} | {hours:.3f} |"
@@ -158,7 +158,7 @@ def test_render_plan_names_gpu_hours_and_no_price_if_none_is_set(root):
 
 
 def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root):
-    edit(root, "params.yaml", "sweep", price_per_device_hour=2.5, flops_per_second=1e4)
+    edit(root, "sweep", price_per_device_hour=2.5, flops_per_second=1e4)
     one, two = (render_plan(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
     hours = [float(re.search(r"([\d.]+) hours on", plan)[1]) for plan in (one, two)]
     assert hours[0] == pytest.approx(2 * hours[1], abs=0.11)
@@ -166,7 +166,7 @@ def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root
 
 
 def test_render_plan_of_a_finished_sweep_measures_nothing(root, monkeypatch):
-    edit(root, "params.yaml", "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
+    edit(root, "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
     monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
     sweep = load_sweep(root)
     finish(sweep, {trial.id: "finished" for trial in sweep.trials})
@@ -176,7 +176,7 @@ def test_render_plan_of_a_finished_sweep_measures_nothing(root, monkeypatch):
 
 
 def test_render_plan_measures_a_rate_that_is_not_stated(root, monkeypatch):
-    edit(root, "params.yaml", "sweep", flops_per_second=0.0)
+    edit(root, "sweep", flops_per_second=0.0)
     monkeypatch.setattr(cost, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
     assert "at 7e+06 FLOPs a second (measured here)" in render_plan(load_sweep(root), root, devices=1, gpu=False)
 
@@ -207,10 +207,10 @@ def test_main_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys
 
 
 def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch, capsys):
-    edit(root, "params.yaml", "hardware", device="gpu")
+    edit(root, "hardware", device="gpu")
     run_main(root, monkeypatch, "--devices", "8")
     assert "GPU hours at 1e+06" in capsys.readouterr().out
-    edit(root, "params.yaml", "sweep", flops_per_second=0.0)
+    edit(root, "sweep", flops_per_second=0.0)
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
     assert capsys.readouterr().err.startswith(
@@ -219,7 +219,7 @@ def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch,
 
 
 def test_main_ends_with_one_line_for_a_fault_in_the_settings(root, monkeypatch, capsys):
-    edit(root, "params.yaml", "sweep", rows=["colour"])
+    edit(root, "sweep", rows=["colour"])
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
-    assert capsys.readouterr().err.startswith("plan: each of sweep.rows must be one of A, B, ")
+    assert "params.yaml: sweep.rows must be one of A, B, " in capsys.readouterr().err

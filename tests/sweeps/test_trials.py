@@ -1,19 +1,17 @@
 """Which trials a sweep has, and what makes the result of one count or not."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.common.settings import load_settings
-from pipeline.training.run import WEIGHTS_CODE
+from pipeline.training.run import WEIGHTS_CODE, run_folder, run_key
 from sweeps.trials import EVALUATION_CODE, SweepPlan, Trial, load_sweep
 from tests.support.imports import does_something, reached
-from tests.support.settings_files import REPOSITORY, copy_settings, edit
+from tests.support.settings_files import NANO, REPOSITORY, copy_settings, edit
 
 CODE = (*EVALUATION_CODE, *WEIGHTS_CODE)
 
@@ -29,6 +27,7 @@ def write_meta(root: Path, sha256: str = "0" * 64) -> None:
 def root(tmp_path: Path) -> Path:
     """A project after the tokenize stage, as far as the trials' names and keys depend on it."""
     copy_settings(tmp_path)
+    edit(tmp_path, "model", **NANO)
     for file in CODE:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
@@ -38,12 +37,12 @@ def root(tmp_path: Path) -> Path:
     for split in ("train", "valid", "test"):
         for language in ("en", "de"):
             (tmp_path / f"data/clean/{split}.{language}").write_text(f"{split} {language}\n")
-    edit(tmp_path, "params.yaml", "sweep", rows=["heads", "d_k"], seeds=[3, 5])
+    edit(tmp_path, "sweep", rows=["heads", "d_k"], seeds=[3, 5])
     return tmp_path
 
 
 def sweep_with(root: Path, **values: Any) -> SweepPlan:
-    edit(root, "params.yaml", "sweep", **values)
+    edit(root, "sweep", **values)
     return load_sweep(root)
 
 
@@ -75,11 +74,11 @@ def test_load_sweep_gives_every_trial_a_folder_and_a_key_of_its_own(root):
     trials = load_sweep(root).trials
     assert len({trial.folder for trial in trials}) == len({trial.key for trial in trials}) == len(trials) == 14
     assert all(trial.folder.parent == root / "checkpoints" for trial in trials)
-    assert all(trial.folder.name.startswith(f"grammar-nano-{trial.seed}-") for trial in trials)
+    assert all(trial.folder.name.startswith(f"grammar-{trial.settings.model_name}-{trial.seed}-") for trial in trials)
 
 
 def test_load_sweep_has_no_trial_of_a_row_that_cannot_be_built(root):
-    edit(root, "params.yaml", "model", num_heads=4, d_k=16, d_v=16)
+    edit(root, "model", num_heads=4, d_k=16, d_v=16)
     sweep = load_sweep(root)
     skipped = {row.id: row.skipped for row in sweep.rows if row.skipped}
     assert skipped == {"A-h1": "4 heads x 1/8 is 0.5 heads"}
@@ -87,30 +86,33 @@ def test_load_sweep_has_no_trial_of_a_row_that_cannot_be_built(root):
 
 
 def test_load_sweep_runs_the_first_of_rows_with_equal_settings(root):
-    edit(root, "params.yaml", "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
-    edit(root, "params.yaml", "train", max_steps=100)
+    edit(root, "model", d_model=64, d_ff=128, num_heads=8, dropout=0.0)
+    edit(root, "train", max_steps=100)
     big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [300, 299]}
-    sweep = sweep_with(root, rows=["big"], free=big)
+    sweep = sweep_with(root, rows=["big"], grid=big)
     assert [(row.group, row.skipped) for row in sweep.rows] == [
-        ("base", None), ("big", None), ("free", "is the same as big"), ("free", None),
+        ("base", None), ("big", None), ("grid", "is the same as big"), ("grid", None),
     ]  # fmt: skip
-    assert [trial.row.group for trial in sweep.trials] == ["base", "base", "big", "big", "free", "free"]
+    assert [trial.row.group for trial in sweep.trials] == ["base", "base", "big", "big", "grid", "grid"]
 
 
-def test_load_sweep_takes_base_with_the_sweeps_averaging_and_cpus(root):
-    sweep = sweep_with(root, model="tiny", average_checkpoints=3, cpus_per_worker=2)
-    base = sweep.base
-    plain = load_settings(root, model="tiny")
-    assert base.model == plain.model
-    assert base.tracking.experiment == "table3-grammar-tiny"
-    assert (base.train.average_checkpoints, base.train.keep_checkpoints) == (3, 4)
-    assert base.hardware.cpus_per_worker == 2
-    edit(root, "params.yaml", "hardware", cpus_per_worker=7)
+def test_load_sweep_takes_the_main_run_for_its_base(root):
+    main = load_settings(root)
+    sweep = sweep_with(root, seeds=[main.seed, 97])
+    base = sweep.trials[0].settings
+    assert (base.model, base.train) == (main.model, main.train)
+    assert sweep.trials[0].folder == run_folder(main, root, run_key(main, root))
+    assert sweep.base.tracking.experiment == f"table3-grammar-{main.model_name}"
+
+
+def test_load_sweep_takes_its_own_cpus_or_the_hardwares(root):
+    edit(root, "hardware", cpus_per_worker=7)
+    assert sweep_with(root, cpus_per_worker=2).base.hardware.cpus_per_worker == 2
     assert sweep_with(root, cpus_per_worker=0).base.hardware.cpus_per_worker == 7
 
 
 def test_load_sweep_gives_rows_their_workers_by_axis_before_group(root):
-    edit(root, "params.yaml", "hardware", num_workers=2)
+    edit(root, "hardware", num_workers=2)
     found = workers(sweep_with(root, rows=["A", "B", "C"], num_workers={"B": 3, "C": 5, "d_ff": 7}))
     assert found == {
         **{id: 2 for id in ("base", "A-h1", "A-h4", "A-h16", "A-h32")},
@@ -118,12 +120,6 @@ def test_load_sweep_gives_rows_their_workers_by_axis_before_group(root):
         **{id: 5 for id in ("C-dmodel256", "C-dmodel1024")},  # a third of 2 layers, and the like, cannot be
         **{id: 7 for id in ("C-dff1024", "C-dff4096")},
     }
-
-
-def test_load_sweep_refuses_workers_for_an_unknown_row(root):
-    message = "each key of sweep.num_workers must be one of A, B, C, D, E, big, heads, d_k, layers, "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        sweep_with(root, num_workers={"heads": 2, "head": 3})
 
 
 # --- which results count
@@ -140,11 +136,11 @@ def test_record_is_found_by_its_own_trial_alone(root):
 def test_record_of_another_key_is_none(root):
     trial = first(root)
     trial.write_record({"status": "finished"})
-    edit(root, "params.yaml", "evaluate", beam=13)
+    edit(root, "evaluate", beam=13)
     changed = first(root)
     assert changed.folder == trial.folder  # the weights are the same
     assert changed.record() is None
-    edit(root, "params.yaml", "evaluate", beam=4)
+    edit(root, "evaluate", beam=4)
     assert first(root).record() is not None
 
 
@@ -162,7 +158,7 @@ def test_record_that_is_damaged_is_none(root):
 )
 def test_result_key_changes_with_the_search_the_training_stays(root, key, value):
     before = load_sweep(root)
-    edit(root, "params.yaml", "evaluate", **{key: value})
+    edit(root, "evaluate", **{key: value})
     after = load_sweep(root)
     assert [trial.folder for trial in before.trials] == [trial.folder for trial in after.trials]
     assert not set(keys(before).values()) & set(keys(after).values())
@@ -173,9 +169,11 @@ DECIDES_NO_SCORES = {
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/paths.py": "where files are",
+    "pipeline/common/presets.py": "lends names",
     "pipeline/common/retry.py": "when a store is asked again",
     "pipeline/common/settings.py": "its values are in the key",
     "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
+    "pipeline/common/yaml_files.py": "reads settings, which are in the key",
     "pipeline/inference/reports.py": "writes scores down and tells MLflow",
     "pipeline/inference/serving.py": "MLflow serves it, no score comes from it",
     "pipeline/tracking/provenance.py": "what MLflow shows",
@@ -220,8 +218,8 @@ def test_result_key_ignores_comments(root):
 
 def test_result_key_ignores_where_and_on_how_many_workers_a_trial_runs(root):
     before = load_sweep(root)
-    edit(root, "params.yaml", "hardware", num_workers=2, device="cpu", max_failures=11)
-    edit(root, "params.yaml", "evaluate", batch_tokens=97, num_samples=1)
+    edit(root, "hardware", num_workers=2, device="cpu", max_failures=11)
+    edit(root, "evaluate", batch_tokens=97, num_samples=1)
     after = sweep_with(root, num_workers={"heads": 3}, cpus_per_worker=5, price_per_device_hour=1.5)
     assert workers(after)["A-h4"] == 3
     assert (keys(after), after.run_key) == (keys(before), before.run_key)
@@ -236,7 +234,7 @@ def test_run_key_of_a_sweep_is_none_of_its_trials(root):
 
 def test_run_key_changes_with_the_search_the_folder_stays(root):
     before = load_sweep(root)
-    edit(root, "params.yaml", "evaluate", beam=1)
+    edit(root, "evaluate", beam=1)
     after = load_sweep(root)
     assert after.run_key != before.run_key
     assert after.trials[0].run_key != before.trials[0].run_key
@@ -245,8 +243,8 @@ def test_run_key_changes_with_the_search_the_folder_stays(root):
 
 def test_run_key_of_a_sweep_stays_with_more_rows_and_seeds(root):
     before = load_sweep(root)
-    free = {"model.d_ff": [97], "train.warmup_steps": [31, 250]}
-    after = sweep_with(root, rows=["positions", "d_k", "A"], seeds=[7, 5, 3], free=free)
+    grid = {"model.d_ff": [97], "train.warmup_steps": [31, 250]}
+    after = sweep_with(root, rows=["positions", "d_k", "A"], seeds=[7, 5, 3], grid=grid)
     assert len(after.trials) > len(before.trials)
     assert after.run_key == before.run_key
     assert keys(before).items() <= keys(after).items()
@@ -258,7 +256,7 @@ def test_run_key_of_a_sweep_stays_with_more_rows_and_seeds(root):
 def test_run_key_of_a_sweep_changes_with_base_data_and_code(root, change):
     before = load_sweep(root)
     if change == "base":
-        edit(root, "params.yaml", "train", lr_scale=0.7)
+        edit(root, "train", lr_scale=0.7)
     elif change == "data":
         write_meta(root, "1" * 64)
     else:
@@ -271,6 +269,5 @@ def test_run_key_of_a_sweep_changes_with_base_data_and_code(root, change):
 
 def test_run_key_of_a_sweep_ignores_the_seed_of_params_yaml(root):
     before = load_sweep(root)
-    path = root / "params.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seed": 97}))
+    edit(root, "train", seed=97)
     assert (load_sweep(root).run_key, keys(load_sweep(root))) == (before.run_key, keys(before))

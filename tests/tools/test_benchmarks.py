@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.config import TransformerConfig
 from model.transformer import Transformer
-from pipeline.common.settings import load_settings
 from pipeline.training.checkpoint import save_model
+from tests.support.settings_files import NANO
 from tools.benchmarks.decoding import BATCH, CAP_EXTRA, chosen, timed
 from tools.benchmarks.harness import (
     OPERATORS,
@@ -28,7 +29,7 @@ from tools.benchmarks.harness import (
 )
 from tools.benchmarks.turns import MICRO_BATCHES, OTHER_THREADS, Runner, slower_by
 
-CONFIG = load_settings(ROOT, model="nano").model.config(101)
+CONFIG = TransformerConfig(**NANO, positions="sinusoidal", norm="post", max_length=256, vocab_size=101)
 PAIRS = 300
 
 
@@ -95,11 +96,11 @@ def test_timed_counts_the_flops_of_four_hypotheses_as_long_as_the_output():
 
 @pytest.mark.slow
 def test_gpu_benchmark_runs_on_a_cpu():
-    command = [sys.executable, "-m", "tools.benchmarks.gpu", "--device", "cpu", "--presets", "nano"]
+    command = [sys.executable, "-m", "tools.benchmarks.gpu", "--device", "cpu", "--presets", "mini"]
     command += ["--batch-tokens", "500", "--steps", "1", "--rounds", "1"]
     printed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "| nano, ours |" in printed
-    assert "| nano, torch.nn.Transformer |" in printed
+    assert "| mini, ours |" in printed
+    assert "| mini, torch.nn.Transformer |" in printed
 
 
 def test_harness_imports_nothing_that_another_environment_may_lack():

@@ -245,8 +245,8 @@ def test_workload_has_the_steps_and_batches_of_the_paper():
 
 
 def test_checkpoint_bytes_are_those_of_the_file_that_is_written(tmp_path):
-    work = workload("nano", REPOSITORY)
-    model = Transformer(load_settings(REPOSITORY, model="nano").model.config(37_000))
+    work = workload("mini", REPOSITORY)
+    model = Transformer(load_settings(REPOSITORY, model="mini").model.config(37_000))
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -351,7 +351,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
         ("--network-gbit 0", "--network-gbit must be > 0, got 0.0"),
         ("--launch-us -1", "--launch-us must be >= 0, got -1.0"),
         ("--price -3", "--price must be >= 0, got -3.0"),
-        ("--model huge", "--model must be one of base, big, mini, nano, tiny, got 'huge'"),
+        ("--model huge", "model must be one of base, big, mini, tiny, got 'huge'"),
     ],
 )
 def test_main_names_an_impossible_option_its_value_and_what_is_allowed(monkeypatch, capsys, arguments, message):

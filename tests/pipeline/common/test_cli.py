@@ -75,7 +75,7 @@ def test_exit_on_error_leaves_bugs_their_traceback():
 def test_exit_on_error_ends_without_a_word_when_nobody_reads_the_output():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "pipeline.settings"]
+    command = [sys.executable, "-m", "pipeline.preset", "--list"]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

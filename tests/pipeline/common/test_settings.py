@@ -12,6 +12,7 @@ import yaml
 
 from model.config import Positions
 from pipeline.common.settings import GRID_KEYS, SECTIONS, RowName, flatten, load_settings
+from pipeline.common.yaml_files import read_yaml
 from tests.support.settings_files import REPOSITORY, copy_settings
 
 EACH_KEY = f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}"
@@ -82,7 +83,7 @@ WORDS = {
 @pytest.mark.parametrize("name", WORDS)
 def test_load_settings_names_a_value_of_the_wrong_type_and_what_it_must_be(root, name):
     section, key = name.split(".")
-    own = yaml.safe_load((root / "params.yaml").read_text())[section][key]
+    own = read_yaml(root / "params.yaml")[section][key]
     for value in (3.5, {"a": 1}, True, "x", [3.5]):
         if type(value) is type(own) or (type(own) is float and type(value) is float) or name == "sweep.grid":
             continue

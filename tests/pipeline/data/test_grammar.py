@@ -26,7 +26,7 @@ from pipeline.data.grammar import (
     german_text,
 )
 
-SETTINGS = yaml.safe_load((Path(__file__).parents[3] / "conf/data/grammar.yaml").read_text())["download"]
+SETTINGS = yaml.safe_load((Path(__file__).parents[3] / "conf/data/grammar.yaml").read_text())["data"]
 SIZES = {key: SETTINGS[key] for key in ("seed", "train_pairs", "valid_pairs", "test_pairs")}
 # To renew after a change that is meant: the figure that the failing test prints.
 CHECKSUM = "89c39d1030af09dc807e3a0e703118103ac2d7f40f8d0cdf8b73e494ecc54ac8"

@@ -70,7 +70,7 @@ def test_open_run_logs_a_change_as_parameter_too(uri: str, root: Path, settings:
 
 def test_run_params_have_distinct_short_names(settings: Settings) -> None:
     sections = (settings.tokenize, settings.model, settings.train, settings.hardware)
-    assert len(run_params(settings)) == 6 + sum(len(flatten(section)) for section in sections)
+    assert len(run_params(settings)) == 5 + sum(len(flatten(section)) for section in sections)
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FAILED", "FINISHED"])

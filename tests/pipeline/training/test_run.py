@@ -25,9 +25,11 @@ DECIDES_NO_WEIGHTS = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
     "pipeline/common/environment.py": "names of environment variables",
+    "pipeline/common/presets.py": "lends names",
     "pipeline/common/retry.py": "when a store is asked again",
     "pipeline/common/settings.py": "its values are in the key",
     "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
+    "pipeline/common/yaml_files.py": "reads settings, which are in the key",
     "pipeline/training/checkpoint.py": "a test holds resumed training to the weights of undisturbed training",
 }
 """What trainer.py imports, directly or not, and a run's key does not depend on."""
@@ -97,7 +99,7 @@ def test_run_key_names_code_that_is_missing(root):
 @pytest.mark.parametrize(
     ("changed", "is_another_run"),
     [
-        (replace(SETTINGS, seed=SETTINGS.seed + 1), True),
+        (SETTINGS.with_seed(SETTINGS.seed + 1), True),
         (settings(model={"d_ff": 19}), True),
         (settings(train={"eps": 1e-8}), True),
         (settings(hardware={"precision": "bf16"}), True),
