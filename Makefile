@@ -26,7 +26,7 @@ help:
 repro: .venv/installed
 	dvc repro
 	@echo
-	@echo "Scores:        reports/evaluation.json   (dvc metrics show)"
+	@echo "Scores:        dvc metrics show          (all: reports/evaluation.json)"
 	@echo "Translations:  reports/translations.tsv"
 	@echo "Table 3:       reports/table3.html, .md, .csv, .png"
 	@echo "Curves:        dvc plots show"
@@ -34,23 +34,23 @@ repro: .venv/installed
 	@echo "MLflow:        make ui, then open http://127.0.0.1:5000"
 	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
 
-test: .venv/installed
+test: .venv/installed-dev
 	$(RUN_MODULE) $(DEFAULT_TESTS)
 
-test-all: .venv/installed
+test-all: .venv/installed-dev
 	coverage erase
 	$(MAKE) test RUN_MODULE="coverage run -m"
 	coverage combine --quiet
 	coverage report
 	python -m pytest -m "slow or host"
 
-mutate: .venv/installed
+mutate: .venv/installed-dev
 	python -m tools.mutate
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	python -m tools.benchmarks
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	ruff check .
 	ruff format --check .
 	mypy
@@ -67,5 +67,9 @@ clean:
 	@echo "Installing the pinned dependencies into .venv: a few minutes, once."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
 	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
 	@touch $@

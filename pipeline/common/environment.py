@@ -16,6 +16,7 @@ RAY_ADDRESS_ENV = "RAY_ADDRESS"  # host:port of a cluster to join; Ray reads it 
 DASHBOARD_ENV = "RAY_API_SERVER_ADDRESS"  # the cluster's dashboard, which takes jobs; Ray reads it too
 RAY_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in what `ray job submit` runs
 DVC_STAGE_ENV = "DVC_STAGE"  # DVC sets it in the commands of a stage
+DVC_ROOT_ENV = "DVC_ROOT"  # and this, to the project that `dvc repro` or `dvc exp run` was started in
 PLAIN_RAY_TRAIN_ENV = "PLAIN_RAY_TRAIN"  # not empty: Ray's own TorchTrainer instead of LeanTrainer
 GIT_COMMIT_ENV = "GIT_COMMIT"  # the commit, where there is no repository: in an image or a job
 GIT_DIRTY_ENV = "GIT_DIRTY"  # "true" if code or settings differ from that commit

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 
-from pipeline.common.environment import RUN_STORAGE_ENV, TRACKING_URI_ENV
+from pipeline.common.environment import DVC_ROOT_ENV, DVC_STAGE_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
 from pipeline.common.retry import every, retry
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
 
 
 def run_storage(root: Path) -> AnyPath:
-    """The folder that RUN_STORAGE names, else `root`. Raises ValueError for a relative path, and for a kind of store
+    """The folder that RUN_STORAGE names, else `home`. Raises ValueError for a relative path, and for a kind of store
     that no installed library can read."""
     uri = os.environ.get(RUN_STORAGE_ENV)
     if not uri:
-        return root.resolve()
+        return home(root)
     if not is_absolute(uri):
         raise ValueError(f"{RUN_STORAGE_ENV} must be an absolute path or a URI such as s3://bucket/runs, got {uri!r}")
     if "://" not in uri:
@@ -51,11 +51,18 @@ def run_storage(root: Path) -> AnyPath:
     return found
 
 
+def home(root: Path) -> Path:
+    """The project's folder. `dvc exp run --queue` and `--temp` run stages in a copy of it, which they delete: what is
+    to stay belongs into the folder that DVC names, where the experiment was started."""
+    started_in = os.environ.get(DVC_ROOT_ENV) if DVC_STAGE_ENV in os.environ else None
+    return Path(started_in or root).resolve()
+
+
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else mlflow.db in `root` by its absolute path: Ray's workers run in other folders.
+    """MLFLOW_TRACKING_URI, else mlflow.db in `home` by its absolute path: Ray's workers run in other folders.
 
     It is not in pipeline/tracking, because to import MLflow takes seconds."""
-    return os.environ.get(TRACKING_URI_ENV) or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return os.environ.get(TRACKING_URI_ENV) or f"sqlite:///{home(root) / 'mlflow.db'}"
 
 
 def is_absolute(uri: str) -> bool:

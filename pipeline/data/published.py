@@ -10,7 +10,7 @@ from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of
 from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings
-from pipeline.common.storage import AnyPath, as_os_error, cache, copy_file
+from pipeline.common.storage import AnyPath, as_os_error, cache, copy_file, home
 from pipeline.data.dataset import CorpusInfo
 
 
@@ -58,7 +58,7 @@ def _is_whole(folder: Path) -> bool:
 def ensure_local_data(settings: Settings, root: Path, storage: AnyPath) -> AnyPath | None:
     """Ensure that data/ of `root` exists, linking the published copy if needed. Returns the published folder, or None
     if the storage is `root` itself. Raises ValueError if both exist and differ, or neither does."""
-    if storage == root.resolve():  # where other machines see it too, if there are any
+    if storage == home(root):  # where other machines see it too, if there are any
         return None
     source = find_published(settings, storage)
     links = [root / name for name in (ENCODED, TOKENIZER, CLEAN)]

@@ -26,10 +26,14 @@ SOURCES = (
     ".gitignore",
     ".rayignore",
     "conf",
+    "data/.gitignore",
     "dvc.yaml",
+    "metrics/.gitignore",
     "model",
+    "models/.gitignore",
     "params.yaml",
     "pipeline",
+    "reports/.gitignore",
     "sweeps",
 )
 PATIENCE_S = 900
@@ -70,7 +74,9 @@ class Project:
 
     def untrained_copy(self, root: Path) -> "Project":
         """The same with its corpus encoded, and no trace of training: not in DVC's lock and run cache either."""
-        copy = self.copy(root, without=("checkpoints", "models", "runs", "tmp", "train.json", "evaluation.json"))
+        copy = self.copy(
+            root, without=("checkpoints", "models", "runs", "tmp", "train.json", "test.json", "evaluation.json")
+        )
         lock = yaml.safe_load((root / "dvc.lock").read_text())
         del lock["stages"]["train"], lock["stages"]["evaluate"]
         copy.write_yaml("dvc.lock", lock)

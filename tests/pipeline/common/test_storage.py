@@ -55,3 +55,16 @@ def test_retry_unreachable_raises_a_disks_error_at_once(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         retry_unreachable(action, tmp_path, pytest.fail)
+
+
+def test_home_in_a_copy_that_dvc_makes_for_an_experiment_is_where_the_experiment_was_started(tmp_path, monkeypatch):
+    copy, project = tmp_path / "project/.dvc/tmp/exps/tmp7", tmp_path / "project"
+    monkeypatch.delenv("RUN_STORAGE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    assert run_storage(copy) == copy  # not run by DVC
+    monkeypatch.setenv("DVC_STAGE", "train")
+    assert (run_storage(copy), tracking_uri(copy)) == (project, f"sqlite:///{project}/mlflow.db")
+    monkeypatch.delenv("DVC_ROOT")
+    assert run_storage(copy) == copy

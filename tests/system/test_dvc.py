@@ -1,0 +1,101 @@
+"""What DVC's users type by habit: experiments, grids in a queue, comparisons, a corpus of one's own, a remote."""
+
+import json
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.data import grammar
+from tests.system.conftest import Project
+
+pytestmark = pytest.mark.slow
+
+PARAMS = "params.yaml"
+
+
+@pytest.fixture
+def project(trained, tmp_path) -> Project:
+    """`trained`, with its checkpoints; its MLflow store stays behind."""
+    return trained.copy(tmp_path / "project", without=())
+
+
+def runs_of(project: Project) -> list:
+    client = MlflowClient(project.tracking_uri)
+    experiment = client.get_experiment_by_name("transformer")
+    return client.search_runs([experiment.experiment_id])
+
+
+def test_experiments_are_compared_by_what_differs(project):
+    project.run("dvc", "exp", "run", "--set-param", "evaluate.beam=1", "evaluate")
+    diff = json.loads(project.run("dvc", "exp", "diff", "--json"))
+    assert diff["params"] == {PARAMS: {"evaluate.beam": {"old": 2, "new": 1, "diff": -1}}}
+    assert json.loads(project.run("dvc", "params", "diff", "--json"))[PARAMS]["evaluate.beam"] == {
+        "old": 2,
+        "new": 1,
+        "diff": -1,
+    }
+    shown = project.run("dvc", "exp", "show", "--only-changed", "--no-pager", COLUMNS="160")
+    assert max(map(len, shown.splitlines())) <= 160
+    assert "evaluate.beam" in shown
+    assert "model.d_k" not in shown
+    assert "model.d_k" not in project.run("dvc", "exp", "show", "--drop", "model.*", "--no-pager", COLUMNS="160")
+
+
+def test_params_diff_shows_what_a_preset_has_changed(project):
+    project.run("python", "-m", "pipeline.preset", "model=tiny")
+    diff = json.loads(project.run("dvc", "params", "diff", "--json"))[PARAMS]
+    assert diff["model.d_model"] == {"old": 16, "new": 128, "diff": 112}
+    assert "evaluate.beam" not in diff
+
+
+def test_queued_grid_runs_every_value_and_its_runs_stay_in_mlflow(project):
+    project.run("dvc", "exp", "run", "--set-param", "evaluate.beam=1,3", "--queue", "evaluate")
+    settings = (project.root / PARAMS).read_text()
+    project.run("dvc", "queue", "start")
+    project.wait_for(lambda: project.run("dvc", "queue", "status").count("Success") == 2, "two finished experiments")
+    assert (project.root / PARAMS).read_text() == settings
+    beams = {params["evaluate"]["beam"] for params in project.experiments().values()}
+    assert beams == {1, 2, 3}
+    assert {run.data.params["beam"] for run in runs_of(project)} >= {"1", "3"}
+
+
+def test_experiment_in_a_copy_goes_by_the_checkpoints_of_the_project(project):
+    before = project.checkpoints()
+    output = project.run("dvc", "exp", "run", "--temp", "--set-param", "hardware.max_failures=2", "train")
+    assert "trained already" in output
+    assert project.checkpoints() == before
+
+
+def write_corpus(project: Project) -> None:
+    """Some sentences of the built-in grammar, as somebody's own texts."""
+    grammar.generate(project.root / "data/own", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23)
+    for path in (project.root / "data/own").iterdir():
+        if path.suffix not in (".en", ".de"):
+            path.unlink()
+
+
+def test_own_corpus_goes_through_a_remote_to_a_clone_where_nothing_is_left_to_do(new_project, tmp_path):
+    new_project.run("python", "-m", "pipeline.preset", "data=own")
+    for key, value in (("tokenize.vocab_size", 400), ("train.max_steps", 20), ("validate.max_dropped_share", 1.0)):
+        new_project.edit(PARAMS, key, value)
+    new_project.commit()
+    write_corpus(new_project)
+    new_project.run("dvc", "repro", "evaluate")
+    assert new_project.run("git", "status", "--porcelain") == "?? data/own/\n?? dvc.lock\n"
+    new_project.run("dvc", "add", "data/own")
+    new_project.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    assert "up to date" in new_project.run("dvc", "repro", "evaluate")
+    new_project.commit()
+    new_project.run("dvc", "push")
+
+    new_project.run("git", "clone", "--quiet", ".", str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone", new_project.ray)
+    clone.run("dvc", "pull", "--allow-missing")
+    output = clone.run("dvc", "repro", "evaluate")
+    assert "up to date" in output
+    assert "Running" not in output
+    assert (clone.root / "data/own/train.en").read_bytes() == (new_project.root / "data/own/train.en").read_bytes()
+    with (clone.root / "data/own/train.en").open("a") as text, (clone.root / "data/own/train.de").open("a") as other:
+        text.write("one more sentence\n")
+        other.write("noch ein Satz\n")
+    assert "download" in clone.run("dvc", "status")
