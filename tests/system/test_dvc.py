@@ -68,6 +68,7 @@ def test_experiment_in_a_copy_goes_by_the_checkpoints_of_the_project(project):
 
 def write_corpus(project: Project) -> None:
     """Some sentences of the built-in grammar, as somebody's own texts."""
+    (project.root / "data/own").mkdir()
     grammar.generate(project.root / "data/own", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23)
     for path in (project.root / "data/own").iterdir():
         if path.suffix not in (".en", ".de"):
