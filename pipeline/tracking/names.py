@@ -1,0 +1,51 @@
+"""What runs are called: the model, the data, and what was changed. Does without MLflow."""
+
+from typing import Any
+
+from pipeline.common.settings import Settings
+
+MOST_CHANGES = 3
+"""A name with more would not fit into a column of MLflow's."""
+
+
+def run_name(settings: Settings) -> str:
+    """ "mini on grammar, dropout 0.15, 100 steps, seed 2"."""
+    return f"{setup_name(settings)}, seed {settings.seed}"
+
+
+def setup_name(settings: Settings) -> str:
+    """The nearest presets and what differs from them, no seed: "mini on grammar, dropout 0.15, 100 steps"."""
+    model = settings.model
+    sizes = f" ({setting_name('model.num_layers', model.num_layers)}, {setting_name('model.d_model', model.d_model)})"
+    name = settings.model_name + (sizes if settings.model_name == "custom" else "")
+    changes = [setting_name(key, value) for key, value in settings.changes.items()]
+    if len(changes) > MOST_CHANGES:
+        changes[MOST_CHANGES:] = [f"and {len(changes) - MOST_CHANGES} more"]
+    return ", ".join([f"{name} on {settings.data_name}", *changes]).replace(", and ", " and ")
+
+
+def setting_name(key: str, value: Any) -> str:
+    """A setting as people say it: "4 heads", "no positions", "100 steps", "d_ff 64"."""
+    name = key.partition(".")[2]
+    if name in COUNTED:
+        noun = COUNTED[name]
+        return f"{value} {noun.removesuffix('s') if value == 1 else noun}"
+    match name:
+        case "positions":
+            return "no positions" if value == "none" else f"{value} positions"
+        case "label_smoothing":
+            return f"label smoothing {value}"
+        case _:
+            return f"{name} {str(value).lower() if isinstance(value, bool) else value}"
+
+
+COUNTED = {
+    "num_heads": "heads",
+    "num_layers": "layers",
+    "max_steps": "steps",
+    "warmup_steps": "warmup steps",
+    "train_pairs": "training pairs",
+    "valid_pairs": "validation pairs",
+    "test_pairs": "test pairs",
+}
+"""Settings that are numbers of something."""
