@@ -13,15 +13,18 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from sweeps.significance import LEVEL, Interval, holm, mean_and_deviation, paired_p, seed_interval, sentence_interval
+from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedMeans:
-    """A row's means over the seeds that finished; costs are of one training, restarts included."""
+    """A row's means over the seeds that finished; costs are of one training, restarts included. `bleu`, like all
+    differences, is of the validation split, as in the paper's Table 3."""
 
     seeds: list[int]
     bleu: float
     bleu_sd: float | None  # None for one seed
+    test_bleu: float
     ppl: float  # per piece of the validation split, averaged weights
     params: float
     updates: float
@@ -164,12 +167,16 @@ def _means(trials: Sequence[dict]) -> SeedMeans:
     def mean(key: str) -> float:
         return fmean(trial[key] for trial in trials)
 
-    bleu, bleu_sd = mean_and_deviation([trial["metrics"]["test_bleu"] for trial in trials])
+    def mean_score(name: str) -> float:
+        return fmean(trial["metrics"][name] for trial in trials)
+
+    bleu, bleu_sd = mean_and_deviation([trial["metrics"][BLEU] for trial in trials])
     return SeedMeans(
         seeds=[trial["seed"] for trial in trials],
         bleu=bleu,
         bleu_sd=bleu_sd,
-        ppl=fmean(trial["metrics"]["valid_averaged_ppl"] for trial in trials),
+        test_bleu=mean_score(TEST_BLEU),
+        ppl=mean_score(PPL),
         params=mean("parameters"),
         updates=mean("steps"),
         device_hours=mean("device_hours"),
@@ -201,10 +208,10 @@ def _compared(
     def translations(trials: dict[int, dict]) -> list[list[str]]:
         return [_translations(folder / trials[seed]["translations"], references) for seed in seeds]
 
-    bleu, systems = differences("test_bleu"), (translations(base), translations(ours))
+    bleu, systems = differences(BLEU), (translations(base), translations(ours))
     interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(systems[0][0], systems[1][0], references)
     p = paired_p(*systems, references)
-    comparison = Comparison(fmean(bleu), interval, p, fmean(differences("valid_averaged_ppl")))
+    comparison = Comparison(fmean(bleu), interval, p, fmean(differences(PPL)))
     return replace(result, comparison=comparison)
 
 

@@ -42,11 +42,11 @@ def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
     for panel in panels[len(axes) :]:
         panel.remove()
     for panel in panels[: len(axes) : columns]:
-        panel.set_ylabel("difference from base, BLEU")
+        panel.set_ylabel("difference from base, validation BLEU")
     seeds, chances = len(sweep["seeds"]), covered(rows)
-    title = f"{sweep['data']}, model {sweep['model']}, {seeds} seed{'s' if seeds > 1 else ''}"
+    title = f"{sweep['base_name']}; {seeds} seed{'s' if seeds > 1 else ''}"
     if chances:
-        title += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'test sentences')}"
+        title += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'validation sentences')}"
     canvas.suptitle(title, fontsize=11)
     handles = [
         *panels[0].plot([], [], "o", color=OURS, label="ours, different from base"),

@@ -4,7 +4,7 @@ import base64
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from sweeps.significance import LEVEL, RESAMPLES, SHUFFLES
 
 @dataclass(frozen=True)
 class Table:
-    """`align` has a < or > for each column."""
+    """`align` has a < or > for each column; `links` has, for each row, names and addresses of runs in MLflow."""
 
     head: list[str]
     align: str
     rows: list[list[str]]
+    links: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def document(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[Sectio
     """The sections of the Markdown and the HTML file; the title of the first is that of the whole."""
     gaps = missing(sweep, rows)
     return [
-        Section(f"Table 3 on {sweep['data']}, model {sweep['model']}", _header(sweep, rows)),
+        Section(f"Table 3: {sweep['base_name']}", _header(sweep, rows)),
         Section("What can be said", findings(rows)),
-        Section("BLEU", table=table_of(BLEU_COLUMNS, rows), legend=_bleu_legend(rows), has_figure=True),
+        Section("BLEU", table=with_links(sweep, rows), legend=_bleu_legend(rows), has_figure=True),
         Section("Perplexity, size, cost", table=table_of(COST_COLUMNS, rows), legend=COST_LEGEND),
         *([Section("What is missing, what was started again", gaps)] if gaps else []),
     ]
@@ -53,8 +54,10 @@ def _header(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
     updates = sorted(round(row.means.updates) for row in rows if row.means) or [0]
     span = f"{updates[0]:,}" + (f" to {updates[-1]:,}" if updates[-1] > updates[0] else "")
     points = [
-        f"Corpus: {sweep['data']}, {len(sweep['references']):,} test sentences.",
-        f"Base: the preset {sweep['model']}. Updates: {span}.",
+        f"Made on {sweep['date']} by {sweep['commit']}, on {sweep['machine']}.",
+        f"Corpus: {sweep['data']}; scored on the {len(sweep['references']):,} sentences of its validation split, "
+        "test BLEU beside it.",
+        f"Base: {sweep['base_name']}. Updates: {span}.",
         f"Seeds: {', '.join(map(str, sweep['seeds']))}; with the same seed, rows see the data in the same order.",
         f"BLEU: sacreBLEU, `{sweep['bleu_signature']}`.",
         f"Cost: {_amount(training)} device-hours ({sweep['device']}) of training, "
@@ -125,14 +128,15 @@ BLEU_COLUMNS = [
     ("row", "<", _number("label", "")),
     ("BLEU", ">", _number("bleu", ".2f")),
     ("sd", ">", _number("bleu_sd", ".2f")),
-    ("n", ">", _number("num_seeds", "d")),
-    ("diff", ">", _number("bleu_difference", "+z.2f")),
+    ("seeds", ">", _number("num_seeds", "d")),
+    ("BLEU - base", ">", _number("bleu_difference", "+z.2f")),
     ("95% interval", ">", _interval),
     ("over", "<", _number("interval_covers", "")),
     ("p", ">", _p),
     ("verdict", "<", _number("verdict", "")),
+    ("test BLEU", ">", _number("test_bleu", ".2f")),
     ("paper", ">", _number("paper_bleu", ".1f")),
-    ("diff", ">", _number("paper_bleu_difference", "+z.1f")),
+    ("paper - base", ">", _number("paper_bleu_difference", "+z.1f")),
     ("agrees?", "<", _number("agreement", "")),
 ]
 """Heading, alignment, and the cell from a row's `as_dict`."""
@@ -140,11 +144,11 @@ BLEU_COLUMNS = [
 COST_COLUMNS = [
     ("row", "<", _number("label", "")),
     ("PPL", ">", _number("ppl", ".3f")),
-    ("diff", ">", _number("ppl_difference", "+z.3f")),
-    ("paper", ">", _number("paper_ppl", ".2f")),
-    ("diff", ">", _number("paper_ppl_difference", "+z.2f")),
+    ("PPL - base", ">", _number("ppl_difference", "+z.3f")),
+    ("paper PPL", ">", _number("paper_ppl", ".2f")),
+    ("paper - base", ">", _number("paper_ppl_difference", "+z.2f")),
     ("params/1e6", ">", _millions),
-    ("paper", ">", _number("paper_params_millions", "d")),
+    ("paper params/1e6", ">", _number("paper_params_millions", "d")),
     ("updates", ">", _number("updates", ",.0f")),
     ("device-h", ">", lambda value: _amount(value["device_hours"])),
     ("FLOPs", ">", lambda value: _flops(value["flops"])),
@@ -157,32 +161,43 @@ def table_of(columns: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]]
     return Table([head for head, _, _ in columns], "".join(align for _, align, _ in columns), cells)
 
 
+def with_links(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> Table:
+    """The table of BLEU, with a link for each run that finished, named by its seed."""
+    runs: dict[str, dict[str, str]] = {row.id: {} for row in rows}
+    for trial in sweep["trials"]:
+        if address := trial.get("mlflow_page"):
+            runs[trial["row"]][f"seed {trial['seed']}"] = address
+    return replace(table_of(BLEU_COLUMNS, rows), links=[runs[row.id] for row in rows] if any(runs.values()) else ())
+
+
 COVERS = {
     "seeds": "Student's t, each row paired with base seed by seed. It covers the chance of training: "
     "which initial weights, which order of the data",
-    "sentences": f"paired bootstrap of the test sentences ({RESAMPLES:,} resamples), for want of a second seed. It "
-    "covers the chance of which sentences are tested, not that of training: another seed may lie outside",
+    "sentences": f"paired bootstrap of the sentences ({RESAMPLES:,} resamples), for want of a second seed. It "
+    "covers the chance of which sentences are translated, not that of training: another seed may lie outside",
 }
 
 
 def _bleu_legend(rows: Sequence[RowResult]) -> list[str]:
     num_compared = sum(row.comparison is not None for row in rows)
     return [
-        "BLEU, sd: mean and standard deviation over n seeds. diff: from base, over the seeds that both have.",
+        "BLEU, sd: mean and standard deviation over the seeds, of the validation split. BLEU - base: the difference "
+        "from base, over the seeds that both have. test BLEU: its mean on the test split, which decides nothing.",
         *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(rows)),
         f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations, of a sentence "
         f"those of all seeds together, with Holm's correction for {num_compared} rows. It asks about these models on "
         "other sentences.",
         f"verdict: better or worse if p is below {LEVEL} and the interval leaves out zero. Not significant does not "
         "mean equal: this table cannot tell.",
-        "paper: Table 3 of the paper, on newstest2013, and another kind of BLEU: compare signs of differences alone. "
+        "paper, paper - base: Table 3 of the paper, on its validation split newstest2013, and another kind of BLEU: "
+        "compare signs of differences alone. "
         "agrees?: open where ours is not significant or the paper's is zero.",
     ]
 
 
 COST_LEGEND = [
-    "PPL: perplexity a piece on the validation split, of the weights that were tested; lower is better. "
-    "diff: from base.",
+    "PPL: perplexity a piece on the validation split, of the weights that were scored; lower is better. "
+    "PPL - base: the difference from base. paper - base: the paper's difference in PPL.",
     "updates, device-h (device-hours), FLOPs, tokens/s: of one training, mean over the seeds that finished, restarts "
     "included. FLOPs compare with the paper's Table 2 (base: 3.3e18). Tokens are target pieces without padding.",
 ]

@@ -20,9 +20,7 @@ from pipeline.tracking.views import share_view
 from sweeps.analysis import RowResult, as_dict, assess, read_sweep, totals
 from sweeps.figure import figure
 from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
-
-METRICS = ("test_bleu", "valid_averaged_ppl")
-"""What the table is about, by the names in MLflow."""
+from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
 
 def write_report(folder: Path, reports: Path, progress: bool = True) -> list[Path]:
@@ -43,9 +41,10 @@ def write_files(sweep: Mapping[str, Any], results: Sequence[RowResult], reports:
     write_bytes(image, png)
     rows = {
         row.id: {
-            "test_bleu": row.means and row.means.bleu,
-            "test_bleu_difference": row.comparison and row.comparison.bleu_difference,
-            "valid_averaged_ppl": row.means and row.means.ppl,
+            BLEU: row.means and row.means.bleu,
+            f"{BLEU}_difference": row.comparison and row.comparison.bleu_difference,
+            TEST_BLEU: row.means and row.means.test_bleu,
+            PPL: row.means and row.means.ppl,
         }
         for row in results
     }
@@ -63,7 +62,7 @@ def report_sweep(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
     store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
         log_report(*store, files, totals(sweep, results))
-        if address := share_view(*store, _changed(results), METRICS):
+        if address := share_view(*store, _changed(results), (BLEU, TEST_BLEU, PPL)):
             print(f"In MLflow (make ui): {address}")
     except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
         print(f"Not in MLflow: {error}")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -41,17 +42,23 @@ from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
 from pipeline.common.environment import RAY_MANY_TRIALS, TRACKING_URI_ENV, TUNE, environment
+from pipeline.common.machine import machine_name
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
-from pipeline.common.storage import as_os_error, copy_files, local_copy, remove
+from pipeline.common.storage import as_os_error, copy_files, local_copy, remove, tracking_uri
 from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.inference.evaluation import evaluate_run
+from pipeline.inference.reports import VALID_TRANSLATIONS
+from pipeline.tracking.names import setup_name
+from pipeline.tracking.provenance import git_tags
 from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
+from pipeline.tracking.views import experiment_page
 from pipeline.training import checkpoint
 from pipeline.training.run import write_model
 from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan
+from sweeps.table3 import BLEU
 from sweeps.trials import SweepPlan, Trial, load_sweep
 
 REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
@@ -65,7 +72,7 @@ def run_sweep(root: Path) -> None:
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
     uri = workspace.tracking_uri
     experiment = sweep.base.tracking.experiment
-    title = f"Table 3: {sweep.base.data_name}, {sweep.base.model_name}"
+    title = f"Table 3: {setup_name(sweep.base)}"
     asha = sweep.base.sweep.scheduler == "asha"
     cluster = ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext()
     with environment(RAY_MANY_TRIALS, TUNE), cluster:
@@ -344,31 +351,40 @@ def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
 
 
 def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
-    """data/sweep: trials.json, the references, and the translations of every trial that is finished."""
+    """data/sweep: trials.json, and of the validation split the references and every finished trial's translations."""
     settings = sweep.base
     trials = []
+    provenance = git_tags(root)
+    commit = f"commit {provenance['git_commit'][:10]}" if provenance else "an unknown commit"
+    if provenance.get("git_dirty") == "true":
+        commit += " with changes"
+    runs_page = experiment_page(tracking_uri(root), parent)
     with replace_folder(root / SWEEP) as folder:
-        shutil.copy(root / CLEAN / f"test.{settings.data.tgt}", folder / "references.txt")
+        shutil.copy(root / CLEAN / f"valid.{settings.data.tgt}", folder / "references.txt")
         signature = ""
         for trial in sweep.trials:
             record = trial.record() or {"status": "unfinished", "error": "was interrupted", "metrics": {}}
             metrics = record["metrics"]
-            signature = metrics.get("test_bleu_signature", signature)
+            signature = metrics.get(f"{BLEU}_signature", signature)
             translations = None
             if record["status"] == "finished":
                 translations = f"{trial.id}.txt"
                 with as_os_error(trial.folder):
-                    lines = (trial.folder / "translations.tsv").read_text(encoding="utf-8").splitlines()[1:]
+                    lines = (trial.folder / VALID_TRANSLATIONS).read_text(encoding="utf-8").splitlines()[1:]
                 write_text(folder / translations, "".join(line.split("\t")[2] + "\n" for line in lines))
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
             identity = {"row": trial.row.id, "seed": trial.seed, "name": trial.name}
-            trials.append(identity | record | {"metrics": numbers, "translations": translations})
+            page = f"{runs_page}/runs/{record['mlflow_run_id']}" if "mlflow_run_id" in record else None
+            trials.append(identity | record | {"metrics": numbers, "translations": translations, "mlflow_page": page})
         write_json(
             folder / "trials.json",
             {
                 "experiment": settings.tracking.experiment,
                 "data": settings.data_name,
-                "model": settings.model_name,
+                "base_name": setup_name(settings),
+                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+                "commit": commit,
+                "machine": _machine(),
                 "seeds": settings.sweep.seeds,
                 "price_per_device_hour": settings.sweep.price_per_device_hour,
                 "device": next((trial["device"] for trial in trials if "device" in trial), settings.hardware.device),
@@ -379,6 +395,11 @@ def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
                 "trials": trials,
             },
         )
+
+
+def _machine() -> str:
+    gpus = torch.cuda.device_count()
+    return f"{gpus} x {torch.cuda.get_device_name()}" if gpus else machine_name()
 
 
 def main() -> None:

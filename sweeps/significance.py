@@ -1,7 +1,7 @@
 """The uncertainty of a difference in BLEU: intervals, sacreBLEU's paired test, Holm's correction. Pure functions.
 
-Chance has two parts here. Training again with another seed gives another model; and the test set could have held
-other sentences. `seed_interval` is about the first, `sentence_interval` and `paired_p` about the second.
+Chance has two parts here. Training again with another seed gives another model; and the validation split could have
+held other sentences. `seed_interval` is about the first, `sentence_interval` and `paired_p` about the second.
 """
 
 import statistics
@@ -23,7 +23,7 @@ SHUFFLES = 10_000  # sacreBLEU's default
 
 @dataclass(frozen=True)
 class Interval:
-    """95% interval of a difference, and which chance it covers: that of the seeds or of the test sentences."""
+    """95% interval of a difference, and which chance it covers: that of the seeds or of the sentences."""
 
     low: float
     high: float

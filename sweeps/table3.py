@@ -14,6 +14,10 @@ from pipeline.common.settings import GRID_KEYS, Settings, flatten
 
 Value = int | float | str
 
+BLEU, PPL, TEST_BLEU = "valid_averaged_bleu", "valid_averaged_ppl", "test_bleu"
+"""What the table shows, by its names in MLflow: scores of the validation split, as the paper's Table 3, and of the
+averaged weights; and one of the test split beside them."""
+
 
 @dataclass(frozen=True)
 class Published:

@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking.store import await_server, connect, require_run
+from pipeline.tracking.store import await_server, connect, require_run, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,17 @@ def share_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequen
     except (MlflowException, OSError, ValueError) as error:
         logger.warning("No view in MLflow: %s", error)
         return None
-    server = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
-    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW_NAME}&compareRunsMode=CHART"
+    return f"{_page(uri, experiment_id)}/runs?viewStateShareKey={VIEW_NAME}&compareRunsMode=CHART"
+
+
+def experiment_page(uri: str, run_id: str) -> str:
+    """The address of the run's experiment on MLflow's page; that of the run is below it, at /runs/<id>."""
+    return _page(uri, require_run(connect(uri), run_id).info.experiment_id)
+
+
+def _page(uri: str, experiment_id: str) -> str:
+    server = without_password(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
+    return f"{server}/#/experiments/{experiment_id}"
 
 
 def _view_state(run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import csv
 import json
 import random
 import re
+import shutil
 import statistics
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,17 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
                 "row": id, "seed": seed, "name": f"{label}, seed {seed}", "status": "finished", "error": None,
                 "parameters": 123_457, "steps": 400, "flops": seed * 1.1e18, "device_hours": seed / 7, "attempts": 1,
                 "tokens_per_second": 7_001.0, "evaluation_device_hours": 0.01,
-                "metrics": {"test_bleu": bleu, "valid_averaged_ppl": 1 + wrong + seed / 100},
+                "metrics": {
+                    "valid_averaged_bleu": bleu, "valid_averaged_ppl": 1 + wrong + seed / 100, "test_bleu": bleu / 2,
+                },
                 "translations": f"{id}.{seed}.txt", "mlflow_run_id": "r",
+                "mlflow_page": f"http://mlflow/#/experiments/1/runs/{id}.{seed}",
                 "seconds": 70.0 + 1.5 * seed, "seconds_to_first_step": 19.0, "seconds_of_overhead": 17.0,
             })  # fmt: skip
     sweep = {
-        "experiment": "table3-grammar-nano", "data": "grammar", "model": "nano", "device": "cpu",
+        "experiment": "table3-grammar-nano", "data": "grammar", "base_name": "nano on grammar, 100 steps",
+        "device": "cpu",
+        "date": "2026-11-28", "commit": "commit 0123456789 with changes", "machine": "2 cores of a processor",
         "price_per_device_hour": 0.0, "bleu_signature": "nrefs:1|case:mixed", "mlflow_parent": "parent",
         "seeds": seeds, "rows": rows, "trials": trials,
         "base": {"model.num_heads": 4, "model.d_k": 16, "model.dropout": 0.1, "model.positions": "sinusoidal"},
@@ -130,7 +137,7 @@ def trials_of(sweep: Path, row: str) -> list[dict]:
 
 
 def bleus(sweep: Path, row: str) -> list[float]:
-    return [trial["metrics"]["test_bleu"] for trial in trials_of(sweep, row)]
+    return [trial["metrics"]["valid_averaged_bleu"] for trial in trials_of(sweep, row)]
 
 
 def texts(sweep: Path, row: str) -> list[list[str]]:
@@ -147,14 +154,17 @@ def test_write_report_tables_the_trials_numbers(whole: tuple[Path, Path]):
         assert mean == f"{statistics.fmean(bleus(sweep, id)):.2f}"
         assert deviation == f"{statistics.stdev(bleus(sweep, id)):.2f}"
         assert n == "3"
+        assert rows[label][8] == f"{statistics.fmean(bleus(sweep, id)) / 2:.2f}"
     differences = [ours - base for ours, base in zip(bleus(sweep, "A-h1"), bleus(sweep, "base"), strict=True)]
     interval = seed_interval(differences)
     assert rows["A: 1 head"][3:6] == [
         f"{statistics.fmean(differences):+.2f}", f"{interval.low:+.2f} to {interval.high:+.2f}", "seeds"
     ]  # fmt: skip
-    assert rows["A: 1 head"][7:] == ["worse", "24.9", "-0.9", "as the paper"]
-    assert rows["base"][3:] == ["", "", "", "", "base", "25.8", "", ""]
-    assert rows["alibi positions"][7:] == ["worse", "", "", ""]
+    assert rows["A: 1 head"][9:] == ["24.9", "-0.9", "as the paper"]
+    assert rows["A: 1 head"][7] == rows["alibi positions"][7] == "worse"
+    assert rows["base"][3:8] == ["", "", "", "", "base"]
+    assert rows["base"][9:] == ["25.8", "", ""]
+    assert rows["alibi positions"][9:] == ["", "", ""]
 
 
 def test_write_report_shows_costs_as_means_of_one_training(whole: tuple[Path, Path]):
@@ -167,9 +177,10 @@ def test_write_report_shows_costs_as_means_of_one_training(whole: tuple[Path, Pa
 
 def test_write_report_begins_with_what_ran_and_what_all_trials_cost(whole: tuple[Path, Path]):
     head = (whole[1] / "table3.md").read_text(encoding="utf-8").partition("##")[0]
-    assert "# Table 3 on grammar, model nano\n" in head
-    assert f"grammar, {NUM_SENTENCES} test sentences" in head
-    assert "Base: the preset nano. Updates: 400.\n" in head
+    assert "# Table 3: nano on grammar, 100 steps\n" in head
+    assert "- Made on 2026-11-28 by commit 0123456789 with changes, on 2 cores of a processor.\n" in head
+    assert f"Corpus: grammar; scored on the {NUM_SENTENCES} sentences of its validation split" in head
+    assert "Base: nano on grammar, 100 steps. Updates: 400.\n" in head
     assert "Seeds: 1, 2, 5;" in head
     assert "`nrefs:1|case:mixed`" in head
     hours = 6 * (1 + 2 + 5) / 7
@@ -221,7 +232,7 @@ def test_verdict_is_not_significant_where_the_interval_overrules_p(tmp_path: Pat
     def scatter(sweep: dict) -> None:
         for trial in sweep["trials"]:
             if trial["row"] == "A-h1":  # seeds that disagree: the translations differ, the interval holds zero
-                trial["metrics"]["test_bleu"] = {1: 10.0, 2: 95.0, 5: 60.0}[trial["seed"]]
+                trial["metrics"]["valid_averaged_bleu"] = {1: 10.0, 2: 95.0, 5: 60.0}[trial["seed"]]
 
     write_report(write_sweep(tmp_path / "sweep", SEEDS, scatter), tmp_path, progress=False)
     row = sheet(tmp_path)["A-h1"]
@@ -233,7 +244,7 @@ def test_verdict_is_not_significant_where_p_overrules_the_interval(tmp_path: Pat
     def lift(sweep: dict) -> None:
         for trial in sweep["trials"]:
             if trial["row"] == "B-dk32":  # base's own translations, whatever the scores say
-                trial["metrics"]["test_bleu"] += 1
+                trial["metrics"]["valid_averaged_bleu"] += 1
 
     write_report(write_sweep(tmp_path / "sweep", SEEDS, lift), tmp_path, progress=False)
     row = sheet(tmp_path)["B-dk32"]
@@ -264,7 +275,7 @@ def test_assess_takes_the_interval_over_seeds_with_several(whole: tuple[Path, Pa
 def test_missing_gives_the_reason_for_rows_and_trials_without_a_result(damaged: tuple[Path, Path]):
     said = (damaged[1] / "table3.md").read_text(encoding="utf-8")
     rows = table(said, "BLEU")
-    assert rows["A: 1 head"] == ["", "", "", "", "", "", "", "failed", "24.9", "-0.9", ""]
+    assert rows["A: 1 head"] == ["", "", "", "", "", "", "", "failed", "", "24.9", "-0.9", ""]
     assert rows["B: d_k 8"][7] == "skipped"
     assert "- B: d_k 8: skipped (8 heads x 1/3 is 2.67 heads).\n" in said
     for seed, hours in ((1, "0.143"), (2, "0.286"), (5, "0.714")):
@@ -283,9 +294,9 @@ def test_missing_gives_the_reason_for_rows_and_trials_without_a_result(damaged: 
 def test_assess_takes_differences_over_the_seeds_that_both_have(damaged: tuple[Path, Path]):
     sweep, reports = damaged
     rows = sheet(reports)
-    base = {trial["seed"]: trial["metrics"]["test_bleu"] for trial in trials_of(sweep, "base")}
+    base = {trial["seed"]: trial["metrics"]["valid_averaged_bleu"] for trial in trials_of(sweep, "base")}
     dropout = {
-        trial["seed"]: trial["metrics"]["test_bleu"]
+        trial["seed"]: trial["metrics"]["valid_averaged_bleu"]
         for trial in trials_of(sweep, "D-dropout0.0")
         if trial["status"] == "finished"
     }
@@ -348,7 +359,7 @@ def test_figure_is_a_png_of_readable_size_that_html_page_embeds(whole: tuple[Pat
     page = (whole[1] / "table3.html").read_text(encoding="utf-8")
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(source) for source in sources] == [png]
-    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert not re.search(r"<link|<script [^>]*src|src=\"(?!data:)|@import|url\(|fetch\(", page)
     assert "](table3.png)" in (whole[1] / "table3.md").read_text(encoding="utf-8")
 
 
@@ -386,8 +397,9 @@ def test_draw_panel_names_what_has_no_result(damaged: tuple[Path, Path]):
 
 def test_write_report_puts_a_few_metrics_of_each_row_into_json(whole: tuple[Path, Path]):
     metrics = json.loads((whole[1] / "table3.json").read_text())
-    assert metrics["rows"]["A-h1"]["test_bleu"] == statistics.fmean(bleus(whole[0], "A-h1"))
-    assert metrics["rows"]["base"]["test_bleu_difference"] is None
+    assert metrics["rows"]["A-h1"]["valid_averaged_bleu"] == statistics.fmean(bleus(whole[0], "A-h1"))
+    assert metrics["rows"]["A-h1"]["test_bleu"] == pytest.approx(metrics["rows"]["A-h1"]["valid_averaged_bleu"] / 2)
+    assert metrics["rows"]["base"]["valid_averaged_bleu_difference"] is None
     assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (18, 0)
     assert (metrics["rows_different_from_base"], metrics["rows_not_significant"]) == (4, 1)
     assert metrics["training_flops"] == pytest.approx(6 * 8 * 1.1e18)
@@ -448,7 +460,10 @@ def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     assert "| alibi positions |" in printed
     assert "A: 1 head (failed)" in printed
     axes = ["num_heads", "d_k", "dropout", "positions"]
-    assert f"a view of {('sqlite:///x.db', 'parent', axes, ('test_bleu', 'valid_averaged_ppl'))}" in printed
+    assert (
+        f"a view of {('sqlite:///x.db', 'parent', axes, ('valid_averaged_bleu', 'test_bleu', 'valid_averaged_ppl'))}"
+        in printed
+    )
 
 
 def test_report_sweep_reports_a_sweep_that_only_another_store_knows(
@@ -458,3 +473,56 @@ def test_report_sweep_reports_a_sweep_that_only_another_store_knows(
     report_sweep(write_sweep(tmp_path / "sweep", [1]), tmp_path / "reports")
     assert (tmp_path / "reports/table3.html").is_file()
     assert f"Not in MLflow: sqlite:///{tmp_path}/mlflow.db has no run parent" in capsys.readouterr().out
+
+
+def test_headings_of_a_table_are_all_different(whole: tuple[Path, Path]):
+    lines = (whole[1] / "table3.md").read_text(encoding="utf-8").splitlines()
+    heads = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| row")]
+    assert len(heads) == 2
+    for head in heads:
+        assert sorted(set(head)) == sorted(head)
+
+
+def test_html_page_links_each_row_to_its_runs(whole: tuple[Path, Path]):
+    page = (whole[1] / "table3.html").read_text(encoding="utf-8")
+    for id, *_ in ROWS:
+        for seed in SEEDS:
+            assert f'<a href="http://mlflow/#/experiments/1/runs/{id}.{seed}">seed {seed}</a>' in page
+
+
+DOCUMENT = """
+const cell = text => ({textContent: text, classList: {contains: name => right && name === "right"},
+                       ariaSort: null, querySelector: () => ({addEventListener: (_, click) => clicks.push(click)})});
+const clicks = [], rows = cells.map(text => ({cells: [cell(text)]}));
+const body = {rows, append: (...sorted) => body.rows = sorted};
+const head = cell("head");
+const document = {querySelectorAll: () => [{tBodies: [body], querySelectorAll: () => [head]}]};
+SCRIPT
+const column = () => body.rows.map(row => row.cells[0].textContent);
+console.log(JSON.stringify([1, 2, 3].map(() => (clicks[0](), [head.ariaSort, ...column()]))));
+"""
+"""A page of one table with one column, for Node; it prints the column after each of three clicks on its heading."""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+@pytest.mark.parametrize(
+    ("right", "cells", "first", "second"),
+    [
+        ("true", ["+1.5", "", "-2.0", "10,000", "<0.001"], ["10,000", "+1.5", "<0.001", "-2.0", ""],
+         ["-2.0", "<0.001", "+1.5", "10,000", ""]),
+        ("true", ["2.9e18", "3.1e17", "-0.9 to +2"], ["2.9e18", "3.1e17", "-0.9 to +2"],
+         ["-0.9 to +2", "3.1e17", "2.9e18"]),
+        ("false", ["worse", "A: 16 heads", "", "A: 4 heads"], ["A: 4 heads", "A: 16 heads", "worse", ""],
+         ["worse", "A: 16 heads", "A: 4 heads", ""]),
+    ],
+)  # fmt: skip
+def test_html_page_sorts_by_the_heading_that_is_clicked(
+    right: str, cells: list[str], first: list[str], second: list[str], whole: tuple[Path, Path]
+):
+    page = (whole[1] / "table3.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    program = f"const right = {right}, cells = {json.dumps(cells)};" + DOCUMENT.replace("SCRIPT", script)
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    (order, *once), (_, *twice), (last, *thrice) = json.loads(done.stdout)
+    assert (once, twice, thrice) == (first, second, cells)
+    assert (order, last) == ("descending" if right == "true" else "ascending", "none")

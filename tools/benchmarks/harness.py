@@ -241,12 +241,10 @@ def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
 
 def machine() -> str:
     """The machine in words: cores, processor, Python, load."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
+    from pipeline.common.machine import machine_name
+
     return (
-        f"{cores} cores of {names[0] if names else platform.machine()} ({vectors()}), "
+        f"{machine_name()} ({vectors()}), "
         f"Python {platform.python_version()}; "
         f"load of others when it began: {os.getloadavg()[0]:.1f}"
     )

@@ -1,0 +1,13 @@
+"""What this machine is, in words."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def machine_name() -> str:
+    """ "2 cores of AMD EPYC 7763": those that this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
