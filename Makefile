@@ -31,7 +31,8 @@ repro: .venv/installed
 	@echo "Table 3:       reports/table3.html, .md, .csv, .png"
 	@echo "Curves:        dvc plots show"
 	@echo "Model:         models/final"
-	@echo "MLflow:        make ui, then open http://127.0.0.1:5000"
+	@echo "MLflow:        make ui, then open http://127.0.0.1:5000, or a view of it:"
+	@python -m pipeline.views
 	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
 
 test: .venv/installed-dev

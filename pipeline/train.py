@@ -29,6 +29,9 @@ from pipeline.data.workspace import open_workspace
 from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
 
+SHOWN_CURVES = ("train_loss", "valid_ppl")
+"""What the view of single runs in MLflow draws."""
+
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     """The stage: train, average the last checkpoints into models/final, write the reports; returns the metrics.
@@ -47,7 +50,9 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         if not finished:
             preflight(settings.hardware, workspace)
         store_opened.result()
+        from pipeline.tracking.notes import SCORES
         from pipeline.tracking.runs import reconcile
+        from pipeline.tracking.views import share_runs_view
 
         reconcile(workspace.tracking_uri, settings.tracking.experiment)
         with training_run(settings, workspace, key, folder, finished) as run:
@@ -57,6 +62,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
             write_json(root / METRICS / "train.json", shown | {"valid_ppl": round(metrics["valid_ppl"], 3)})
             for name in ("training", "validation"):
                 write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
+            if address := share_runs_view(workspace.tracking_uri, run.run_id, SHOWN_CURVES, tuple(SCORES)):
+                log(f"in MLflow (make ui): {address}")
     log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
     return metrics
 

@@ -48,6 +48,16 @@ class Comparison:
             return "not significant"
         return "better" if self.bleu_difference > 0 else "worse"
 
+    def as_metrics(self) -> dict[str, float]:
+        """As MLflow has it, by short names."""
+        return {
+            "bleu": self.bleu_difference,
+            "low": self.interval.low,
+            "high": self.interval.high,
+            "p": self.p_holm,
+            "ppl": self.ppl_difference,
+        }
+
 
 @dataclass(frozen=True)
 class Paper:

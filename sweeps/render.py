@@ -141,6 +141,13 @@ BLEU_COLUMNS = [
 ]
 """Heading, alignment, and the cell from a row's `as_dict`."""
 
+NOTE_COLUMNS = [
+    column
+    for column in BLEU_COLUMNS
+    if column[0] in ("row", "BLEU", "BLEU - base", "95% interval", "verdict", "test BLEU", "paper - base")
+]
+"""What MLflow shows in the description of the sweep's run."""
+
 COST_COLUMNS = [
     ("row", "<", _number("label", "")),
     ("PPL", ">", _number("ppl", ".3f")),

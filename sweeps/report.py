@@ -15,11 +15,21 @@ from pipeline.common import cli
 from pipeline.common.atomic_io import write_bytes, write_csv, write_json, write_text
 from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
-from pipeline.tracking.results import log_report
-from pipeline.tracking.views import share_view
+from pipeline.tracking.results import log_comparison, log_report
+from pipeline.tracking.views import share_sweep_view
 from sweeps.analysis import RowResult, as_dict, assess, read_sweep, totals
 from sweeps.figure import figure
-from sweeps.render import BLEU_COLUMNS, document, findings, html_page, markdown, markdown_table, missing, table_of
+from sweeps.render import (
+    BLEU_COLUMNS,
+    NOTE_COLUMNS,
+    document,
+    findings,
+    html_page,
+    markdown,
+    markdown_table,
+    missing,
+    table_of,
+)
 from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
 
@@ -61,11 +71,31 @@ def report_sweep(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
     print("\n".join([*findings(results), *missing(sweep, results), f"All of it: {', '.join(map(str, files))}"]))
     store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
-        log_report(*store, files, totals(sweep, results))
-        if address := share_view(*store, _changed(results), (BLEU, TEST_BLEU, PPL)):
+        log_report(*store, files, totals(sweep, results), _note(sweep, results))
+        _log_comparisons(store[0], sweep, results)
+        if address := share_sweep_view(*store, _changed(results), (BLEU, TEST_BLEU, PPL)):
             print(f"In MLflow (make ui): {address}")
     except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
         print(f"Not in MLflow: {error}")
+
+
+def _note(sweep: Mapping[str, Any], results: Sequence[RowResult]) -> str:
+    """The description of the sweep's run: what ran, what came of it, the table."""
+    head, said = document(sweep, results)[:2]
+    table = markdown_table(table_of(NOTE_COLUMNS, results))
+    points = "\n".join(f"- {point}" for point in (*head.points, *said.points))
+    return (
+        f"**{head.title}**, by `python -m sweeps.run`\n\n{table}\n\n{points}\n\nAll of it: table3.html, an artifact."
+    )
+
+
+def _log_comparisons(uri: str, sweep: Mapping[str, Any], results: Sequence[RowResult]) -> None:
+    """How a row differs from base, over all its seeds, to the run of each of them."""
+    compared = {row.id: row for row in results}
+    for trial in sweep["trials"]:
+        row = compared[trial["row"]]
+        if run_id := trial.get("mlflow_run_id"):
+            log_comparison(uri, run_id, row.comparison.as_metrics() if row.comparison else {}, row.verdict)
 
 
 def _changed(results: Sequence[RowResult]) -> list[str]:

@@ -51,6 +51,7 @@ from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.inference.evaluation import evaluate_run
 from pipeline.inference.reports import VALID_TRANSLATIONS
 from pipeline.tracking.names import setup_name
+from pipeline.tracking.notes import NOTE
 from pipeline.tracking.provenance import git_tags
 from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
@@ -80,7 +81,12 @@ def run_sweep(root: Path) -> None:
             preflight(sweep.base.hardware, workspace)
         reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
         signs = [sign for trial in to_run if (sign := total_usage(trial.folder).last_sign_at)]
-        tags = {"mlflow.runName": title, "row": "all"}
+        tags = {
+            "mlflow.runName": title,
+            "mlflow.source.name": "python -m sweeps.run",
+            NOTE: f"**{title}**, by `python -m sweeps.run`; its table comes here with `python -m sweeps.report`.",
+            "row": "all",
+        }
         parent = open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
         with run_guard(uri, parent):
             end_children(uri, experiment, parent)  # of a driver that was killed
@@ -259,6 +265,7 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
     tags = {
         "mlflow.runName": trial.name,
         "mlflow.parentRunId": parent,
+        "mlflow.source.name": "python -m sweeps.run",
         "row": trial.row.id,
         "axis": trial.row.axis,
         "change": trial.row.label,

@@ -72,11 +72,11 @@ def training_run(
 def _cluster_tags(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
     least, most = hardware.min_workers, hardware.max_workers
     return {
-        "workers": str(most) if least == most else f"{least} to {most}",
+        "run.workers": str(most) if least == most else f"{least} to {most}",
         "device": "gpu" if gpu else "cpu",
-        "cpus_per_worker": str(cpus),
-        "nodes": str(len(alive_nodes())),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "run.cpus_per_worker": str(cpus),
+        "run.nodes": str(len(alive_nodes())),
+        "run.versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
 

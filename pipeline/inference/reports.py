@@ -90,9 +90,8 @@ def log_to_mlflow(
         uri,
         settings,
         run_id,
-        step=trained_on["step"],
         metrics={name: value for name, value in flat.items() if not isinstance(value, str)},
-        tags={name: value for name, value in flat.items() if isinstance(value, str)},
+        tags={"bleu_signature": evaluation.metrics["test"]["bleu_signature"]},
         files=files,
         samples=[
             {

@@ -24,6 +24,11 @@ def setup_name(settings: Settings) -> str:
     return ", ".join([f"{name} on {settings.data_name}", *changes]).replace(", and ", " and ")
 
 
+def changes_text(settings: Settings) -> str:
+    """All that differs from the nearest presets: "dropout 0.15, 100 steps"; "none" if nothing does."""
+    return ", ".join(setting_name(key, value) for key, value in settings.changes.items()) or "none"
+
+
 def setting_name(key: str, value: Any) -> str:
     """A setting as people say it: "4 heads", "no positions", "100 steps", "d_ff 64"."""
     name = key.partition(".")[2]

@@ -12,6 +12,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param,
 
 from pipeline.common.atomic_io import csv_text, sha256_of
 from pipeline.common.settings import Settings
+from pipeline.tracking.notes import NOTE, VS_BASE, describe_run, shortened
 from pipeline.tracking.runs import finish_run, open_run
 from pipeline.tracking.store import (
     await_server,
@@ -49,7 +50,6 @@ def log_evaluation(
     uri: str,
     settings: Settings,
     run_id: str,
-    step: int,
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
     files: Sequence[Path],
@@ -60,8 +60,9 @@ def log_evaluation(
     A run holds one evaluation. With another search (SEARCH_SETTINGS) than the one before, the results go into a child
     of it that carries the same parameters; with the same, what is equal is left and what differs is added.
 
-    `metrics` are at `step`, the last of training; `tags` hold BLEU's signatures; `files` go up as they are, and
-    `samples` (columns by name) as a table. Raises ConnectionError when the server stays away.
+    `tags` hold BLEU's signature; `files` go up as they are, and `samples` (columns by name) as a table. The metrics
+    are at step 0, because MLflow draws a bar of them then, and at any other step a curve of one point. Raises
+    ConnectionError when the server stays away.
     """
     await_server(uri, patience_s=600)
     client = connect(uri)
@@ -74,15 +75,16 @@ def log_evaluation(
         client.log_artifact(run_id, str(file), "evaluation")
     client.log_text(run_id, csv_text(samples), "evaluation/samples.csv")  # MLflow shows CSV as a table
 
-    model_id = run.data.tags.get("model_id")
+    model_id = run.data.tags.get("run.model_id")
     now_ms = time.time_ns() // 1_000_000
     changed = {key: float(value) for key, value in metrics.items() if run.data.metrics.get(key) != value}
     client.log_batch(
         run_id,
-        metrics=[Metric(key, value, now_ms, step, model_id=model_id) for key, value in changed.items()],
+        metrics=[Metric(key, value, now_ms, 0, model_id=model_id) for key, value in changed.items()],
         params=[Param(key, value) for key, value in search.items() if key not in run.data.params],
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
+    describe_run(client, run_id)
     return run_id
 
 
@@ -92,19 +94,16 @@ def search_name(settings: Settings) -> str:
 
 
 def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], name: str) -> Run:
-    key = f"{parent.data.tags['run_key']}, {name}"
+    key = f"{parent.data.tags['run.key']}, {name}"
     child = find_run(client, parent.info.experiment_id, key)
     if child and child.info.status == "FINISHED":
         return child
-    inherited = {
-        tag: value
-        for tag, value in parent.data.tags.items()
-        if not tag.startswith(("mlflow.", "owner_")) and tag not in ("run_key", "model_id", "weights_sha256")
-    }
+    inherited = {tag: value for tag, value in parent.data.tags.items() if not tag.startswith(("mlflow.", "run."))}
     own = {
         "mlflow.runName": f"{parent.info.run_name}, {name}",
         "mlflow.parentRunId": parent.info.run_id,
-        "run_key": key,
+        "mlflow.source.name": "python -m pipeline.evaluate",
+        "run.key": key,
     }
     child = child or client.create_run(parent.info.experiment_id, tags={**inherited, **own})
     params = {**parent.data.params, **search}  # again, if the evaluation that made the child was killed
@@ -126,8 +125,8 @@ def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mappi
     run = client.get_run(run_id)
     weights = model / "weights.safetensors"
     digest = sha256_of(weights)
-    if run.data.tags.get("weights_sha256") == digest:
-        return f"models:/{run.data.tags['model_id']}"
+    if run.data.tags.get("run.weights_sha256") == digest:
+        return f"models:/{run.data.tags['run.model_id']}"
     code = Path(__file__).parents[1]
     # By way of the client, as mlflow.pyfunc.log_model works on the process's one global store and active run.
     logged = client.create_logged_model(
@@ -149,14 +148,16 @@ def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mappi
         client.log_model_artifacts(logged.model_id, f"{folder}/model")
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    client.log_batch(run_id, tags=[RunTag("model_id", logged.model_id), RunTag("weights_sha256", digest)])
+    client.log_batch(run_id, tags=[RunTag("run.model_id", logged.model_id), RunTag("run.weights_sha256", digest)])
     return f"models:/{logged.model_id}"
 
 
 @refusal_as_connection_error
-def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
-    """Add files and figures to a run, in place of those of the same name. Raises ConnectionError when the server
-    stays away, ValueError when there is no such run any more."""
+def log_report(
+    uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float], note: str | None = None
+) -> None:
+    """Add files and figures to a run, in place of those of the same name; `note` becomes its description. Raises
+    ConnectionError when the server stays away, ValueError when there is no such run any more."""
     await_server(uri, patience_s=600)
     client = connect(uri)
     known = require_run(client, run_id).data.metrics
@@ -164,4 +165,26 @@ def log_report(uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[st
         client.log_artifact(run_id, str(file))
     now_ms = time.time_ns() // 1_000_000
     changed = {key: value for key, value in metrics.items() if known.get(key) != value}
-    client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()])
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, now_ms, 0) for key, value in changed.items()],
+        tags=[RunTag(NOTE, shortened(note))] if note else [],
+    )
+
+
+@refusal_as_connection_error
+def log_comparison(uri: str, run_id: str, metrics: Mapping[str, float], verdict: str) -> None:
+    """Add to a trial's run how it differs from base: `metrics`, below VS_BASE, and the verdict as a tag. A run that
+    is gone is left out."""
+    client = connect(uri)
+    try:
+        known = require_run(client, run_id).data
+    except ValueError:
+        return
+    now_ms = time.time_ns() // 1_000_000
+    named = {f"{VS_BASE}{key}": value for key, value in metrics.items()}
+    if all(known.metrics.get(key) == value for key, value in named.items()) and known.tags.get("verdict") == verdict:
+        return
+    new = [Metric(key, value, now_ms, 0) for key, value in named.items() if known.metrics.get(key) != value]
+    client.log_batch(run_id, metrics=new, tags=[RunTag("verdict", verdict)])
+    describe_run(client, run_id)

@@ -25,6 +25,8 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings, flatten
+from pipeline.tracking.names import changes_text, run_name
+from pipeline.tracking.notes import NOTE, describe_run
 from pipeline.tracking.provenance import dvc_hashes, git_tags
 from pipeline.tracking.store import await_server, connect, find_run, open_experiment, refusal_as_connection_error
 
@@ -47,8 +49,9 @@ def open_run(
 
     To be called by the driver before any worker opens the store: it also creates a new database, which several
     processes at once cannot. `tags` (what the caller knows: workers, device, versions, ...) come on top of ours
-    and may set MLflow's own, such as mlflow.runName and mlflow.parentRunId. A tag `change` is a parameter too: where
-    MLflow compares runs it shows no tags, and of the parameters the first three in the alphabet.
+    and may set MLflow's own, such as mlflow.runName, mlflow.parentRunId and mlflow.note.content, the description. The
+    tag `change` is a parameter too: where MLflow compares runs it shows no tags, and of the parameters the first
+    three in the alphabet. Tags that only programs read begin with "run.", so that MLflow's page shows them together.
 
     `last_sign_at` is when the run was last heard of in its folder (seconds since the epoch).
 
@@ -59,26 +62,29 @@ def open_run(
     client = connect(uri)
     experiment_id = open_experiment(client, settings.tracking.experiment, root)
     run = find_run(client, experiment_id, run_key)
-    if run is not None and _owner_lives(run) and int(run.data.tags["owner_pid"]) != os.getpid():
+    if run is not None and _owner_lives(run) and int(run.data.tags["run.owner_pid"]) != os.getpid():
         raise ValueError(
-            f"the same training is running already (process {run.data.tags['owner_pid']}, "
+            f"the same training is running already (process {run.data.tags['run.owner_pid']}, "
             f"MLflow run {run.info.run_id}): wait for it or stop it"
         )
     if run is not None and last_sign_at is not None:
         _refuse_if_elsewhere(run, last_sign_at)
     hashes = dvc_hashes(root)
     all_tags = {
-        "mlflow.runName": f"{settings.data_name} {settings.model_name}, seed {settings.seed}",
-        "run_key": run_key,
+        "mlflow.runName": run_name(settings),
+        "mlflow.source.name": "python -m pipeline.train",
+        "mlflow.source.type": "LOCAL",
+        "change": changes_text(settings),
+        "run.key": run_key,
         **git_tags(root),
-        **{f"{name}_md5": md5 for name, md5 in hashes.items()},
+        **{f"run.{name}_md5": md5 for name, md5 in hashes.items()},
         **_owner_tags(),
         **tags,
     }
     if run is None:
         run = client.create_run(experiment_id, tags=all_tags)
     run_id = run.info.run_id
-    params = run_params(settings) | {key: tags[key] for key in ("change",) if key in tags}
+    params = run_params(settings) | {"change": all_tags["change"]}
     missing = {key: value for key, value in params.items() if key not in run.data.params}
     name = all_tags.pop("mlflow.runName")  # in log_batch it takes four of the 15 connections that a server has
     client.log_batch(
@@ -90,6 +96,8 @@ def open_run(
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
         _log_dataset(client, run_id, settings.data.corpus, hashes["data"], root)
+    if NOTE not in tags:
+        describe_run(client, run_id)
     return run_id
 
 
@@ -105,7 +113,7 @@ def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, root
 
 def _refuse_if_elsewhere(run: Run, last_sign_at: float) -> None:
     """Judge by the last sign of life, because another machine's processes cannot be asked."""
-    host = run.data.tags.get("owner_host")
+    host = run.data.tags.get("run.owner_host")
     silence_s = time.time() - last_sign_at
     if run.info.status == "RUNNING" and host != socket.gethostname() and silence_s < LONG_SILENCE_S:
         raise ValueError(
@@ -178,7 +186,7 @@ def reconcile(uri: str, experiment: str) -> list[str]:
     here = socket.gethostname()
 
     def dead(run: Run) -> bool:
-        return run.data.tags.get("owner_host") == here and not _owner_lives(run)
+        return run.data.tags.get("run.owner_host") == here and not _owner_lives(run)
 
     return _kill_running(uri, experiment, dead)
 
@@ -211,25 +219,26 @@ def end_run_of(uri: str, run_key: str, experiment: str, status: str, reason: str
     if run is not None:
         client.set_tag(run.info.run_id, "ended", reason)
         client.set_terminated(run.info.run_id, status)
+        describe_run(client, run.info.run_id)
 
 
 def _owner_tags() -> dict[str, str]:
     """Which process runs this; a process id alone is used again after a while."""
     me = psutil.Process()
     return {
-        "owner_host": socket.gethostname(),
-        "owner_pid": str(me.pid),
-        "owner_started": f"{me.create_time():.0f}",
+        "run.owner_host": socket.gethostname(),
+        "run.owner_pid": str(me.pid),
+        "run.owner_started": f"{me.create_time():.0f}",
     }
 
 
 def _owner_lives(run: Run) -> bool:
     """Whether a process of this machine is at work on the run."""
     tags = run.data.tags
-    if run.info.status != "RUNNING" or tags.get("owner_host") != socket.gethostname():
+    if run.info.status != "RUNNING" or tags.get("run.owner_host") != socket.gethostname():
         return False
     try:
-        started = psutil.Process(int(tags["owner_pid"])).create_time()
+        started = psutil.Process(int(tags["run.owner_pid"])).create_time()
     except psutil.NoSuchProcess:
         return False
-    return abs(started - float(tags["owner_started"])) < 2
+    return abs(started - float(tags["run.owner_started"])) < 2

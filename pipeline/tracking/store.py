@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
@@ -98,11 +98,14 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
         local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
         folder = (root.resolve() / "mlartifacts").as_uri() if local else None
         try:
-            return client.create_experiment(name, artifact_location=folder)
+            experiment_id = client.create_experiment(name, artifact_location=folder)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             return open_experiment(client, name, root)  # which another process has made at the same moment
+        if local:
+            _delete_empty_default(client)
+        return experiment_id
     if experiment.lifecycle_stage != "active":
         raise ValueError(
             f"tracking.experiment is {name!r}, which was deleted in MLflow: restore it there or name another"
@@ -110,8 +113,17 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
     return experiment.experiment_id
 
 
+def _delete_empty_default(client: MlflowClient) -> None:
+    """MLflow makes an experiment "Default" in every new database. Of a server others may use it."""
+    default = client.get_experiment_by_name("Default")
+    if default is None or default.lifecycle_stage != "active":
+        return
+    if not client.search_runs([default.experiment_id], run_view_type=ViewType.ALL, max_results=1):
+        client.delete_experiment(default.experiment_id)
+
+
 def find_run(client: MlflowClient, experiment_id: str, run_key: str) -> Run | None:
-    runs = client.search_runs([experiment_id], f"tags.run_key = '{run_key}'", max_results=1)
+    runs = client.search_runs([experiment_id], f"tags.`run.key` = '{run_key}'", max_results=1)
     return runs[0] if runs else None
 
 

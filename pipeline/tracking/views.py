@@ -1,4 +1,4 @@
-"""A ready-made view of a sweep on MLflow's page.
+"""Ready-made views on MLflow's page: of a sweep, and of single runs.
 
 MLflow has no public way to make one: this writes the state that the page itself keeps in a tag of the experiment. It
 was written for the MLflow of VIEW_STATE_VERSION; with another there is no view, and nothing else is missing.
@@ -10,38 +10,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlflow
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline.tracking.notes import NOTE
 from pipeline.tracking.store import await_server, connect, require_run, without_password
 
 logger = logging.getLogger(__name__)
 
 VIEW_STATE_VERSION = "3.17"
-"""The MLflow whose page reads what `_view_state` writes."""
-VIEW_NAME = "rows"
+"""The MLflow whose page reads what `_sweep_state` and `_runs_state` write."""
+SWEEP_VIEW, RUNS_VIEW = "rows", "runs"
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` serves."""
+ABOUT_SWEEPS = (
+    "Sweeps over rows of Table 3, by `python -m sweeps.run`. A run that has others below it is a sweep, with its "
+    "table in its description; those below are one row with one seed each."
+)
+ABOUT_RUNS = (
+    "Single runs, by `dvc repro` or `python -m pipeline.train`. The name of a run has what was changed; those below "
+    "it are the same weights, translated by another search."
+)
 
 
-def share_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> str | None:
+def share_sweep_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> str | None:
     """Give the experiment of `run_id` a view of the children of that run; returns its address, None if it has none.
 
     It shows them sorted by the first of `metrics`, with these columns, and as parallel coordinates of `parameters`
     against that metric. Raises nothing: with another MLflow, or if the store refuses, a warning is logged.
     """
-    if not mlflow.__version__.startswith(f"{VIEW_STATE_VERSION}."):
-        logger.warning("No view in MLflow %s: views.py was written for %s.", mlflow.__version__, VIEW_STATE_VERSION)
-        return None
-    try:
-        await_server(uri, patience_s=10)
-        client = connect(uri)
-        experiment_id = require_run(client, run_id).info.experiment_id
-        state = json.dumps(_view_state(run_id, parameters, metrics))
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW_NAME}", state)
-    except (MlflowException, OSError, ValueError) as error:
-        logger.warning("No view in MLflow: %s", error)
-        return None
-    return f"{_page(uri, experiment_id)}/runs?viewStateShareKey={VIEW_NAME}&compareRunsMode=CHART"
+    return _share(uri, run_id, SWEEP_VIEW, _sweep_state(run_id, parameters, metrics), ABOUT_SWEEPS)
+
+
+def share_runs_view(uri: str, run_id: str, curves: Sequence[str], metrics: Sequence[str]) -> str | None:
+    """The same for single runs, the experiment of `run_id`: newest first, with these columns, curves and bars."""
+    return _share(uri, run_id, RUNS_VIEW, _runs_state(curves, metrics), ABOUT_RUNS)
+
+
+def view_addresses(uri: str) -> dict[str, str]:
+    """{experiment: address} of all views in the store. Raises ConnectionError if that cannot be opened."""
+    await_server(uri, patience_s=10)
+    return {
+        experiment.name: f"{_page(uri, experiment.experiment_id)}{_view(name)}"
+        for experiment in connect(uri).search_experiments(order_by=["creation_time"])
+        for name in (RUNS_VIEW, SWEEP_VIEW)
+        if _tag(name) in experiment.tags
+    }
 
 
 def experiment_page(uri: str, run_id: str) -> str:
@@ -49,33 +63,97 @@ def experiment_page(uri: str, run_id: str) -> str:
     return _page(uri, require_run(connect(uri), run_id).info.experiment_id)
 
 
+def _share(uri: str, run_id: str, name: str, state: dict[str, Any], about: str) -> str | None:
+    """Write the view, and its address into the experiment's description, unless somebody has written another."""
+    if not mlflow.__version__.startswith(f"{VIEW_STATE_VERSION}."):
+        logger.warning("No view in MLflow %s: views.py was written for %s.", mlflow.__version__, VIEW_STATE_VERSION)
+        return None
+    try:
+        await_server(uri, patience_s=10)
+        client = connect(uri)
+        experiment_id = require_run(client, run_id).info.experiment_id
+        client.set_experiment_tag(experiment_id, _tag(name), json.dumps(state))
+        _describe(client, experiment_id, about, name)
+    except (MlflowException, OSError, ValueError) as error:
+        logger.warning("No view in MLflow: %s", error)
+        return None
+    return f"{_page(uri, experiment_id)}{_view(name)}"
+
+
+def _describe(client: MlflowClient, experiment_id: str, about: str, name: str) -> None:
+    note = f"{about}\n\n[Side by side](#/experiments/{experiment_id}{_view(name)})"
+    found = client.get_experiment(experiment_id).tags.get(NOTE, about)
+    if found.startswith(about) and found != note:
+        client.set_experiment_tag(experiment_id, NOTE, note)
+
+
+def _tag(name: str) -> str:
+    return f"mlflow.sharedViewState.{name}"
+
+
+def _view(name: str) -> str:
+    return f"/runs?viewStateShareKey={name}&compareRunsMode=CHART"
+
+
 def _page(uri: str, experiment_id: str) -> str:
     server = without_password(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
     return f"{server}/#/experiments/{experiment_id}"
 
 
-def _view_state(run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """What the page's button "Share view" writes: of the page's state, only what differs from its start."""
-    common: dict[str, Any] = {"isGenerated": False, "deleted": False, "runsCountToCompare": 100}
+# What the page's button "Share view" writes: of the page's state, only what differs from its start.
+
+
+def _sweep_state(run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     lines = {"selectedParams": [*parameters], "selectedMetrics": [metrics[0]], "showAllRuns": True}
-    charts = [
-        common | {"uuid": f"{VIEW_NAME}-lines", "type": "PARALLEL", "metricSectionId": "lines"} | lines,
-        *(
-            common | {"uuid": f"{VIEW_NAME}-{name}", "type": "BAR", "metricSectionId": "bars", "metricKey": name}
-            for name in metrics
-        ),
-    ]
-    section = {"display": True, "isReordered": False, "cardHeight": 420}
     return {
         "runsExpanded": {run_id: True},
-        "runsHiddenMode": "SHOWALL",
         "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in parameters)],
         "orderByKey": f"metrics.`{metrics[0]}`",
         "orderByAsc": False,
-        "compareRunCharts": charts,
-        "compareRunSections": [
-            section | {"uuid": "lines", "name": "What was changed", "columns": 1},
-            section | {"uuid": "bars", "name": "What came of it", "columns": 2},
+        **_charts({"What was changed": [{"type": "PARALLEL"} | lines], "What came of it": _bars(metrics)}),
+    }
+
+
+def _runs_state(curves: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    lines = [{"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} | LINE for name in curves]
+    columns = [*(f"metrics.`{name}`" for name in metrics), "params.`change`", "params.`seed`", "params.`max_steps`"]
+    return {"selectedColumns": columns, **_charts({"Training": lines, "Result": _bars(metrics)})}
+
+
+LINE = {
+    "lineSmoothness": 0,
+    "xAxisKey": "step",
+    "xAxisScaleType": "linear",
+    "scaleType": "linear",
+    "range": {},
+    "selectedXAxisMetricKey": "",
+    "yAxisKey": "metric",
+    "yAxisExpressions": [],
+    "ignoreOutliers": False,
+    "useGlobalXaxisKey": True,
+    "useGlobalLineSmoothing": True,
+}
+"""A chart of curves as the page makes one."""
+
+
+def _bars(metrics: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"type": "BAR", "metricKey": name} for name in metrics]
+
+
+def _charts(sections: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The page's state of the charts of {section: charts}, in this order; a section of one chart has one column."""
+    common: dict[str, Any] = {"isGenerated": False, "deleted": False, "runsCountToCompare": 100}
+    shown = {"display": True, "isReordered": False, "cardHeight": 420}
+    return {
+        "runsHiddenMode": "SHOWALL",
+        "compareRunCharts": [
+            common | {"uuid": f"{section} {number}", "metricSectionId": section} | chart
+            for section, charts in sections.items()
+            for number, chart in enumerate(charts)
         ],
-        "isAccordionReordered": True,  # the sections in this order
+        "compareRunSections": [
+            shown | {"uuid": section, "name": section, "columns": min(2, len(charts))}
+            for section, charts in sections.items()
+        ],
+        "isAccordionReordered": True,
     }

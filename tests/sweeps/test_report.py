@@ -71,7 +71,7 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
                 "metrics": {
                     "valid_averaged_bleu": bleu, "valid_averaged_ppl": 1 + wrong + seed / 100, "test_bleu": bleu / 2,
                 },
-                "translations": f"{id}.{seed}.txt", "mlflow_run_id": "r",
+                "translations": f"{id}.{seed}.txt", "mlflow_run_id": f"run {id}.{seed}",
                 "mlflow_page": f"http://mlflow/#/experiments/1/runs/{id}.{seed}",
                 "seconds": 70.0 + 1.5 * seed, "seconds_to_first_step": 19.0, "seconds_of_overhead": 17.0,
             })  # fmt: skip
@@ -443,19 +443,32 @@ def test_main_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatc
     assert capsys.readouterr().err.startswith("report: data/sweep/trials.json does not exist: run the sweep first")
 
 
+COMPARISON = {"bleu": "bleu_difference", "low": "interval_low", "high": "interval_high", "p": "p_holm",
+              "ppl": "ppl_difference"}  # fmt: skip
+"""The metrics of a comparison in MLflow, and their columns in the CSV file."""
+
+
 def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     told: list = []
+    compared: dict[str, tuple[dict[str, float], str]] = {}
     monkeypatch.setattr(report, "log_report", lambda *arguments: told.append(arguments))
-    monkeypatch.setattr(report, "share_view", lambda *arguments: f"a view of {arguments}")
+    monkeypatch.setattr(report, "log_comparison", lambda uri, run, *found: compared.update({run: found}))
+    monkeypatch.setattr(report, "share_sweep_view", lambda *arguments: f"a view of {arguments}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     report_sweep(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
-    [(uri, run_id, files, metrics)] = told
+    [(uri, run_id, files, metrics, note)] = told
     assert (uri, run_id) == ("sqlite:///x.db", "parent")
     assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
     assert all(file.is_file() for file in files)
     assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (3, 2)
+    assert note.startswith("**Table 3: nano on grammar, 100 steps**, by `python -m sweeps.run`\n\n| row ")
+    assert "\n- Different from base: " in note
+    row = sheet(tmp_path)["positions-alibi"]
+    values = {name: float(row[column]) for name, column in COMPARISON.items()}
+    assert compared["run positions-alibi.1"] == (values, row["verdict"])
+    assert compared["run base.1"] == ({}, "base")
     printed = capsys.readouterr().out
     assert "| alibi positions |" in printed
     assert "A: 1 head (failed)" in printed

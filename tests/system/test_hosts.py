@@ -287,7 +287,7 @@ def test_train_on_two_hosts_reaches_the_loss_of_one(undisturbed, new_run, figure
     difference = f"{abs(ours - theirs) / theirs:.1e} of it"
     figures("two workers on two hosts against one", **{"validation loss differs by": difference})
     tags = undisturbed.mlflow_run().data.tags
-    assert (tags["nodes"], tags["device"]) == ("3", "cpu")
+    assert (tags["run.nodes"], tags["device"]) == ("3", "cpu")
     commit = new_run.project.run("git", "rev-parse", "HEAD").strip()
     assert (tags["git_commit"], tags["git_dirty"]) == (commit, "true")
 

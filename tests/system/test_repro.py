@@ -65,8 +65,8 @@ def test_repro_leaves_one_finished_mlflow_run_with_its_sources(trained):
     assert run.data.params["beam"] == "2"
     lock = yaml.safe_load((trained.root / "dvc.lock").read_text())
     md5 = {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
-    assert run.data.tags["data_md5"] == md5["data/clean"]
-    assert run.data.tags["tokenizer_md5"] == md5["data/tokenizer"]
+    assert run.data.tags["run.data_md5"] == md5["data/clean"]
+    assert run.data.tags["run.tokenizer_md5"] == md5["data/tokenizer"]
     assert run.inputs.dataset_inputs[0].dataset.digest == md5["data/clean"]
     assert run.data.tags["git_commit"] == trained.run("git", "rev-parse", "HEAD~1").strip()
     assert run.data.tags["git_dirty"] == "false"

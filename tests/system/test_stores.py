@@ -74,7 +74,7 @@ class Store:
 
     def runs(self, key: str) -> list[Run]:
         found = self.client.get_experiment_by_name(EXPERIMENT)
-        return self.client.search_runs([found.experiment_id], f"tags.run_key = '{key}'") if found else []
+        return self.client.search_runs([found.experiment_id], f"tags.`run.key` = '{key}'") if found else []
 
     def curve(self, run: Run, metric: str) -> list[tuple[int, float]]:
         return [(point.step, point.value) for point in self.client.get_metric_history(run.info.run_id, metric)]
@@ -130,7 +130,6 @@ def log_trial(number: int, uri: str, root: Path, parent: str, start: Barrier) ->
         uri,
         settings,
         run_id,
-        STEPS,
         {"test_bleu": 10.5 + number},
         {"bleu_signature": "nrefs:1"},
         [trial_file(number, root)],
@@ -173,7 +172,7 @@ def check_sweep(store: Store, parent: str) -> None:
     """MLflow and the bucket have one sweep with its eight trials whole, and nothing else."""
     client = store.client
     assert sorted(experiment.name for experiment in client.search_experiments()) == ["Default", EXPERIMENT]
-    runs = {run.data.tags["run_key"]: run for run in client.search_runs([store.experiment_id()])}
+    runs = {run.data.tags["run.key"]: run for run in client.search_runs([store.experiment_id()])}
     assert sorted(runs) == ["sweep", *(f"trial {number}" for number in TRIALS)]
     assert len(client.search_runs([store.experiment_id()])) == 1 + len(TRIALS)
     assert runs["sweep"].info.run_id == parent
@@ -185,8 +184,8 @@ def check_sweep(store: Store, parent: str) -> None:
         assert (number, run.info.status) == (number, "FINISHED")
         for metric in ("train_loss", "learning_rate", "tokens_per_s", "valid_loss"):
             assert store.curve(run, metric) == trial_curve(number, metric), f"{metric} of trial {number}"
-        assert store.curve(run, "test_bleu") == [(STEPS, 10.5 + number)]
-        tags = trial_tags(number, parent) | {"data_md5": "0123.dir", "bleu_signature": "nrefs:1"}
+        assert store.curve(run, "test_bleu") == [(0, 10.5 + number)]
+        tags = trial_tags(number, parent) | {"run.data_md5": "0123.dir", "bleu_signature": "nrefs:1"}
         assert tags.items() <= run.data.tags.items()
         settings = trial_settings(number)
         search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH_SETTINGS}
@@ -234,13 +233,13 @@ def test_metric_writer_of_a_killed_trial_goes_on_in_its_run(store: Store) -> Non
     check_sweep(store, parent)
     (continued,) = store.runs(f"trial {victim}")
     assert continued.info.run_id == run.info.run_id
-    assert continued.data.tags["owner_pid"] == str(again[victim].pid) != str(killed.pid)
+    assert continued.data.tags["run.owner_pid"] == str(again[victim].pid) != str(killed.pid)
 
 
 def test_open_run_of_eight_drivers_makes_one_experiment_and_dataset(store: Store) -> None:
     join(start(open_alone, TRIALS, store.uri, store.root))
     runs = store.client.search_runs([store.experiment_id()])
-    assert sorted(run.data.tags["run_key"] for run in runs) == [f"driver {number}" for number in TRIALS]
+    assert sorted(run.data.tags["run.key"] for run in runs) == [f"driver {number}" for number in TRIALS]
     assert [len(run.inputs.dataset_inputs) for run in runs] == [1] * len(TRIALS)
     assert len(store.client.search_experiments()) == 2  # and "Default"
 

@@ -131,14 +131,14 @@ def test_logged_model_has_no_pickle_and_names_exact_versions(logged) -> None:
 def test_logged_model_is_in_its_run_once_with_its_scores(logged, root: Path, settings: Settings) -> None:
     uri, run_id, model_uri = logged
     assert log(uri, run_id, root) == model_uri
-    log_evaluation(uri, settings, run_id, 7, {"test_bleu": 12.5}, {}, [], [])
+    log_evaluation(uri, settings, run_id, {"test_bleu": 12.5}, {}, [], [])
     client = MlflowClient(uri)
     run = client.get_run(run_id)
     (output,) = run.outputs.model_outputs
     assert model_uri == f"models:/{output.model_id}"
     model = client.get_logged_model(output.model_id)
     assert model.source_run_id == run_id
-    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("test_bleu", 12.5, 7)]
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("test_bleu", 12.5, 0)]
     assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
 
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.common.settings import Settings
-from pipeline.tracking.results import find_training_run, log_evaluation, log_report
+from pipeline.tracking.results import find_training_run, log_comparison, log_evaluation, log_report
 from pipeline.tracking.runs import finish_run
 
 
@@ -22,7 +22,6 @@ def evaluate(uri: str, root: Path, settings: Settings, bleu: float, key: str = "
         uri,
         settings,
         find_training_run(uri, settings, key, root),
-        step=600,
         metrics={"test_bleu": bleu},
         tags={"bleu_signature": "nrefs:1"},
         files=[translations],
@@ -46,7 +45,7 @@ def test_log_evaluation_adds_to_the_run_that_trained(uri: str, root: Path, setti
 def test_log_evaluation_again_adds_only_what_differs(uri: str, root: Path, settings: Settings, run_id: str) -> None:
     for bleu in (41.0, 41.0, 40.5):
         assert evaluate(uri, root, settings, bleu) == run_id
-    assert curve(uri, run_id, "test_bleu") == [(600, 41.0), (600, 40.5)]
+    assert sorted(curve(uri, run_id, "test_bleu"), reverse=True) == [(0, 41.0), (0, 40.5)]
 
 
 def test_log_evaluation_with_another_search_makes_a_child_run(
@@ -61,7 +60,7 @@ def test_log_evaluation_with_another_search_makes_a_child_run(
     assert parent.data.metrics == {"test_bleu": 41.0}
     assert child.data.metrics == {"test_bleu": 41.5}
     assert child.data.tags["mlflow.parentRunId"] == run_id
-    assert child.info.run_name == "grammar mini, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
+    assert child.info.run_name == "mini on grammar, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
     assert child.info.status == "FINISHED"
     assert child.data.params == {**parent.data.params, "beam": "13"}
 
@@ -97,13 +96,17 @@ def test_log_report_again_adds_only_what_differs(uri: str, root: Path, run_id: s
     table.write_text("row,bleu\n")
     for text, seconds in (("first", 7.0), ("first", 7.0), ("second", 11.0)):
         report.write_text(text)
-        log_report(uri, run_id, [report, table], {"rows": 13, "seconds": seconds})
+        log_report(uri, run_id, [report, table], {"rows": 13, "seconds": seconds}, f"the {text} note")
     artifacts = root / "mlartifacts" / run_id / "artifacts"
     assert (artifacts / "report.md").read_text() == "second"
     assert (artifacts / "table.csv").read_text() == "row,bleu\n"
     assert curve(uri, run_id, "rows") == [(0, 13)]
     assert sorted(curve(uri, run_id, "seconds")) == [(0, 7.0), (0, 11.0)]
-    assert MlflowClient(uri).get_run(run_id).data.metrics == {"rows": 13, "seconds": 11.0}
+    data = MlflowClient(uri).get_run(run_id).data
+    assert data.metrics == {"rows": 13, "seconds": 11.0}
+    assert data.tags["mlflow.note.content"] == "the second note"
+    log_report(uri, run_id, [], {})
+    assert MlflowClient(uri).get_run(run_id).data.tags["mlflow.note.content"] == "the second note"
 
 
 def test_log_report_names_a_run_that_is_gone(uri: str, run_id: str) -> None:
@@ -112,3 +115,20 @@ def test_log_report_names_a_run_that_is_gone(uri: str, run_id: str) -> None:
     MlflowClient(uri).delete_run(run_id)
     with pytest.raises(ValueError, match=f"^run {run_id} was deleted in sqlite:.*: restore it there$"):
         log_report(uri, run_id, [], {})
+
+
+def test_log_comparison_adds_metrics_and_verdict_once(uri: str, run_id: str) -> None:
+    for low in (-2.0, -2.0, -1.0):
+        log_comparison(uri, run_id, {"bleu": 1.5, "low": low, "high": 2.0}, "better")
+    data = MlflowClient(uri).get_run(run_id).data
+    assert data.tags["verdict"] == "better"
+    assert data.metrics == {"vs_base/bleu": 1.5, "vs_base/low": -1.0, "vs_base/high": 2.0}
+    assert curve(uri, run_id, "vs_base/bleu") == [(0, 1.5)]
+    assert sorted(curve(uri, run_id, "vs_base/low")) == [(0, -2.0), (0, -1.0)]
+
+
+def test_log_comparison_without_a_comparison_is_a_verdict_alone(uri: str, run_id: str) -> None:
+    log_comparison(uri, run_id, {}, "base")
+    data = MlflowClient(uri).get_run(run_id).data
+    assert (data.tags["verdict"], data.metrics) == ("base", {})
+    log_comparison(uri, "nobody", {}, "base")

@@ -49,15 +49,15 @@ def test_open_run_logs_name_parameters_tags_settings_and_dataset(
 
     run = MlflowClient(uri).get_run(run_id)
     assert run.info.status == "RUNNING"
-    assert run.info.run_name == "grammar mini, seed 1"
+    assert run.info.run_name == "mini on grammar, seed 1"
     assert run.data.params["num_heads"] == str(settings.model.num_heads)
     assert run.data.params["positions"] == settings.model.positions
-    assert run.data.tags["data_md5"] == "0123456789abcdef0123456789abcdef.dir"
-    assert run.data.tags["tokenizer_md5"] == "aaaa.dir"
+    assert run.data.tags["run.data_md5"] == "0123456789abcdef0123456789abcdef.dir"
+    assert run.data.tags["run.tokenizer_md5"] == "aaaa.dir"
     assert run.data.tags["git_commit"] == "abc"
     assert run.data.tags["num_workers"] == "2"
     (dataset,) = [entry.dataset for entry in run.inputs.dataset_inputs]
-    assert (dataset.name, dataset.digest) == ("grammar", run.data.tags["data_md5"])
+    assert (dataset.name, dataset.digest) == ("grammar", run.data.tags["run.data_md5"])
     artifact = root / "mlartifacts" / run_id / "artifacts" / "settings.yaml"
     assert "num_heads" in artifact.read_text()
 
@@ -66,6 +66,9 @@ def test_open_run_logs_a_change_as_parameter_too(uri: str, root: Path, settings:
     run_id = open_run(uri, settings, "another", {"change": "A: 1 head"}, root)
     data = MlflowClient(uri).get_run(run_id).data
     assert (data.tags["change"], data.params["change"]) == ("A: 1 head", "A: 1 head")
+    changed = replace(settings, changes={"model.dropout": 0.15, "train.max_steps": 100})
+    data = MlflowClient(uri).get_run(open_run(uri, changed, "yet another", {}, root)).data
+    assert (data.tags["change"], data.params["change"]) == ("dropout 0.15, 100 steps",) * 2
 
 
 def test_run_params_have_distinct_short_names(settings: Settings) -> None:
@@ -79,13 +82,13 @@ def test_open_run_continues_the_run_of_the_same_key(
 ) -> None:
     client = MlflowClient(uri)
     client.update_run(run_id, status=status)
-    client.set_tag(run_id, "owner_pid", dead_pid())
+    client.set_tag(run_id, "run.owner_pid", dead_pid())
     elsewhere = replace(settings, hardware=replace(settings.hardware, num_workers=7))  # parameters cannot change
 
     assert open_run(uri, elsewhere, "key", {"num_workers": "7"}, root) == run_id
     run = client.get_run(run_id)
     assert run.info.status == "RUNNING"
-    assert run.data.tags["owner_pid"] == str(os.getpid())
+    assert run.data.tags["run.owner_pid"] == str(os.getpid())
     assert run.data.tags["num_workers"] == "7"
     assert open_run(uri, settings, "another key", {}, root) != run_id
 
@@ -95,8 +98,8 @@ def test_open_run_refuses_what_another_process_is_running(
 ) -> None:
     client = MlflowClient(uri)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        client.set_tag(run_id, "owner_pid", str(other.pid))
-        client.set_tag(run_id, "owner_started", f"{time.time():.0f}")
+        client.set_tag(run_id, "run.owner_pid", str(other.pid))
+        client.set_tag(run_id, "run.owner_started", f"{time.time():.0f}")
         with pytest.raises(ValueError, match=f"running already .process {other.pid}, MLflow run {run_id}.: wait"):
             open_run(uri, settings, "key", {}, root)
         other.communicate(b"\n")
@@ -122,7 +125,7 @@ def test_open_run_refuses_a_server_that_does_not_answer(
 
 
 def test_open_run_takes_over_from_another_machine_after_its_silence(uri: str, settings: Settings, root: Path) -> None:
-    elsewhere = {"owner_host": "worker7.example.org"}
+    elsewhere = {"run.owner_host": "worker7.example.org"}
     run_id = open_run(uri, settings, "shared", elsewhere, root)
     with pytest.raises(ValueError, match=r"^worker7\.example\.org is at work on this .* heard of [5-9] s ago"):
         open_run(uri, settings, "shared", {}, root, last_sign_at=time.time() - 5)
@@ -138,10 +141,10 @@ def test_reconcile_ends_runs_of_dead_processes_of_this_machine(uri: str, root: P
     client = MlflowClient(uri)
     names = ("mine", "dead", "pid used again", "elsewhere", "finished")
     runs = {name: open_run(uri, settings, name, {}, root) for name in names}
-    client.set_tag(runs["dead"], "owner_pid", dead_pid())
-    client.set_tag(runs["pid used again"], "owner_started", "1")
-    client.set_tag(runs["elsewhere"], "owner_pid", dead_pid())
-    client.set_tag(runs["elsewhere"], "owner_host", "elsewhere")
+    client.set_tag(runs["dead"], "run.owner_pid", dead_pid())
+    client.set_tag(runs["pid used again"], "run.owner_started", "1")
+    client.set_tag(runs["elsewhere"], "run.owner_pid", dead_pid())
+    client.set_tag(runs["elsewhere"], "run.owner_host", "elsewhere")
     finish_run(uri, runs["finished"])
 
     assert set(reconcile(uri, EXPERIMENT)) == {runs["dead"], runs["pid used again"]}
@@ -167,7 +170,7 @@ def test_end_children_ends_running_children_of_one_parent_only(
     other_parent = open_run(uri, settings, "other parent", {}, root)
     names = ("running", "elsewhere", "failed", "finished")
     runs = {name: child(name, run_id) for name in names} | {"of the other": child("of the other", other_parent)}
-    client.set_tag(runs["elsewhere"], "owner_host", "elsewhere")
+    client.set_tag(runs["elsewhere"], "run.owner_host", "elsewhere")
     finish_run(uri, runs["failed"], "FAILED")
     finish_run(uri, runs["finished"])
 

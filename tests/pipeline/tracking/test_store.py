@@ -5,10 +5,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.common.storage import tracking_uri
 from pipeline.tracking.runs import reconcile
-from pipeline.tracking.store import prepare_store, without_password
+from pipeline.tracking.store import open_experiment, prepare_store, without_password
 
 
 def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> None:
@@ -33,3 +34,20 @@ def test_tracking_uri_is_absolute_because_workers_run_elsewhere(monkeypatch: pyt
 def test_without_password_hides_the_credentials_of_an_address() -> None:
     assert without_password("https://us:secret@mlflow:5000/x") == "https://mlflow:5000/x"
     assert without_password("http://mlflow:5000/@x") == "http://mlflow:5000/@x"
+
+
+def test_open_experiment_deletes_the_default_experiment_of_mlflow_if_it_is_empty(uri: str, root: Path) -> None:
+    client = MlflowClient(uri)
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    made = open_experiment(client, "ours", root)
+    assert open_experiment(client, "ours", root) == made
+    assert [experiment.name for experiment in client.search_experiments()] == ["ours"]
+    assert open_experiment(client, "another", root) != made
+
+
+def test_open_experiment_keeps_a_default_experiment_in_use(uri: str, root: Path) -> None:
+    client = MlflowClient(uri)
+    run = client.create_run("0")
+    client.delete_run(run.info.run_id)  # it can be restored
+    open_experiment(client, "ours", root)
+    assert {experiment.name for experiment in client.search_experiments()} == {"Default", "ours"}
