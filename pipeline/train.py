@@ -8,7 +8,8 @@ and the curves reports/training_curve.csv and validation_curve.csv; draws the cu
 
 With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine. A
 run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
-from its last checkpoint in checkpoints/; with other settings, data or code a new run begins.
+from its last checkpoint in checkpoints/; with a larger train.max_steps or train.patience it goes on from where the
+shorter run ended, which stays as it is; with other settings, data or code a new run begins.
 """
 
 import time
@@ -28,6 +29,7 @@ from pipeline.common.settings import Settings, load_settings
 from pipeline.data.workspace import open_workspace
 from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
+from pipeline.training.siblings import continue_sibling
 
 SHOWN_CURVES = ("train_loss", "valid_ppl")
 """What the view of single runs in MLflow draws."""
@@ -43,8 +45,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     root = workspace.root
     key = run_key(settings, root)
     folder = run_folder(settings, root, key)
-    log_how_it_starts(folder)
-    finished = finished_state(folder)
+    log_how_it_starts(folder, continue_sibling(folder, settings.train, log))
+    finished = finished_state(folder, settings.train)
     cluster = nullcontext() if finished else ray_cluster(settings.hardware, root)
     with _store_opening(workspace.tracking_uri) as store_opened, cluster:
         if not finished:

@@ -57,7 +57,8 @@ from pipeline.tracking.results import log_report
 from pipeline.tracking.runs import end_children, end_run_of, finish_run, open_run, reconcile, run_guard
 from pipeline.tracking.views import experiment_page
 from pipeline.training import checkpoint
-from pipeline.training.run import write_model
+from pipeline.training.run import log, write_model
+from pipeline.training.siblings import continue_sibling
 from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan
 from sweeps.table3 import BLEU
 from sweeps.trials import SweepPlan, Trial, load_sweep
@@ -278,7 +279,8 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
     callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
     attempts = total_usage(trial.folder).attempts
     root = workspace.root
-    finished = checkpoint.finished_state(trial.folder)
+    continue_sibling(trial.folder, trial.settings.train, log)
+    finished = checkpoint.finished_state(trial.folder, trial.settings.train)
     with training_run(
         trial.settings, workspace, trial.run_key, trial.folder, finished, tags=tags, show=False, callbacks=callbacks
     ) as run:

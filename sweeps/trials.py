@@ -98,12 +98,12 @@ def load_sweep(root: Path) -> SweepPlan:
     rows = table3.rows(base, sweep.rows, sweep.grid or {})
     kept: list[Row] = []
     trials: list[Trial] = []
-    labels: dict[str, str] = {}
+    labels: dict[AnyPath, str] = {}
     for row in rows:
         of_row = [] if row.skipped else [_trial(base, row, seed, root) for seed in sweep.seeds]
-        if of_row and of_row[0].key in labels:  # both would train in one folder
-            row, of_row = replace(row, skipped=f"is the same as {labels[of_row[0].key]}"), []
-        labels |= {trial.key: row.label for trial in of_row}
+        if of_row and (same := labels.get(of_row[0].folder)):  # both would train in one folder
+            row, of_row = replace(row, skipped=f"trains the same weights as {same}"), []
+        labels |= {trial.folder: row.label for trial in of_row}
         kept.append(row)
         trials += of_row
     key = _search_key(base, run_key(base.with_seed(0), root))
@@ -127,7 +127,7 @@ def _search_key(settings: Settings, key: str) -> str:
 
 def _result_key(settings: Settings, root: Path, key: str) -> str:
     e = settings.evaluate
-    decisive = [key, e.beam, e.alpha, e.max_extra, e.engine]
+    decisive = [key, settings.train.average_checkpoints, e.beam, e.alpha, e.max_extra, e.engine]
     digest = hashlib.sha256(json.dumps(decisive).encode())
     languages = settings.data.src, settings.data.tgt
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]

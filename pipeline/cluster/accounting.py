@@ -7,9 +7,11 @@ import threading
 import time
 from dataclasses import dataclass
 
+from pipeline.common.atomic_io import write_json
 from pipeline.common.periodic import PeriodicJsonFile
 from pipeline.common.storage import AnyPath, as_os_error
 
+CARRIED = "usage/continued.json"
 USAGE_INTERVAL_S = 2.0
 HEARTBEAT_S = 20.0
 """Also during a long step, validation or checkpoint: LONG_SILENCE_S without a sign means dead (tracking/runs.py)."""
@@ -72,17 +74,37 @@ class UsageRecorder:
 
 
 def total_usage(run_folder: AnyPath) -> Usage:
-    """The sum over all attempts of the run in this folder."""
+    """The sum over all attempts of the run in this folder, and what it has continued."""
     with as_os_error(run_folder):
         paths = _attempts(run_folder)
         attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        before = _carried(run_folder)
     return Usage(
-        attempts=len(attempts),
-        device_seconds=sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
-        steps=sum(attempt["steps"] for attempt in attempts),
+        attempts=before.attempts + len(attempts),
+        device_seconds=before.device_seconds + sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
+        steps=before.steps + sum(attempt["steps"] for attempt in attempts),
         first_step_at=attempts[-1]["first_step_at"] if attempts else None,
         last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
     )
+
+
+def carry_usage(source: AnyPath, target: AnyPath, share: float) -> None:
+    """Count a share of what the run in `source` has cost as a cost of the one in `target`, which continues it. It is
+    counted once, however often this is called."""
+    path = target / CARRIED
+    with as_os_error(target):
+        known = path.exists()
+    if not known:
+        used = total_usage(source)
+        values = {"device_seconds": used.device_seconds * share, "steps": round(used.steps * share)}
+        write_json(path, {"attempts": used.attempts, **values})
+
+
+def _carried(run_folder: AnyPath) -> Usage:
+    try:
+        return Usage(**json.loads((run_folder / CARRIED).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Usage()
 
 
 def has_begun_since(run_folder: AnyPath, moment: float) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import ray.train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from pipeline.cluster.accounting import total_usage
+from pipeline.cluster.accounting import carry_usage, total_usage
 from pipeline.cluster.preflight import versions
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.ray_cluster import started_here
@@ -24,6 +24,7 @@ from pipeline.data.workspace import Workspace
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
 from pipeline.training.run import TrainResult, log
+from pipeline.training.siblings import origin_of
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +53,9 @@ def training_run(
     from pipeline.tracking.runs import finish_run, open_run, run_guard
 
     uri, all_tags = workspace.tracking_uri, dict(tags or {})
+    if origin := origin_of(folder):
+        carry_usage(origin.folder, folder, origin.share)
+        all_tags["continues"] = origin.description
     gpu, cpus, last_sign_at, state = False, 0, None, finished
     if state is None:
         gpu, cpus = share_of_each_worker(settings.hardware)
@@ -112,7 +116,7 @@ def _run_workers(config: WorkerConfig, show: bool, callbacks: list[ray.train.Use
         ) from error
     if stopped_by := result.return_value:  # type: ignore[attr-defined]
         raise TrainingError(stopped_by)
-    state = checkpoint.finished_state(folder)
+    state = checkpoint.finished_state(folder, settings.train)
     if state is None:
         raise TrainingError(f"training ended, but its last checkpoint is not in {folder}, or damaged")
     return state

@@ -133,6 +133,14 @@ def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object
     return digest.hexdigest()
 
 
+def link_or_copy(source: AnyPath, target: AnyPath) -> None:
+    """A hard link to a file, where both are on one file system that has them; else a copy."""
+    if isinstance(source, Path) and isinstance(target, Path):
+        with suppress(OSError):
+            return target.hardlink_to(source)
+    copy_file(source, target)
+
+
 def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[str], object]) -> T:
     """What `action` returns. While the store of `folder` cannot be reached, it is called again for PATIENCE_S
     seconds; errors of a disk are raised at once."""

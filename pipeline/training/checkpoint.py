@@ -29,9 +29,10 @@ from torch import Tensor
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of, sums_text
-from pipeline.common.storage import AnyPath, as_os_error, local_copy, remove
+from pipeline.common.settings import Train
+from pipeline.common.storage import AnyPath, as_os_error, link_or_copy, local_copy, remove
 from pipeline.data.batching import Position
-from pipeline.training.loop import TrainState
+from pipeline.training.loop import TrainState, end_of
 
 FILES = ("tensors.safetensors", "state.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,8 +71,10 @@ def save(
     state: TrainState,
     settings: dict[str, Any],
     keep: int,
+    every: int = 1,
 ) -> AnyPath:
-    """Write step_<n>, then delete all but the last `keep` up to it.
+    """Write step_<n>, then delete all but the last `keep` up to it; and one from which training has gone on although
+    its step is no multiple of `every`, for it is the end of a shorter run.
 
     Later ones, which are damaged (or training would have gone on from them), are replaced at their step; the last
     checkpoint of a run removes them. Raises DiskFullError or OSError; earlier checkpoints are kept.
@@ -91,10 +94,25 @@ def save(
             raise DiskFullError(f"{message}: free some space and run again") from error
         raise OSError(message) from error
     found = folders(run_folder)
-    last = [folder.name for folder in found].index(target.name) + 1
-    for folder in (*found[: max(0, last - keep)], *(found[last:] if state.finished else ())):
-        remove(folder)
+    earlier = [folder for folder in found if step_of(folder) < state.step]
+    ends = [folder for folder in earlier if step_of(folder) % every]
+    regular = [folder for folder in earlier if folder not in ends]
+    old = regular[: max(0, len(regular) + 1 - keep)]
+    later = [folder for folder in found if step_of(folder) > state.step] if state.finished else []
+    for obsolete in (*ends, *old, *later):
+        remove(obsolete)
     return target
+
+
+def copy(source: AnyPath, target: AnyPath) -> None:
+    """Bring a checkpoint into another run's folder, verified, whole or not at all; on one disk by hard links. Raises
+    DamagedCheckpointError, also for one that was deleted meanwhile, and OSError."""
+    with _damage_named(source), replace_folder(target) as partial:
+        with as_os_error(source):
+            for name in (*FILES, SUMS):
+                link_or_copy(source / name, partial / name)
+        for name in FILES:
+            _verify(partial, name, source)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], state: TrainState, settings: dict[str, Any]) -> None:
@@ -110,11 +128,15 @@ def folder_of(run_folder: AnyPath, step: int) -> AnyPath:
     return run_folder / f"step_{step:08d}"
 
 
+def step_of(folder: AnyPath) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def folders(run_folder: AnyPath) -> list[AnyPath]:
     """The run's checkpoints, oldest first. Raises OSError when their store cannot be reached."""
     with as_os_error(run_folder):
         found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: path.name)
+    return sorted(found, key=step_of)
 
 
 def load(folder: AnyPath) -> Checkpoint:
@@ -126,20 +148,26 @@ def load(folder: AnyPath) -> Checkpoint:
         return Checkpoint(folder, load_file(local / "tensors.safetensors"), _read_state(local))
 
 
-def finished_state(run_folder: AnyPath) -> TrainState | None:
-    """The state of the newest checkpoint, if training is done with it and it is whole. None otherwise.
+def load_state(folder: AnyPath) -> TrainState:
+    """The state of one, verified, without its tensors. Raises DamagedCheckpointError and OSError as `load`."""
+    with _damage_named(folder), as_os_error(folder):
+        _verify(folder, "state.json", folder)
+        return _read_state(folder)
+
+
+def finished_state(run_folder: AnyPath, settings: Train) -> TrainState | None:
+    """The state of the newest checkpoint, if training by these settings ends with it and it is whole. None otherwise.
 
     Of a checkpoint that is not the last of its run, only state.json is read; tensors are read but never loaded, for
     their checksum.
     """
     for folder in folders(run_folder)[-1:]:
         try:
-            with _damage_named(folder), as_os_error(folder):
-                _verify(folder, "state.json", folder)
-                state = _read_state(folder)
-                if state.finished:
+            state = load_state(folder)
+            if state.finished and state.step >= end_of(state, settings):
+                with _damage_named(folder), as_os_error(folder):
                     _verify(folder, "tensors.safetensors", folder)
-                    return state
+                return state
         except DamagedCheckpointError:
             pass  # `load_latest`, which passes it over, names it
     return None

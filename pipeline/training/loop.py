@@ -53,10 +53,8 @@ class TrainState:
     position: Position = START  # of the next step in the plan
     tokens: int = 0  # target tokens trained on
     seconds: float = 0.0  # spent on steps: without validation and checkpoints
-    best_valid_loss: float = math.inf
-    stale_validations: int = 0  # since the best one
     finished: bool = False
-    since_loss: float = 0.0  # summed since the last point of the training curve, as are the next two
+    since_loss: float = 0.0  # summed since the last point that log_every asked for, as are the next two
     since_tokens: int = 0
     since_seconds: float = 0.0
     training_curve: list[dict[str, float]] = field(default_factory=list)
@@ -80,6 +78,10 @@ def train_loop(
 ) -> TrainState:
     """Train from `state` to the end; every rank calls this, with its own share in `batches`.
 
+    At the end it validates, reports and saves, if it did not do so at this step anyway. What is added there changes
+    nothing for a longer run, which goes on from it (`go_on`) as if this one had never ended. `log_every`, which may
+    differ in that run, holds from there on.
+
     `learning_rate` is a function of the step: 1, 2, ...; `validate` returns metrics, "valid_loss" among them; `save`
     writes a checkpoint; `report` gets metrics and their step; `progress` gets the state and the loss after each step.
     Raises NotFiniteError.
@@ -102,12 +104,9 @@ def train_loop(
             metrics = validate()
             if not math.isfinite(metrics["valid_loss"]):
                 raise NotFiniteError(f"step {state.step}: the validation loss is {metrics['valid_loss']}. {ADVICE}")
-            better = metrics["valid_loss"] < state.best_valid_loss
-            state.stale_validations = 0 if better else state.stale_validations + 1
-            state.best_valid_loss = min(metrics["valid_loss"], state.best_valid_loss)
-            state.finished = state.finished or 0 < settings.patience <= state.stale_validations
             metrics |= {"tokens": state.tokens, "epoch": state.position.epoch}
             state.validation_curve.append({"step": state.step, **metrics})
+            state.finished = state.step >= end_of(state, settings)
             report(metrics, state.step)
         if state.step % settings.log_every == 0 or state.finished:
             metrics = {
@@ -116,12 +115,37 @@ def train_loop(
                 "grad_norm": grad_norm,
                 "tokens_per_second": state.since_tokens / state.since_seconds,
             }
-            state.since_loss, state.since_tokens, state.since_seconds = 0.0, 0, 0.0
+            if state.step % settings.log_every == 0:
+                state.since_loss, state.since_tokens, state.since_seconds = 0.0, 0, 0.0
             state.training_curve.append({"step": state.step, **metrics})
             report(metrics, state.step)
         if state.step % settings.checkpoint_every == 0 or state.finished:
             save(state)
     return state
+
+
+def end_of(state: TrainState, settings: Train) -> int:
+    """The step at which training by these settings ends, as far as `state` tells: max_steps, or where `patience`
+    validations in a row were no better than the best before. What a run's end adds to them does not count."""
+    best, stale = math.inf, 0
+    for point in state.validation_curve:
+        if point["step"] % settings.validate_every == 0:
+            stale = 0 if point["valid_loss"] < best else stale + 1
+            best = min(point["valid_loss"], best)
+            if 0 < settings.patience <= stale:
+                return min(int(point["step"]), settings.max_steps)
+    return settings.max_steps
+
+
+def go_on(state: TrainState, settings: Train) -> None:
+    """Undo the end of a shorter run, if training by these settings goes on: the points that it added."""
+    if not state.finished or state.step >= end_of(state, settings):
+        return
+    if state.since_tokens:  # log_every, by which it has this point, may have been another
+        state.training_curve.pop()
+    if state.step % settings.validate_every:
+        state.validation_curve.pop()
+    state.finished = False
 
 
 def train_step(

@@ -10,11 +10,12 @@ from typing import Any
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.code_digest import code_digest
 from pipeline.common.paths import CHECKPOINTS, ENCODED
-from pipeline.common.settings import Settings
+from pipeline.common.settings import Settings, Train
 from pipeline.common.storage import AnyPath, run_storage
 from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
+from pipeline.training.siblings import Origin, trajectory_of
 
 WEIGHTS_CODE = (
     "model/config.py",
@@ -54,13 +55,27 @@ def run_folder(settings: Settings, root: Path, key: str) -> AnyPath:
     return run_storage(root) / CHECKPOINTS.name / name
 
 
+NO_TRAJECTORY = ("max_steps", "patience", "log_every", "keep_checkpoints", "average_checkpoints")
+"""The settings of `train` that say where training ends and what is kept of it, not which steps it takes."""
+
+
 def run_key(settings: Settings, root: Path) -> str:
-    """A digest of all that decides the weights of a run: data, settings, code. Not the number of workers, which only
-    changes the order of sums, nor comments, docstrings and formatting of the code."""
+    """What decides the weights of a run: its trajectory, and where it ends.
+
+    "<trajectory>-<max_steps>", and "-p<patience>" if patience may end it sooner. The trajectory is a digest of all
+    that decides a step: data, settings, code. Not the number of workers, which only changes the order of sums, nor
+    comments, docstrings and formatting of the code.
+    """
+    train = settings.train
+    patience = f"-p{train.patience}" if train.patience else ""
+    return f"{_trajectory(settings, root)}-{train.max_steps}{patience}"
+
+
+def _trajectory(settings: Settings, root: Path) -> str:
     decisive = {
         "data": CorpusInfo.open(root / ENCODED).sha256,
         "model": asdict(settings.model),
-        "train": asdict(settings.train),
+        "train": {key: value for key, value in asdict(settings.train).items() if key not in NO_TRAJECTORY},
         "micro_batch_tokens": settings.hardware.micro_batch_tokens,
         "precision": settings.hardware.precision,
     }
@@ -69,9 +84,12 @@ def run_key(settings: Settings, root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def log_how_it_starts(folder: AnyPath) -> None:
-    """Log whether training continues in this run folder or which settings, data or code make it a new run."""
-    if checkpoint.folders(folder):
+def log_how_it_starts(folder: AnyPath, origin: Origin | None) -> None:
+    """Log whether training continues in this run folder, begins with what `continue_sibling` has brought there, or
+    that other settings, data or code make it a new run."""
+    if origin:
+        log(f"{folder.name} continues from {origin.description}: they differ only in where they end")
+    elif checkpoint.folders(folder):
         log(f"settings, data and code are those of {folder.name}")
     elif isinstance(folder, Path) and (
         others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
@@ -85,6 +103,7 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
     weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, log)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
     state = run.state
+    _log_fewer_averaged(len(steps), state.step, settings.train, run.run_folder)
     with replace_folder(target) as folder:
         checkpoint.save_model(folder, weights, config)
         write_json(
@@ -110,6 +129,18 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
         "parameters": sum(value.numel() for value in weights.values()),
         "averaged_steps": steps,
     }
+
+
+def _log_fewer_averaged(number: int, last: int, settings: Train, folder: AnyPath) -> None:
+    """Say that `number` checkpoints, fewer than a run to the step `last` writes, are averaged, and why."""
+    written = last // settings.checkpoint_every + bool(last % settings.checkpoint_every)
+    if number < min(settings.average_checkpoints, written):
+        runs = folder.parent / f"*-{trajectory_of(folder)}-*"
+        log(
+            f"{number} checkpoints are averaged, not {settings.average_checkpoints} (train.average_checkpoints): "
+            "when they were written, train.keep_checkpoints or a sweep kept fewer, or some are damaged; to have all, "
+            f"delete {runs} and train again"
+        )
 
 
 def log(line: str) -> None:

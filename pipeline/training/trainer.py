@@ -16,7 +16,7 @@ from pipeline.common.storage import AnyPath, retry_unreachable
 from pipeline.data.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training import checkpoint
-from pipeline.training.loop import GlobalBatch, TrainState, adam, train_loop
+from pipeline.training.loop import GlobalBatch, TrainState, adam, go_on, train_loop
 from pipeline.training.threads import MIN_EFFICIENCY, ThreadedDataParallel, parallel_efficiency
 
 
@@ -44,6 +44,7 @@ def train_rank(
     model = Transformer(settings.model.config(info.vocab_size)).to(device)
     optimizer = adam(model, settings.train.beta1, settings.train.beta2, settings.train.eps)
     state = _resume(run_folder, model, optimizer, rank, device, log)
+    go_on(state, settings.train)
     for curve in (state.training_curve, state.validation_curve):  # a worker that died may not have delivered them
         for point in curve:
             report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
@@ -65,7 +66,8 @@ def train_rank(
         }
 
     def write_checkpoint(state: TrainState) -> None:
-        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), settings.train.keep_checkpoints)
+        t = settings.train
+        checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints, t.checkpoint_every)
 
     def save(state: TrainState) -> None:
         if rank != 0:

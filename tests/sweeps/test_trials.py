@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.common.settings import load_settings
 from pipeline.training.run import WEIGHTS_CODE, run_folder, run_key
+from pipeline.training.siblings import trajectory_of
 from sweeps.trials import EVALUATION_CODE, SweepPlan, Trial, load_sweep
 from tests.support.imports import does_something, reached
 from tests.support.settings_files import NANO, REPOSITORY, copy_settings, edit
@@ -91,9 +92,21 @@ def test_load_sweep_runs_the_first_of_rows_with_equal_settings(root):
     big = {"model.d_model": [128], "model.d_ff": [256], "model.num_heads": [16], "train.max_steps": [300, 299]}
     sweep = sweep_with(root, rows=["big"], grid=big)
     assert [(row.group, row.skipped) for row in sweep.rows] == [
-        ("base", None), ("big", None), ("grid", "is the same as big"), ("grid", None),
+        ("base", None), ("big", None), ("grid", "trains the same weights as big"), ("grid", None),
     ]  # fmt: skip
     assert [trial.row.group for trial in sweep.trials] == ["base", "base", "big", "big", "grid", "grid"]
+
+
+def test_load_sweep_trains_rows_that_only_end_elsewhere_each_in_its_folder(root):
+    grid = {"train.max_steps": [100, 200], "train.log_every": [5, 7]}
+    sweep = sweep_with(root, rows=[], seeds=[3], grid=grid)
+    assert [(row.label, row.skipped) for row in sweep.rows if row.skipped] == [
+        (f"grid: max_steps {steps}, log_every 7", f"trains the same weights as grid: max_steps {steps}, log_every 5")
+        for steps in (100, 200)
+    ]
+    folders = [trial.folder for trial in sweep.trials]
+    assert len(set(folders)) == 3
+    assert len({trajectory_of(folder) for folder in folders}) == 1
 
 
 def test_load_sweep_takes_the_main_run_for_its_base(root):
@@ -151,6 +164,14 @@ def test_record_that_is_damaged_is_none(root):
     for content in (path.read_bytes()[:-5], b"\xff", b""):
         path.write_bytes(content)
         assert trial.record() is None
+
+
+def test_result_key_changes_with_the_average_the_training_stays(root):
+    before = load_sweep(root)
+    edit(root, "train", average_checkpoints=2)
+    after = load_sweep(root)
+    assert [trial.folder for trial in before.trials] == [trial.folder for trial in after.trials]
+    assert not set(keys(before).values()) & set(keys(after).values())
 
 
 @pytest.mark.parametrize(

@@ -179,11 +179,14 @@ class Project:
     def tracking_uri(self):
         return f"sqlite:///{self.root}/mlflow.db"
 
-    def only_run(self):
-        """The one MLflow run that this project has left."""
+    def runs(self):
+        """The MLflow runs that this project has left."""
         client = MlflowClient(self.tracking_uri)
         experiment = client.get_experiment_by_name("transformer")
-        (run,) = client.search_runs([experiment.experiment_id])
+        return client.search_runs([experiment.experiment_id])
+
+    def only_run(self):
+        (run,) = self.runs()
         return run
 
     def curve(self, metric):

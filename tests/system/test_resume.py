@@ -5,6 +5,7 @@ import signal
 import psutil
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,24 @@ def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(traine
     assert "Traceback" not in output
     assert project.checkpoints() == before
     assert project.only_run().info.status == "FAILED"
+
+
+def test_train_with_more_steps_continues_the_shorter_run_and_ends_as_at_once(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    for steps in (205, 400):
+        project.edit("conf/model/micro.yaml", "train.max_steps", steps)
+        output = project.run("python", "-m", "pipeline.train")
+    short, long = sorted({path.parent.name for path in project.checkpoints()})
+    assert f"train: {long} continues from {short}, trained to step 205: they differ only in where they end" in output
+    assert project.weights() == trained.weights()
+    runs = {run.data.params["max_steps"]: run for run in project.runs()}
+    assert {steps: run.data.tags.get("continues") for steps, run in runs.items()} == {
+        "205": None, "400": f"{short}, trained to step 205",
+    }  # fmt: skip
+    client = MlflowClient(project.tracking_uri)
+    for name in ("train_loss", "valid_loss"):
+        points = client.get_metric_history(runs["400"].info.run_id, name)
+        assert [(point.step, point.value) for point in points] == trained.curve(name)
 
 
 def test_train_with_two_workers_ends_with_the_weights_of_one(trained, tmp_path):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import accounting
-from pipeline.cluster.accounting import USAGE_INTERVAL_S, Usage, UsageRecorder, has_begun_since, total_usage
+from pipeline.cluster.accounting import (
+    USAGE_INTERVAL_S,
+    Usage,
+    UsageRecorder,
+    carry_usage,
+    has_begun_since,
+    total_usage,
+)
 from pipeline.common import periodic
 
 
@@ -130,6 +137,22 @@ def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypat
     assert total_usage(tmp_path) == Usage()
     recorder.write()  # there is space again
     assert total_usage(tmp_path).steps == 5
+
+
+def test_carry_usage_counts_a_share_of_the_other_run_once(tmp_path, clock):
+    one, other, third = (tmp_path / name for name in ("one", "other", "third"))
+    attempt(clock, one, devices=2, steps=8, seconds_a_step=3.0).write()
+    for _ in range(2):
+        carry_usage(one, other, 0.75)
+    assert total_usage(other) == Usage(attempts=1, device_seconds=36.0, steps=6)
+    assert not has_begun_since(other, 0.0)
+    attempt(clock, one, devices=2, steps=5, seconds_a_step=3.0).write()  # which does not serve the other
+    carry_usage(one, other, 0.75)
+    attempt(clock, other, devices=1, steps=5, seconds_a_step=2.0).write()
+    found = total_usage(other)
+    assert (found.attempts, found.device_seconds, found.steps) == (2, 46.0, 11)
+    carry_usage(other, third, 1.0)
+    assert total_usage(third).device_seconds == 46.0
 
 
 def test_has_begun_since_asks_for_the_beginning_of_any_attempt(tmp_path, clock):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,15 @@ from model.transformer import Transformer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError
 from pipeline.training.loop import TrainState, adam
+from tests.factories import train_settings
 
 CONFIG = TransformerConfig(
     vocab_size=23, num_layers=1, d_model=14, d_ff=17, num_heads=3, d_k=5, d_v=7,
     dropout=0.1, positions="learned", norm="post", max_length=41,
 )  # fmt: skip
 SETTINGS = {"seed": 7, "train": {"eps": 1e-9}}
+TRAIN = train_settings(max_steps=7)
+COPIED = (*checkpoint.FILES, "SHA256SUMS")
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +64,6 @@ def test_load_returns_every_field_weight_and_moment_that_was_saved(tmp_path):
         position=(3, 5),
         tokens=10**12 + 1,
         seconds=math.pi,
-        best_valid_loss=0.1 + 0.2,
-        stale_validations=2,
         finished=True,
         since_loss=5.5,
         since_tokens=17,
@@ -87,13 +89,57 @@ def test_load_returns_every_field_weight_and_moment_that_was_saved(tmp_path):
 
 
 def test_load_returns_a_state_without_validation(tmp_path):
-    assert checkpoint.load(save(tmp_path, 3)).state == TrainState(step=3, best_valid_loss=math.inf)
+    assert checkpoint.load(save(tmp_path, 3)).state == TrainState(step=3)
 
 
 def test_save_keeps_the_last_k(tmp_path):
     for step in (3, 5, 7, 11, 13):
         save(tmp_path, step, keep=3)
     assert steps(tmp_path) == [7, 11, 13]
+
+
+def test_save_deletes_the_end_of_a_shorter_run_and_does_not_count_it(tmp_path):
+    def save_every_three(step: int) -> None:
+        checkpoint.save(tmp_path, *trained(step), TrainState(step=step), SETTINGS, keep=3, every=3)
+
+    for step, kept in ((3, [3]), (6, [3, 6]), (7, [3, 6, 7]), (8, [3, 6, 8]), (9, [3, 6, 9]), (12, [6, 9, 12])):
+        save_every_three(step)
+        assert steps(tmp_path) == kept
+
+
+def test_copy_on_a_disk_is_by_hard_links_and_outlives_its_source(tmp_path):
+    source, target = save(tmp_path / "one", 7), checkpoint.folder_of(tmp_path / "other", 7)
+    checkpoint.copy(source, target)
+    for name in COPIED:
+        assert (target / name).samefile(source / name)
+    shutil.rmtree(source)
+    assert checkpoint.load(target).state.step == 7
+    assert files(tmp_path / "other") == {Path("step_00000007"), *(Path("step_00000007") / n for n in COPIED)}
+
+
+def test_copy_where_there_are_no_hard_links_copies(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    source, target = save(tmp_path / "one", 7), checkpoint.folder_of(tmp_path / "other", 7)
+    checkpoint.copy(source, target)
+    assert not (target / "state.json").samefile(source / "state.json")
+    assert checkpoint.load(target).state == checkpoint.load(source).state
+
+
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize("change", ["flipped", "missing"])
+def test_copy_of_a_damaged_checkpoint_leaves_nothing(tmp_path, name, change):
+    for run_folder in (tmp_path, UPath(f"memory://copied/{tmp_path.name}")):
+        path = save(run_folder / "one", 7) / name
+        content = path.read_bytes()
+        path.unlink()
+        if change == "flipped":
+            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(DamagedCheckpointError):
+            checkpoint.copy(path.parent, checkpoint.folder_of(run_folder / "other", 7))
+        assert not checkpoint.folders(run_folder / "other")
 
 
 def test_load_latest_of_a_folder_without_checkpoints_is_none(tmp_path):
@@ -234,12 +280,13 @@ def save_finished(folder: Path, step: int) -> Path:
 
 
 def test_finished_state_is_that_of_the_newest_checkpoint_if_training_is_done(run_folder, monkeypatch):
-    assert checkpoint.finished_state(run_folder) is None
+    assert checkpoint.finished_state(run_folder, TRAIN) is None
     save(run_folder, 5)
-    assert checkpoint.finished_state(run_folder) is None
+    assert checkpoint.finished_state(run_folder, TRAIN) is None
     save_finished(run_folder, 7)
     monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("it loads the tensors"))
-    assert checkpoint.finished_state(run_folder) == TrainState(step=7, finished=True)
+    assert checkpoint.finished_state(run_folder, TRAIN) == TrainState(step=7, finished=True)
+    assert checkpoint.finished_state(run_folder, train_settings(max_steps=8)) is None  # of a shorter run
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "SHA256SUMS"])
@@ -251,13 +298,13 @@ def test_finished_state_of_a_damaged_checkpoint_is_none(run_folder, name, change
     path.unlink()
     if change == "flipped":
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert checkpoint.finished_state(run_folder) is None
+    assert checkpoint.finished_state(run_folder, TRAIN) is None
 
 
 def test_finished_state_reads_no_tensors_of_a_run_in_progress(run_folder):
     (save(run_folder, 5) / "tensors.safetensors").unlink()
     save(run_folder, 3)
-    assert checkpoint.finished_state(run_folder) is None
+    assert checkpoint.finished_state(run_folder, TRAIN) is None
 
 
 def test_finished_state_raises_when_the_store_is_away(monkeypatch):
@@ -269,7 +316,7 @@ def test_finished_state_raises_when_the_store_is_away(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "sha256_of", refuse)
     with pytest.raises(OSError, match="no route"):
-        checkpoint.finished_state(store)
+        checkpoint.finished_state(store, TRAIN)
 
 
 def test_load_latest_unpickles_nothing(tmp_path):

@@ -22,7 +22,16 @@ from model.perplexity import cross_entropy
 from model.transformer import Transformer
 from pipeline.common.settings import Train
 from pipeline.training import checkpoint
-from pipeline.training.loop import GlobalBatch, NotFiniteError, TrainState, adam, seed_dropout, train_loop
+from pipeline.training.loop import (
+    GlobalBatch,
+    NotFiniteError,
+    TrainState,
+    adam,
+    end_of,
+    go_on,
+    seed_dropout,
+    train_loop,
+)
 from pipeline.training.threads import ThreadedDataParallel
 from tests.pipeline.training.harness import (
     CONFIG,
@@ -399,7 +408,7 @@ def test_patience_ends_training_after_validations_without_a_better_loss():
     settings = replace(SETTINGS, max_steps=100, validate_every=2, patience=3, checkpoint_every=7)
     state, seen = events(settings, [3.0, 2.0, 2.5, 2.0, 1.5, 1.6, 1.5, 1.7, 0.1])
     assert at(seen, "validate") == [2, 4, 6, 8, 10, 12, 14, 16]  # 1.5, then three times not below it
-    assert (state.step, state.finished, state.best_valid_loss, state.stale_validations) == (16, True, 1.5, 3)
+    assert (state.step, state.finished) == (16, True)
     assert at(seen, "save") == [7, 14, 16]
 
 
@@ -417,7 +426,27 @@ def test_train_loop_refuses_a_validation_loss_that_is_no_number():
 
 def test_patience_of_zero_never_ends_training():
     state, _ = events(replace(SETTINGS, max_steps=9, validate_every=1), [float(i) for i in range(9)])
-    assert (state.step, state.stale_validations) == (9, 8)
+    assert state.step == 9
+
+
+def test_patience_does_not_count_the_validation_that_an_end_adds():
+    settings = replace(SETTINGS, max_steps=5, validate_every=2, patience=2)
+    losses = [1.0, 1.1, 1.2, 1.3]  # at steps 2, 4, 5, and then 6
+    state, _ = events(settings, losses)
+    assert end_of(state, settings) == 5
+    longer = replace(settings, max_steps=9)
+    assert end_of(state, longer) == 9
+    go_on(state, longer)
+    assert [point["step"] for point in state.validation_curve] == [2, 4]
+
+
+def test_go_on_leaves_a_run_that_is_at_its_end_as_it_is():
+    settings = replace(SETTINGS, max_steps=5, log_every=3, validate_every=2)
+    state, _ = events(settings)
+    before = asdict(state)
+    for same in (settings, replace(settings, log_every=2), replace(settings, max_steps=4)):
+        go_on(state, same)
+        assert asdict(state) == before
 
 
 def test_train_loop_that_is_finished_takes_no_further_step():

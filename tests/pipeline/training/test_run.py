@@ -16,6 +16,7 @@ from pipeline.common.paths import ENCODED
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState, adam
 from pipeline.training.run import WEIGHTS_CODE, TrainResult, log_how_it_starts, run_folder, run_key, write_model
+from pipeline.training.siblings import Origin
 from tests.factories import config, settings, write_corpus
 from tests.support.imports import REPOSITORY, does_something, reached
 
@@ -106,10 +107,24 @@ def test_run_key_names_code_that_is_missing(root):
         (settings(hardware={"micro_batch_tokens": 61}), True),
         (settings(hardware={"num_workers": 3, "device": "cpu", "compile": True, "max_failures": 7}), False),
         (replace(SETTINGS, evaluate=replace(SETTINGS.evaluate, beam=7)), False),
+        (settings(train={"max_steps": 10}), True),
+        (settings(train={"patience": 3}), True),
+        (settings(train={"log_every": 3, "keep_checkpoints": 3, "average_checkpoints": 1}), False),
     ],
 )
 def test_run_key_changes_with_the_settings_that_decide_the_weights(root, changed, is_another_run):
     assert (run_key(changed, root) != run_key(SETTINGS, root)) == is_another_run
+
+
+def test_run_key_is_the_trajectory_and_where_it_ends(root):
+    trajectory, _, end = run_key(SETTINGS, root).partition("-")
+    assert len(trajectory) == 12
+    assert end == "9"
+    assert run_key(settings(train={"max_steps": 10}), root) == f"{trajectory}-10"
+    assert run_key(settings(train={"patience": 3}), root) == f"{trajectory}-9-p3"
+    shorter = {"log_every": 3, "keep_checkpoints": 3, "average_checkpoints": 1}
+    assert run_key(settings(train=shorter), root) == f"{trajectory}-9"
+    assert not run_key(settings(train={"validate_every": 5}), root).startswith(trajectory)
 
 
 def test_run_key_changes_with_the_corpus(root):
@@ -139,21 +154,25 @@ def write_checkpoint(folder: Path, step: int, finished: bool = False) -> Path:
     valid = {"step": step, "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5}
     state = TrainState(step=step, tokens=700, seconds=2.0, finished=finished)
     state.training_curve, state.validation_curve = [{"step": step, "train_loss": 2.5}], [valid]
-    return checkpoint.save(folder, model, optimizer, state, {}, keep=5)
+    return checkpoint.save(folder, model, optimizer, state, {}, keep=5, every=3)
 
 
 def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, capsys):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    log_how_it_starts(first)
+    log_how_it_starts(first, None)
     assert capsys.readouterr().err == ""
     for folder, time in ((first, 1_000), (second, 2_000)):
         write_checkpoint(folder, 3)
         os.utime(folder, (time, time))
-    log_how_it_starts(first)
+    log_how_it_starts(first, None)
     assert capsys.readouterr().err == "train: settings, data and code are those of first\n"
     (tmp_path / "newest, but no run").mkdir()
-    log_how_it_starts(third)
+    log_how_it_starts(third, None)
     assert "differ from those of second, the last run" in capsys.readouterr().err
+    log_how_it_starts(third, Origin(second, 3, 1.0))
+    assert capsys.readouterr().err == (
+        "train: third continues from second, trained to step 3: they differ only in where they end\n"
+    )
 
 
 def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root, tmp_path):
@@ -161,7 +180,7 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
     for step in (3, 6):
         write_checkpoint(folder, step)
     write_checkpoint(folder, 9, finished=True)
-    state = checkpoint.finished_state(folder)
+    state = checkpoint.finished_state(folder, SETTINGS.train)
     assert state is not None
     run = TrainResult("the key", "the run", folder, state, "the store")
     metrics = write_model(run, SETTINGS, root, tmp_path / "final")
@@ -176,3 +195,41 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
         "steps": 9, "epochs": 0, "tokens": 700, "train_seconds": 2.0, "tokens_per_second": 350.0, "train_loss": 2.5,
         "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5, "averaged_steps": [9, 6],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "average", "said"),
+    [
+        ((3, 6, 9), 2, False),
+        ((3, 6, 9), 5, False),  # there never were more
+        ((6, 9), 3, True),
+        ((6, 9, 10), 3, False),
+        ((9, 10), 3, True),
+    ],
+)
+def test_write_model_says_that_fewer_checkpoints_are_averaged_and_why(root, tmp_path, capsys, steps, average, said):
+    folder = tmp_path / f"grammar-mini-1-0123456789ab-{steps[-1]}"
+    for step in steps:
+        write_checkpoint(folder, step, finished=step == steps[-1])
+    run = TrainResult("the key", "the run", folder, checkpoint.load_state(folder / f"step_{steps[-1]:08d}"), "")
+    metrics = write_model(run, settings(train={"average_checkpoints": average}), root, tmp_path / "final")
+    assert metrics["averaged_steps"] == list(reversed(steps))[:average]
+    line = (
+        f"train: {len(steps)} checkpoints are averaged, not {average} (train.average_checkpoints): when they were "
+        "written, train.keep_checkpoints or a sweep kept fewer, or some are damaged; to have all, "
+        f"delete {tmp_path}/*-0123456789ab-* and train again\n"
+    )
+    assert capsys.readouterr().err == (line if said else "")
+
+
+def test_write_model_averages_a_finished_run_again_if_average_checkpoints_changes(root, tmp_path):
+    folder = tmp_path / run_folder(SETTINGS, root, run_key(SETTINGS, root)).name
+    for step in (3, 6, 9):
+        write_checkpoint(folder, step, finished=step == 9)
+    for average in (1, 3):
+        changed = settings(train={"average_checkpoints": average})
+        assert run_key(changed, root) == run_key(SETTINGS, root)
+        state = checkpoint.finished_state(folder, changed.train)
+        assert state is not None
+        metrics = write_model(TrainResult("", "", folder, state, ""), changed, root, tmp_path / "final")
+        assert metrics["averaged_steps"] == [9, 6, 3][:average]

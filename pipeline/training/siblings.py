@@ -1,0 +1,129 @@
+"""Runs that differ only in where they end: one begins with what another has trained.
+
+Their folders' names have the same trajectory (`run_key`). k steps and then 2k give the weights of 2k at once, bit for
+bit: a shorter run's checkpoint is one of the longer run's, and what its end added is undone (`go_on` in loop.py).
+Each run has a folder of its own, so the shorter one stays, and both may be trained at the same time.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.common.atomic_io import write_json
+from pipeline.common.settings import Train
+from pipeline.common.storage import AnyPath, as_os_error
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import DamagedCheckpointError, folder_of, step_of
+from pipeline.training.loop import end_of
+
+ORIGIN = "continues.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run began with: `step` steps of the run in `folder`, a `share` of its training (1: all of it)."""
+
+    folder: AnyPath
+    step: int
+    share: float
+
+    @property
+    def description(self) -> str:
+        return f"{self.folder.name}, trained to step {self.step}"
+
+
+def origin_of(run_folder: AnyPath) -> Origin | None:
+    """What the run in this folder continues; None if it began at step 0."""
+    path = run_folder / ORIGIN
+    try:
+        with as_os_error(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+        return Origin(run_folder.parent / content["run"], int(content["step"]), float(content["share"]))
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+
+
+def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -> Origin | None:
+    """Bring the newest checkpoint from which training by these settings can go on into a folder that has none.
+
+    It comes from a run of the same trajectory. Those before it that its own run would have kept come too, first: a
+    kill in between leaves an earlier start. Returns where they are from; None if the folder has checkpoints, or there
+    is nothing to bring. Raises OSError when the store cannot be reached or the disk is full.
+    """
+    if checkpoint.folders(run_folder):
+        return None
+    with as_os_error(run_folder):
+        (run_folder / ORIGIN).unlink(missing_ok=True)
+    found = {sibling: checkpoint.folders(sibling) for sibling in _siblings(run_folder)}
+    newest_first = sorted(
+        ((step_of(path), sibling) for sibling, paths in found.items() for path in paths),
+        key=lambda candidate: (-candidate[0], candidate[1].name),
+    )
+    for step, sibling in newest_first:
+        steps = [step_of(path) for path in found[sibling]]
+        if not _has_what_is_averaged(steps, step, settings):
+            continue
+        with _passing_over_damage(folder_of(sibling, step), log):
+            if _is_on_the_way(folder_of(sibling, step), settings):
+                origin = Origin(sibling, step, step / steps[-1])
+                _bring(origin, steps, run_folder, settings, log)
+                return origin
+    with as_os_error(run_folder):
+        (run_folder / ORIGIN).unlink(missing_ok=True)
+    return None
+
+
+def trajectory_of(run_folder: AnyPath) -> str:
+    """The part of the folder's name that all runs of its trajectory share."""
+    key = re.search(r"-([0-9a-f]{12})-\d+(-p\d+)?$", run_folder.name)
+    if key is None:
+        raise ValueError(f"{run_folder} is not named after a run")
+    return key[1]
+
+
+def _siblings(run_folder: AnyPath) -> list[AnyPath]:
+    """The folders of the other runs of its trajectory. The name before it may differ: it tells how they differ."""
+    with as_os_error(run_folder):
+        found: list[AnyPath] = list(run_folder.parent.glob(f"*-{trajectory_of(run_folder)}-*"))
+    return [path for path in found if path.name != run_folder.name]
+
+
+def _is_on_the_way(folder: AnyPath, settings: Train) -> bool:
+    """Whether training by these settings comes past this checkpoint, or ends with it as the run that wrote it."""
+    state = checkpoint.load_state(folder)
+    end = end_of(state, settings)
+    return state.step < end or (state.step == end and state.finished)
+
+
+def _has_what_is_averaged(steps: list[int], start: int, settings: Train) -> bool:
+    """Whether a run that starts at `start`, from the one that has checkpoints of these `steps`, will have all that it
+    averages at max_steps. A longer run has deleted what a shorter one needs. Where it is not longer, its own settings
+    kept fewer, and then fewer are averaged (`write_model` says so): better than to train all of it again."""
+    every, last = settings.checkpoint_every, settings.max_steps
+    averaged = sorted({*range(every, last + 1, every), last})[-settings.average_checkpoints :]
+    return steps[-1] <= last or all(step in steps for step in averaged if step < start)
+
+
+def _bring(
+    origin: Origin, steps: list[int], run_folder: AnyPath, settings: Train, log: Callable[[str], None]
+) -> None:
+    regular = [step for step in steps if step < origin.step and step % settings.checkpoint_every == 0]
+    content = {"run": origin.folder.name, "step": origin.step, "share": origin.share}
+    write_json(run_folder / ORIGIN, content)
+    for step in regular[max(0, len(regular) + 1 - settings.keep_checkpoints) :]:
+        with _passing_over_damage(folder_of(origin.folder, step), log):
+            checkpoint.copy(folder_of(origin.folder, step), folder_of(run_folder, step))
+    checkpoint.copy(folder_of(origin.folder, origin.step), folder_of(run_folder, origin.step))
+
+
+@contextmanager
+def _passing_over_damage(folder: AnyPath, log: Callable[[str], None]) -> Iterator[None]:
+    """Without a word if it is gone: its run may be in training, and has deleted it."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        with as_os_error(folder):
+            if folder.exists():
+                log(f"{error}; not continued from")
