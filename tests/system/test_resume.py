@@ -83,6 +83,16 @@ def test_train_with_more_steps_continues_the_shorter_run_and_ends_as_at_once(tra
         assert [(point.step, point.value) for point in points] == trained.curve(name)
 
 
+def test_train_with_another_average_trains_no_further(trained, tmp_path):
+    project = trained.copy(tmp_path / "project", without=())
+    before = project.checkpoints()
+    project.edit("conf/model/micro.yaml", "train.average_checkpoints", 3)
+    output = project.run("python", "-m", "pipeline.train")
+    assert "train: trained already, to step 400" in output
+    assert project.json("reports/train.json")["averaged_steps"] == [400, 390, 380]
+    assert project.checkpoints() == before
+
+
 def test_train_with_two_workers_ends_with_the_weights_of_one(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     project.edit("params.yaml", "hardware.num_workers", 2)
