@@ -68,7 +68,7 @@ def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(traine
 def test_train_with_more_steps_continues_the_shorter_run_and_ends_as_at_once(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     for steps in (205, 400):
-        project.edit("conf/model/micro.yaml", "train.max_steps", steps)
+        project.edit("params.yaml", "train.max_steps", steps)
         output = project.run("python", "-m", "pipeline.train")
     short, long = sorted({path.parent.name for path in project.checkpoints()})
     assert f"train: {long} continues from {short}, trained to step 205: they differ only in where they end" in output
@@ -86,7 +86,7 @@ def test_train_with_more_steps_continues_the_shorter_run_and_ends_as_at_once(tra
 def test_train_with_another_average_trains_no_further(trained, tmp_path):
     project = trained.copy(tmp_path / "project", without=())
     before = project.checkpoints()
-    project.edit("conf/model/micro.yaml", "train.average_checkpoints", 3)
+    project.edit("params.yaml", "train.average_checkpoints", 3)
     output = project.run("python", "-m", "pipeline.train")
     assert "train: trained already, to step 400" in output
     assert project.json("reports/train.json")["averaged_steps"] == [400, 390, 380]

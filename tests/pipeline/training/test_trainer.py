@@ -251,7 +251,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("hardware.micro_batch_tokens", 97),
     ("model.dropout", 0.3),
     ("model.num_heads", 5),
-    ("seed", 2),
+    ("train.seed", 2),
 ]
 
 
@@ -262,9 +262,9 @@ def test_train_rank_weights_change_with_each_setting_of_the_run_key(data, tmp_pa
     run(data, tmp_path / "again", short)
     assert torch.equal(tensors(tmp_path / "again", 3)["model.embedding.weight"], plain)
     for key, value in CHANGES:
-        section, _, name = key.rpartition(".")
-        inner = replace(getattr(short, section), **{name: value}) if section else value
-        run(data, tmp_path / key, replace(short, **{section or name: inner}))
+        section, _, name = key.partition(".")
+        inner = replace(getattr(short, section), **{name: value})
+        run(data, tmp_path / key, replace(short, **{section: inner}))
         assert not torch.equal(tensors(tmp_path / key, 3)["model.embedding.weight"], plain), key
 
 
