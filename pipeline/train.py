@@ -24,9 +24,10 @@ from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json
-from pipeline.common.paths import FINAL, METRICS, REPORTS
+from pipeline.common.paths import ENCODED, FINAL, METRICS, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.workspace import open_workspace
+from pipeline.training.advice import size_advice
 from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
 from pipeline.training.siblings import continue_sibling
@@ -47,6 +48,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     folder = run_folder(settings, root, key)
     log_how_it_starts(folder, continue_sibling(folder, settings.train, log))
     finished = finished_state(folder, settings.train)
+    for line in () if finished else size_advice(root / ENCODED, settings.model):
+        log(line)
     cluster = nullcontext() if finished else ray_cluster(settings.hardware, root)
     with _store_opening(workspace.tracking_uri) as store_opened, cluster:
         if not finished:

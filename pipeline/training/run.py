@@ -14,6 +14,7 @@ from pipeline.common.settings import Settings, Train
 from pipeline.common.storage import AnyPath, run_storage
 from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
+from pipeline.training.advice import best_validation, overfitting_advice
 from pipeline.training.loop import TrainState
 from pipeline.training.siblings import Origin, trajectory_of
 
@@ -55,8 +56,8 @@ def run_folder(settings: Settings, root: Path, key: str) -> AnyPath:
     return run_storage(root) / CHECKPOINTS.name / name
 
 
-NO_TRAJECTORY = ("max_steps", "patience", "log_every", "keep_checkpoints", "average_checkpoints")
-"""The settings of `train` that say where training ends and what is kept of it, not which steps it takes."""
+NO_TRAJECTORY = ("max_steps", "patience", "log_every", "bleu_sentences", "keep_checkpoints", "average_checkpoints")
+"""The settings of `train` that say where training ends, what is looked at and kept, but not which steps it takes."""
 
 
 def run_key(settings: Settings, root: Path) -> str:
@@ -115,7 +116,9 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
                 "step": state.step,
             },
         )
-    last = state.validation_curve[-1]
+    last, best = state.validation_curve[-1], best_validation(state.validation_curve)
+    if advice := overfitting_advice(state.validation_curve):
+        log(advice)
     return {
         "steps": state.step,
         "epochs": state.position.epoch,
@@ -126,6 +129,8 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
         "valid_loss": last["valid_loss"],
         "valid_ppl": last["valid_ppl"],
         "valid_ppl_word": last["valid_ppl_word"],
+        "best_valid_ppl": best["valid_ppl"],
+        "best_valid_step": int(best["step"]),
         "parameters": sum(value.numel() for value in weights.values()),
         "averaged_steps": steps,
     }

@@ -193,8 +193,19 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
     assert metrics.pop("parameters") == sum(p.numel() for p in model.parameters())
     assert metrics == {
         "steps": 9, "epochs": 0, "tokens": 700, "train_seconds": 2.0, "tokens_per_second": 350.0, "train_loss": 2.5,
-        "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5, "averaged_steps": [9, 6],
+        "valid_loss": 1.5, "valid_ppl": 4.5, "valid_ppl_word": 9.5, "best_valid_ppl": 4.5, "best_valid_step": 9,
+        "averaged_steps": [9, 6],
     }  # fmt: skip
+
+
+def test_write_model_says_that_the_best_validation_was_long_before_the_end(root, tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "grammar-mini-1-0123456789ab-9", 9, finished=True).parent
+    state = checkpoint.finished_state(folder, SETTINGS.train)
+    assert state is not None
+    state.validation_curve.insert(0, {"step": 4, "valid_loss": 1.2, "valid_ppl": 3.3, "valid_ppl_word": 7.0})
+    metrics = write_model(TrainResult("", "", folder, state, ""), SETTINGS, root, tmp_path / "final")
+    assert (metrics["best_valid_ppl"], metrics["best_valid_step"], metrics["valid_ppl"]) == (3.3, 4, 4.5)
+    assert "train: the best validation loss was at step 4 of 9 (perplexity 3.30 then, 4.50" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
