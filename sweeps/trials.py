@@ -24,6 +24,7 @@ EVALUATION_CODE = (
     "pipeline/inference/ctranslate2_export.py",
     "pipeline/inference/evaluation.py",
     "pipeline/inference/metrics.py",
+    "pipeline/inference/split.py",
     "pipeline/inference/torch_engine.py",
     "pipeline/inference/translate.py",
     "pipeline/training/checkpoint.py",

@@ -28,8 +28,8 @@ BASE = TransformerConfig(
 """The paper's base model (Table 3)."""
 TRAIN = Train(
     seed=1, label_smoothing=0.1, batch_tokens=170, max_steps=9, warmup_steps=3, lr_scale=0.5, beta1=0.9, beta2=0.98,
-    eps=1e-9, max_grad_norm=0.0, log_every=1, validate_every=4, patience=0, checkpoint_every=3, keep_checkpoints=5,
-    average_checkpoints=2,
+    eps=1e-9, max_grad_norm=0.0, log_every=1, validate_every=4, bleu_sentences=0, patience=0,
+    checkpoint_every=3, keep_checkpoints=5, average_checkpoints=2,
 )  # fmt: skip
 PAIRS = {"train": 97, "valid": 13, "test": 3}
 """Sentence pairs in each split of `write_corpus`."""

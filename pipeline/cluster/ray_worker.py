@@ -19,6 +19,7 @@ from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, as_os_error
 from pipeline.data.workspace import Workspace
+from pipeline.inference.sample_scores import SampleScorer
 from pipeline.training import checkpoint
 from pipeline.training.loop import NotFiniteError, TrainState
 from pipeline.training.trainer import rate_of_step, train_rank
@@ -59,9 +60,10 @@ def run_worker(options: dict[str, Any]) -> str | None:
 
     try:
         _check_storage(config.run_folder)
+        data_root, scored = config.workspace.data_root(), config.settings.train.bleu_sentences > 0
         train_rank(
             config.settings,
-            config.workspace.data_root() / ENCODED,
+            data_root / ENCODED,
             config.run_folder,
             rank=rank,
             num_ranks=num_ranks,
@@ -69,6 +71,7 @@ def run_worker(options: dict[str, Any]) -> str | None:
             report=report,
             progress=reports.step_done if reports else lambda state, loss: None,
             log=reports.log if reports else lambda message: None,
+            score=SampleScorer(config.settings, data_root) if reports and scored else None,
         )
     except NotFiniteError as error:  # on all workers alike
         return str(error)

@@ -140,6 +140,7 @@ class Train:
     max_grad_norm: NotNegative
     log_every: Count
     validate_every: Count
+    bleu_sentences: CountOrZero
     patience: CountOrZero
     checkpoint_every: Count
     keep_checkpoints: Count

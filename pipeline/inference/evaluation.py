@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +13,18 @@ from tqdm import tqdm
 
 from model.perplexity import cross_entropy, perplexity
 from model.transformer import Transformer
-from pipeline.common.paths import CLEAN, ENCODED, FINAL, REPORTS, TOKENIZER
+from pipeline.common.paths import FINAL, REPORTS, TOKENIZER
 from pipeline.common.settings import Evaluate, Settings
 from pipeline.data.batching import MicroBatch, batches_to_read, collate
-from pipeline.data.dataset import EncodedSplit, load_tokenizer
+from pipeline.data.dataset import load_tokenizer
 from pipeline.inference.metrics import bleu_by_length, chrf, length_ratio, lowercase_bleu, paper_bleu, sacre_bleu
 from pipeline.inference.reports import Evaluation, Translated, log_to_mlflow, write_reports
+from pipeline.inference.split import Split, read_split
 from pipeline.inference.translate import Translation, translate
 from pipeline.training.checkpoint import load_model
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-
-
-@dataclass(frozen=True)
-class Split:
-    """Sentence pairs as tokens and as text."""
-
-    name: str
-    tokens: EncodedSplit
-    sources: list[str]
-    references: list[str]
 
 
 def evaluate_run(
@@ -141,23 +131,6 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
     if not math.isfinite(total):
         raise ValueError(f"{label}: the model's loss is {total}; train it anew with a lower train.lr_scale")
     return perplexity(total, num_tokens), perplexity(total, max(1, num_words))
-
-
-def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
-    """Raises ValueError if text and tokens do not belong together."""
-    tokens = EncodedSplit.open(root / ENCODED, name)
-    texts = []
-    for code in (src, tgt):
-        path = root / CLEAN / f"{name}.{code}"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: run the validate stage first")
-        texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-        if len(texts[-1]) != len(tokens):
-            raise ValueError(
-                f"{path} has {len(texts[-1])} lines, {root / ENCODED} {len(tokens)} sentences: "
-                "run the tokenize stage again"
-            )
-    return Split(name, tokens, *texts)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

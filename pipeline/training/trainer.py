@@ -31,12 +31,13 @@ def train_rank(
     report: Callable[[dict[str, float], int], None],
     progress: Callable[[TrainState, float], None],
     log: Callable[[str], None],
+    score: Callable[[Transformer], dict[str, float]] | None = None,
 ) -> TrainState:
     """Train on the encoded corpus in `data` to the end, from the last checkpoint in `run_folder` if there is one.
 
     Every rank calls this with the same arguments; `report` gets metrics and their step, `progress` the state and the
-    loss after each step, `log` a line for the user. Raises NotFiniteError, and ValueError for data that does not fit
-    the settings.
+    loss after each step, `log` a line for the user. At each validation, `score` adds metrics of the model, on rank 0
+    alone. Raises NotFiniteError, and ValueError for data that does not fit the settings.
     """
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
     info = CorpusInfo.open(data)
@@ -63,6 +64,7 @@ def train_rank(
             "valid_loss": total / tokens,
             "valid_ppl": perplexity(total, tokens),
             "valid_ppl_word": perplexity(total, info.words["valid"]["tgt"]),
+            **(score(model) if score and rank == 0 else {}),
         }
 
     def write_checkpoint(state: TrainState) -> None:

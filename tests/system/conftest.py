@@ -48,7 +48,7 @@ MODEL = {
     | dict(positions="sinusoidal", norm="post", max_length=256),
     "train": dict(seed=1, label_smoothing=0.1, batch_tokens=700, max_steps=400, warmup_steps=50, lr_scale=1.0)
     | dict(beta1=0.9, beta2=0.98, eps=1e-9, max_grad_norm=0.0, log_every=7, validate_every=100, patience=0)
-    | dict(checkpoint_every=10, keep_checkpoints=100, average_checkpoints=2),
+    | dict(bleu_sentences=10, checkpoint_every=10, keep_checkpoints=100, average_checkpoints=2),
 }
 HARDWARE = {
     "hardware": dict(num_workers=1, device="cpu", cpus_per_worker=1, precision="fp32", compile=False)

@@ -137,6 +137,11 @@ def test_write_csv_quotes_what_needs_it_and_leaves_none_empty(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == b'row,bleu\n"base, or so",25.8\n"the ""big"" one",\n'
 
 
+def test_csv_text_has_the_columns_of_all_rows():
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0, "bleu": 7.5}]
+    assert csv_text(rows) == "step,loss,bleu\n1,2.5,\n2,2.0,7.5\n"
+
+
 def test_csv_text_of_no_row_is_empty():
     assert csv_text([]) == ""
 

@@ -110,6 +110,7 @@ def test_run_key_names_code_that_is_missing(root):
         (settings(train={"max_steps": 10}), True),
         (settings(train={"patience": 3}), True),
         (settings(train={"log_every": 3, "keep_checkpoints": 3, "average_checkpoints": 1}), False),
+        (settings(train={"bleu_sentences": 7}), False),
     ],
 )
 def test_run_key_changes_with_the_settings_that_decide_the_weights(root, changed, is_another_run):

@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.batching import BatchPlan
 from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, loop
 from pipeline.training.loop import TrainState
 from pipeline.training.trainer import batch_plan, rate_of_step, share_advice, train_rank
 from tests.factories import PAIRS, VALID_WORDS, write_corpus
@@ -129,6 +129,24 @@ def test_train_rank_validates_by_the_cross_entropy_of_torch(data, tmp_path):
     assert last["valid_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert last["valid_ppl"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     assert last["valid_ppl_word"] == pytest.approx(math.exp(total / VALID_WORDS), rel=1e-3)
+
+
+def test_train_rank_scores_at_each_validation_on_rank_0_and_not_in_the_time_of_steps(data, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def later(seconds: float) -> float:
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: later(1)))
+    for rank, scores in ((0, [7.5] * 3), (1, [None] * 3)):
+        state = train_rank(
+            make_settings(), data, tmp_path / f"{rank}", rank=rank, num_ranks=2, device=torch.device("cpu"),
+            report=lambda metrics, step: None, progress=lambda state, loss: None, log=lambda line: None,
+            score=lambda model: {"valid_bleu": 7.5, "other": later(100)},
+        )  # fmt: skip
+        assert [point.get("valid_bleu") for point in state.validation_curve] == scores
+        assert state.seconds == 9.0  # one a step
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
