@@ -79,7 +79,7 @@ def test_repro_leaves_one_finished_mlflow_run_with_its_sources(trained):
 @pytest.mark.parametrize(
     ("metric", "report"),
     [(name, "training_curve") for name in ("train_loss", "learning_rate", "tokens_per_second", "grad_norm")]
-    + [(name, "validation_curve") for name in ("valid_loss", "valid_ppl", "valid_ppl_word")],
+    + [(f"valid_{name}", "validation_curve") for name in ("loss", "ppl", "ppl_word", "bleu", "chrf")],
 )
 def test_mlflow_curve_equals_the_report(trained, metric, report):
     with (trained.root / f"reports/{report}.csv").open() as file:
