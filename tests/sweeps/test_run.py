@@ -1,8 +1,46 @@
-"""What a trial takes of a cluster. The sweep itself is run by tests/system/test_sweep.py."""
+"""What a trial takes of a cluster, and what it begins with. The sweep itself is run by tests/system/test_sweep.py."""
 
+from typing import Any
+
+import pytest
+import torch
+
+from model.transformer import Transformer
+from pipeline.data.workspace import Workspace
+from pipeline.training import checkpoint
+from pipeline.training.loop import TrainState, adam
+from sweeps import run
 from sweeps.run import TrialResources
+from sweeps.table3 import Row
+from sweeps.trials import Trial
+from tests.factories import config, settings
 
 
 def test_num_devices_counts_gpus_or_the_cpus_of_all_workers():
     assert TrialResources(use_gpu=True, cpus_per_worker=7, num_workers=3).num_devices == 3
     assert TrialResources(use_gpu=False, cpus_per_worker=7, num_workers=3).num_devices == 21
+
+
+@pytest.mark.parametrize(("max_steps", "finished"), [(5, True), (20, False)])
+def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path, monkeypatch, max_steps, finished):
+    folders = {steps: tmp_path / f"checkpoints/grammar-mini-3-0123456789ab-{steps}" for steps in (5, 20)}
+    model = Transformer(config())
+    optimizer = adam(model, 0.9, 0.98, 1e-9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    checkpoint.save(folders[5], model, optimizer, TrainState(step=5, finished=True), {}, keep=1)
+    begun: list[Any] = []
+
+    def training_run(*arguments: Any, **named: Any) -> None:
+        begun.extend(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "training_run", training_run)
+    row = Row("base", "base", "base", "base", {})
+    trial = Trial(row, 3, settings(train={"max_steps": max_steps}), folders[max_steps], "key", "run key")
+    with pytest.raises(InterruptedError):
+        run._train_and_evaluate(trial, Workspace(tmp_path, tmp_path, None, ""), "parent")
+    assert [checkpoint.step_of(path) for path in checkpoint.folders(trial.folder)] == [5]
+    assert begun[3] == trial.folder
+    assert (begun[4] is not None) == finished
