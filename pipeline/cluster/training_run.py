@@ -24,7 +24,7 @@ from pipeline.data.workspace import Workspace
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
 from pipeline.training.run import TrainResult, log
-from pipeline.training.siblings import origin_of
+from pipeline.training.siblings import all_of_trajectory, origin_of
 
 
 class TrainingError(RuntimeError):
@@ -62,7 +62,7 @@ def training_run(
         all_tags = _cluster_tags(settings.hardware, gpu, cpus) | all_tags
         last_sign_at = total_usage(folder).last_sign_at
     elif show:
-        log(f"trained already, to step {state.step}; to train again, delete {folder}")
+        log(f"trained already, to step {state.step}; to train again, delete {all_of_trajectory(folder)}")
     run_id = open_run(uri, settings, key, all_tags, workspace.root, last_sign_at)
     with run_guard(uri, run_id):
         if state is None:

@@ -16,7 +16,7 @@ from pipeline.data.dataset import CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.advice import best_validation, overfitting_advice
 from pipeline.training.loop import TrainState
-from pipeline.training.siblings import Origin, trajectory_of
+from pipeline.training.siblings import Origin, all_of_trajectory
 
 WEIGHTS_CODE = (
     "model/config.py",
@@ -140,11 +140,10 @@ def _log_fewer_averaged(number: int, last: int, settings: Train, folder: AnyPath
     """Say that `number` checkpoints, fewer than a run to the step `last` writes, are averaged, and why."""
     written = last // settings.checkpoint_every + bool(last % settings.checkpoint_every)
     if number < min(settings.average_checkpoints, written):
-        runs = folder.parent / f"*-{trajectory_of(folder)}-*"
         log(
             f"{number} checkpoints are averaged, not {settings.average_checkpoints} (train.average_checkpoints): "
             "when they were written, train.keep_checkpoints or a sweep kept fewer, or some are damaged; to have all, "
-            f"delete {runs} and train again"
+            f"delete {all_of_trajectory(folder)} and train again"
         )
 
 

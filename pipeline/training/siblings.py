@@ -75,6 +75,11 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
     return None
 
 
+def all_of_trajectory(run_folder: AnyPath) -> AnyPath:
+    """A pattern for this run's folder and those of its siblings: without all of them, it begins at step 0."""
+    return run_folder.parent / f"*-{trajectory_of(run_folder)}-*"
+
+
 def trajectory_of(run_folder: AnyPath) -> str:
     """The part of the folder's name that all runs of its trajectory share."""
     key = re.search(r"-([0-9a-f]{12})-\d+(-p\d+)?$", run_folder.name)
@@ -86,7 +91,7 @@ def trajectory_of(run_folder: AnyPath) -> str:
 def _siblings(run_folder: AnyPath) -> list[AnyPath]:
     """The folders of the other runs of its trajectory. The name before it may differ: it tells how they differ."""
     with as_os_error(run_folder):
-        found: list[AnyPath] = list(run_folder.parent.glob(f"*-{trajectory_of(run_folder)}-*"))
+        found: list[AnyPath] = list(run_folder.parent.glob(all_of_trajectory(run_folder).name))
     return [path for path in found if path.name != run_folder.name]
 
 
