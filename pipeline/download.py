@@ -107,7 +107,7 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
     paths = {}
     with _bar("verify" if folder else "download", total, initial=have) as bar:
         for name, file in remote.items():
-            bar.set_postfix_str(file.path)
+            bar.set_postfix_str(Path(file.path).name)
             if folder is not None:
                 paths[name] = folder / file.path
                 _check_mirrored(paths[name], file)
@@ -171,7 +171,7 @@ def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
 
 def _fetch_part(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
     def request() -> None:
-        bar.set_postfix_str(file.path)
+        bar.set_postfix_str(Path(file.path).name)
         _request_rest(url, file, part, bar)
 
     def log(error: Exception, pause_s: float) -> None:

@@ -28,7 +28,7 @@ def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:
     with as_os_error(storage):
         if not (target / SUMS).exists():
             size = sum(path.stat().st_size for path in paths)
-            with tqdm(total=size, desc=f"publish to {storage}", unit="B", unit_scale=True) as bar:
+            with tqdm(total=size, desc="publish", unit="B", unit_scale=True) as bar:
                 names = {path: path.relative_to(root).as_posix() for path in paths}
                 sums = {name: copy_file(path, target / name, bar.update) for path, name in names.items()}
             write_text(target / SUMS, sums_text(sums))  # last: with it the folder is whole

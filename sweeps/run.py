@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.cluster.accounting import has_begun_since, total_usage
 from pipeline.cluster.preflight import preflight
-from pipeline.cluster.progress import PROGRESS_FILE, PROGRESS_INTERVAL_S, show_bar, steps_done
+from pipeline.cluster.progress import PROGRESS_FILE, PROGRESS_INTERVAL_S, SHARE, show_bar, steps_done, trials_text
 from pipeline.cluster.ray_cluster import ray_cluster
 from pipeline.cluster.resources import capacity, node_resources, share_of_each_worker, this_node_resource
 from pipeline.cluster.training_run import TrainingError, training_run
@@ -352,11 +352,11 @@ def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
             running += record is None and has_begun_since(trial.folder, started)
         failed = statuses.count("failed")
         done = len(statuses) - failed
-        return steps, f"trials: {done} done, {running} running, {failed} failed, {len(trials)} in all"
+        return steps, trials_text(len(trials), done, running, failed)
 
     total = sum(trial.settings.train.max_steps for trial in trials)
     interval_s = max(LOOK_INTERVAL_S, interval_of(trials[0].folder, PROGRESS_INTERVAL_S))
-    return show_bar("sweep", total, interval_s, look)
+    return show_bar("sweep", total, interval_s, look, SHARE)
 
 
 def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:

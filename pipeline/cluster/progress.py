@@ -19,6 +19,9 @@ from pipeline.common.storage import AnyPath, as_os_error
 PROGRESS_FILE = "progress.json"
 """In a run's folder."""
 PROGRESS_INTERVAL_S = 0.5
+STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+SHARE = "{l_bar}{bar}| {remaining} left{postfix}"
+"""What a bar shows, for tqdm; both leave room for the longest texts on a line of 80 columns."""
 REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
 """A log keeps every state of the bar."""
 
@@ -74,9 +77,12 @@ def show_progress(path: AnyPath, total: int, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def show_bar(name: str, total: int, interval_s: float, look: Callable[[], tuple[int, str] | None]) -> Iterator[None]:
-    """Draw a bar of `total` steps until the block ends. `look`, called every `interval_s` seconds and once more at
-    the end, returns how many are done and a text; None, or OSError of a store that is away, means nothing new."""
+def show_bar(
+    name: str, total: int, interval_s: float, look: Callable[[], tuple[int, str] | None], form: str = STEPS
+) -> Iterator[None]:
+    """Draw a bar of `total` steps until the block ends, by `form`. `look`, called every `interval_s` seconds and once
+    more at the end, returns how many are done and a text; None, or OSError of a store that is away, means nothing
+    new."""
     done = threading.Event()
 
     def draw() -> None:
@@ -93,7 +99,7 @@ def show_bar(name: str, total: int, interval_s: float, look: Callable[[], tuple[
             step, text = found
             if bar is None:  # now, because the bar's estimate of the time left begins where a resumed run begins
                 bar = tqdm(
-                    total=total, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=REDRAW_S
+                    total=total, initial=step, desc=name, bar_format=form, dynamic_ncols=True, mininterval=REDRAW_S
                 )
             bar.set_postfix_str(text, refresh=False)
             bar.update(step - bar.n)
@@ -107,6 +113,18 @@ def show_bar(name: str, total: int, interval_s: float, look: Callable[[], tuple[
     finally:
         done.set()
         thread.join()
+
+
+def training_text(loss: float, valid_ppl: float | None, tokens_per_second: float) -> str:
+    """What stands beside the bar of a training: numbers of three digits."""
+    shown = {"loss": loss} if valid_ppl is None else {"loss": loss, "ppl": valid_ppl}
+    numbers = [f"{name} {tqdm.format_sizeof(value)}" for name, value in shown.items()]
+    return ", ".join([*numbers, f"{tqdm.format_sizeof(tokens_per_second)} tok/s"])
+
+
+def trials_text(num_trials: int, done: int, running: int, failed: int) -> str:
+    """What stands beside the bar of a sweep."""
+    return f"trials: {done} of {num_trials} done, {running} running, {failed} failed"
 
 
 def steps_done(path: AnyPath) -> int:

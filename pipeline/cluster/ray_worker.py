@@ -5,6 +5,7 @@ processes would wait for it.
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from ray.train.torch import get_device
 
 from pipeline.cluster.accounting import UsageRecorder
-from pipeline.cluster.progress import PROGRESS_FILE, ProgressReporter
+from pipeline.cluster.progress import PROGRESS_FILE, ProgressReporter, training_text
 from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
@@ -22,7 +23,7 @@ from pipeline.data.workspace import Workspace
 from pipeline.inference.sample_scores import SampleScorer
 from pipeline.training import checkpoint
 from pipeline.training.loop import NotFiniteError, TrainState
-from pipeline.training.trainer import rate_of_step, train_rank
+from pipeline.training.trainer import train_rank
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,19 @@ def run_worker(options: dict[str, Any]) -> str | None:
     try:
         _check_storage(config.run_folder)
         data_root, scored = config.workspace.data_root(), config.settings.train.bleu_sentences > 0
-        train_rank(
-            config.settings,
-            data_root / ENCODED,
-            config.run_folder,
-            rank=rank,
-            num_ranks=num_ranks,
-            device=get_device(),
-            report=report,
-            progress=reports.step_done if reports else lambda state, loss: None,
-            log=reports.log if reports else lambda message: None,
-            score=SampleScorer(config.settings, data_root) if reports and scored else None,
-        )
+        with _system_metrics(config, context):
+            train_rank(
+                config.settings,
+                data_root / ENCODED,
+                config.run_folder,
+                rank=rank,
+                num_ranks=num_ranks,
+                device=get_device(),
+                report=report,
+                progress=reports.step_done if reports else lambda state, loss: None,
+                log=reports.log if reports else lambda message: None,
+                score=SampleScorer(config.settings, data_root) if reports and scored else None,
+            )
     except NotFiniteError as error:  # on all workers alike
         return str(error)
     except (ValueError, checkpoint.DiskFullError, torch.OutOfMemoryError) as error:
@@ -87,12 +89,21 @@ def run_worker(options: dict[str, Any]) -> str | None:
     return None
 
 
+def _system_metrics(config: WorkerConfig, context: Any) -> AbstractContextManager[None]:
+    """Of this node, by the first of its workers."""
+    if not config.settings.tracking.system_metrics or context.get_local_rank() != 0:
+        return nullcontext()
+    from pipeline.tracking.system_metrics import system_metrics
+
+    node = f"node_{context.get_node_rank()}" if context.get_world_size() > 1 else None
+    return system_metrics(config.workspace.tracking_uri, config.run_id, node)
+
+
 class _Reports:
     """What rank 0 reports: progress to the driver, usage to the run's folder, curves to MLflow."""
 
     def __init__(self, config: WorkerConfig, num_ranks: int) -> None:
         self._config = config
-        self._learning_rate = rate_of_step(config.settings)
         self._progress = ProgressReporter(config.progress_file)
         self._usage = UsageRecorder(config.run_folder, devices=num_ranks * (1 if config.gpu else config.cpus))
         self._curves: Any = None  # a MetricWriter, from the first metrics on
@@ -106,9 +117,8 @@ class _Reports:
 
     def step_done(self, state: TrainState, loss: float) -> None:
         self._usage.count_step()
-        valid = f"valid ppl {state.validation_curve[-1]['valid_ppl']:.2f}, " if state.validation_curve else ""
-        speed, rate = state.tokens / state.seconds, self._learning_rate(state.step)
-        self._progress.progress(state.step, f"loss {loss:.3f}, {valid}{speed:,.0f} tokens/s, rate {rate:.1e}")
+        valid_ppl = state.validation_curve[-1]["valid_ppl"] if state.validation_curve else None
+        self._progress.progress(state.step, training_text(loss, valid_ppl, state.tokens / state.seconds))
 
     def log(self, message: str) -> None:
         self._progress.log(message)

@@ -220,9 +220,10 @@ class Sweep:
 
 @checked
 class Tracking:
-    """Where MLflow shows the runs."""
+    """Where MLflow shows the runs, and whether with the use of the machine."""
 
     experiment: str
+    system_metrics: bool
 
 
 @dataclass(frozen=True, kw_only=True)

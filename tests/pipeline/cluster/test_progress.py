@@ -4,9 +4,19 @@ import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from pipeline.cluster import progress
-from pipeline.cluster.progress import ProgressReporter, show_bar, show_progress, steps_done
+from pipeline.cluster.progress import (
+    SHARE,
+    STEPS,
+    ProgressReporter,
+    show_bar,
+    show_progress,
+    steps_done,
+    training_text,
+    trials_text,
+)
 from pipeline.common import periodic
 
 
@@ -132,3 +142,40 @@ def test_steps_done_can_be_asked_from_outside(tmp_path):
         assert steps_done(path) == number
     path.write_text('{"step": 1')
     assert steps_done(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "text"),
+    [
+        ("train", STEPS, training_text(10.1234, 36_999.1234, 123_456.7)),
+        ("sweep", SHARE, trials_text(num_trials=128, done=100, running=64, failed=13)),
+    ],
+)
+def test_bars_are_whole_in_a_line_of_80_columns(name, form, text):
+    done, total, seconds = 30_000, 300_000, 4e4  # 100 hours are left
+    line = tqdm.format_meter(done, total, seconds, ncols=80, prefix=name, bar_format=form, postfix=text)
+    assert len(line) == 80
+    assert line.startswith(f"{name}:  10%|")
+    assert line.endswith(f"100:00:00 left, {text}")
+
+
+def test_texts_beside_the_bars_have_three_digits():
+    assert training_text(10.1234, None, 12_345.6) == "loss 10.1, 12.3k tok/s"
+    assert training_text(1.2345, 36_999.1, 987.6) == "loss 1.23, ppl 37.0k, 988 tok/s"
+    assert trials_text(9, done=4, running=2, failed=1) == "trials: 4 of 9 done, 2 running, 1 failed"
+
+
+@pytest.mark.parametrize("name", ["translate, valid", "perplexity, valid"])
+def test_bars_of_sentences_are_whole_in_a_line_of_80_columns(name):
+    line = tqdm.format_meter(12_345, 12_345, 36_000, ncols=80, prefix=name, unit=" sentences", rate=123.4)
+    assert len(line) == 80
+    assert line.endswith("123.40 sentences/s]")
+
+
+@pytest.mark.parametrize("name", ["download", "verify", "unpack", "publish"])
+def test_bars_of_bytes_are_whole_in_a_line_of_80_columns(name):
+    line = tqdm.format_meter(
+        4e9, 5e9, 3_500, ncols=80, prefix=name, unit="B", unit_scale=True, rate=1e8, postfix="test_2016_flickr.en.gz"
+    )
+    assert len(line) == 80
+    assert line.endswith("100MB/s, test_2016_flickr.en.gz]")
