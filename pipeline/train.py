@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.preflight import preflight
-from pipeline.cluster.ray_cluster import ray_cluster
+from pipeline.cluster.ray_cluster import needs_no_workers, ray_cluster
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json
@@ -50,7 +50,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
     finished = finished_state(folder, settings.train)
     for line in () if finished else size_advice(root / ENCODED, settings.model):
         log(line)
-    cluster = nullcontext() if finished else ray_cluster(settings.hardware, root)
+    in_process = needs_no_workers(settings.hardware)
+    cluster = nullcontext() if finished or in_process else ray_cluster(settings.hardware, root)
     with _store_opening(workspace.tracking_uri) as store_opened, cluster:
         if not finished:
             preflight(settings.hardware, workspace)
@@ -60,7 +61,7 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
         from pipeline.tracking.views import share_runs_view
 
         reconcile(workspace.tracking_uri, settings.tracking.experiment)
-        with training_run(settings, workspace, key, folder, finished) as run:
+        with training_run(settings, workspace, key, folder, finished, in_process=in_process) as run:
             metrics = write_model(run, settings, root, root / FINAL)
             write_json(root / REPORTS / "train.json", metrics)
             shown = {"steps": metrics["steps"], "tokens_per_s": round(metrics["tokens_per_second"])}

@@ -5,7 +5,8 @@
 Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which `python -m sweeps.report` makes the
 table.
 
-A trial is what the train stage and then the evaluate stage do. Its result is kept with its checkpoints, in a folder
+A trial is what the train stage and then the evaluate stage do. On this machine, with one worker a trial, both run in
+a process of Tune's, which goes on to the next trial. A trial's result is kept with its checkpoints, in a folder
 that is named after all that decides it. So the same command goes on after `kill -9`: finished trials are kept,
 others continue from their checkpoints, failed ones are tried again, and rows or seeds that were added run. With
 RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster.
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
+import ray.train
 import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -36,12 +38,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.cluster.accounting import has_begun_since, total_usage
 from pipeline.cluster.preflight import preflight
 from pipeline.cluster.progress import PROGRESS_FILE, PROGRESS_INTERVAL_S, SHARE, show_bar, steps_done, trials_text
-from pipeline.cluster.ray_cluster import ray_cluster
+from pipeline.cluster.ray_cluster import needs_no_workers, ray_cluster
 from pipeline.cluster.resources import capacity, node_resources, share_of_each_worker, this_node_resource
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
-from pipeline.common.environment import RAY_MANY_TRIALS, TRACKING_URI_ENV, TUNE, environment
+from pipeline.common.environment import TRACKING_URI_ENV, TUNE, environment
 from pipeline.common.machine import machine_name
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
@@ -76,8 +78,9 @@ def run_sweep(root: Path) -> None:
     experiment = sweep.base.tracking.experiment
     title = f"Table 3: {setup_name(sweep.base)}"
     asha = sweep.base.sweep.scheduler == "asha"
-    cluster = ray_cluster(sweep.base.hardware, root, dashboard=asha) if to_run else nullcontext()
-    with environment(RAY_MANY_TRIALS, TUNE), cluster:
+    with_workers = not all(needs_no_workers(trial.settings.hardware) for trial in to_run)
+    cluster = ray_cluster(sweep.base.hardware, root, dashboard=asha and with_workers) if to_run else nullcontext()
+    with environment({}, TUNE), cluster:
         if to_run:
             preflight(sweep.base.hardware, workspace)
         reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
@@ -119,7 +122,7 @@ def _run_trials(sweep: SweepPlan, to_run: list[Trial], workspace: Workspace, par
     try:
         with _show_progress(sweep.trials):
             for resources, group in groupby(sorted(to_run, key=_resources_of, reverse=True), key=_resources_of):
-                _tune(list(group), slots[resources], workspace, parent)
+                _tune(list(group), resources, slots[resources], workspace, parent)
     finally:
         end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
 
@@ -134,15 +137,24 @@ def _measure(workspace: Workspace, settings: Settings, root: Path, device: torch
 
 
 class TrialResources(NamedTuple):
-    """What a trial takes."""
+    """What a trial takes. `in_process`: for Tune's own process of the trial, otherwise for workers of Ray Train."""
 
     use_gpu: bool
     cpus_per_worker: int
     num_workers: int
+    in_process: bool
 
     @property
     def num_devices(self) -> int:
         return self.num_workers * (1 if self.use_gpu else self.cpus_per_worker)
+
+    @property
+    def of_tune(self) -> dict[str, float]:
+        """What Tune is asked for. Where there are workers, it starts their driver. That takes no CPU, for the workers
+        could not start beside it, and runs on this node, where `root` is and whose end is the sweep's too."""
+        if not self.in_process:
+            return {this_node_resource(): 1e-4}
+        return {"cpu": self.cpus_per_worker, "gpu": int(self.use_gpu)}
 
 
 def _resources_of(trial: Trial) -> TrialResources:
@@ -152,13 +164,14 @@ def _resources_of(trial: Trial) -> TrialResources:
         raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
     hardware = trial.settings.hardware
     room = capacity(node_resources(), cpus, gpu)
-    return TrialResources(gpu, cpus, max(hardware.min_workers, min(hardware.max_workers, room)))
+    num_workers = max(hardware.min_workers, min(hardware.max_workers, room))
+    return TrialResources(gpu, cpus, num_workers, needs_no_workers(hardware))
 
 
 def _num_concurrent(resources: TrialResources) -> int:
     """How many such trials run at once. Ray does not count a trial's workers as the trial's, so that Tune
     would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
-    gpu, cpus, num_workers = resources
+    gpu, cpus, num_workers, _ = resources
     room = capacity(node_resources(), cpus, gpu)
     if room < num_workers:
         raise ValueError(
@@ -168,11 +181,12 @@ def _num_concurrent(resources: TrialResources) -> int:
     return room // num_workers
 
 
-def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) -> None:
+def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace: Workspace, parent: str) -> None:
     """Run these trials, `slots` at a time. Afterwards each has a record, unless this process was interrupted."""
     by_id = {trial.id: trial for trial in trials}
     scheduler = None
     asha = trials[0].settings.sweep.scheduler == "asha"
+    max_failures = trials[0].settings.hardware.max_failures
     if asha:
         # Not by Tune's count of reports, which starts at zero after a kill. The last trials are not ended at their
         # last step: they still have to be evaluated.
@@ -187,20 +201,26 @@ def _tune(trials: list[Trial], slots: int, workspace: Workspace, parent: str) ->
             reduction_factor=REDUCTION,
             stop_last_trials=False,
         )
-    # The driver of a trial takes no CPU: its workers could not start beside it. It runs on this node, where `root` is
-    # and whose end is the sweep's too; the others may die.
-    trainable = ray.tune.with_parameters(run_trial, trials=by_id, workspace=workspace, parent=parent)
-    trainable = ray.tune.with_resources(trainable, {this_node_resource(): 1e-4})
+    trainable = ray.tune.with_parameters(
+        run_trial, trials=by_id, resources=resources, workspace=workspace, parent=parent
+    )
     folder = workspace.root / CHECKPOINTS / ".tune"
     results = ray.tune.Tuner(
-        trainable,
+        ray.tune.with_resources(trainable, resources.of_tune),
         param_space={"trial": ray.tune.grid_search(list(by_id))},
         tune_config=ray.tune.TuneConfig(
             max_concurrent_trials=slots,
             scheduler=scheduler,
-            reuse_actors=not asha,  # seconds of imports a trial; one that is ended by the scheduler has to go
+            # Seconds of imports a trial. The driver of workers that a scheduler ends has to go.
+            reuse_actors=resources.in_process or not asha,
         ),
-        run_config=ray.tune.RunConfig(name=folder.name, storage_path=str(folder.parent), verbose=0),
+        run_config=ray.tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            verbose=0,
+            # Workers are started again by Ray Train.
+            failure_config=ray.tune.FailureConfig(max_failures if resources.in_process else 0),
+        ),
     ).fit()
     for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
         trial = by_id[result.config["trial"]]  # type: ignore[index]
@@ -238,15 +258,17 @@ def _end(trial: Trial, status: str, reason: str, workspace: Workspace) -> None:
 def run_trial(
     config: dict[str, Any],
     trials: dict[str, Trial],
+    resources: TrialResources,
     workspace: Workspace,
     parent: str,
 ) -> None:
-    """One trial, as Tune runs it: train, then evaluate. Its own failures are a record, not Tune's business: Ray Train
-    has tried again already."""
+    """One trial, as Tune runs it: train, then evaluate. If its process dies, Tune starts it again, and it goes on
+    from its last checkpoint. Its own failures are a record, not Tune's business: they would come again, and where
+    there are workers Ray Train has tried again already."""
     trial = trials[config["trial"]]
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     try:
-        trial.write_record(_train_and_evaluate(trial, workspace, parent))
+        trial.write_record(_train_and_evaluate(trial, resources, workspace, parent))
     except ray.exceptions.RayActorError:
         raise  # Ray Train's controller is gone: the scheduler has ended this trial, or its node is down
     except Exception as error:
@@ -260,7 +282,7 @@ def run_trial(
             remove(folder)  # the weights of the result stay
 
 
-def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict[str, Any]:
+def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Workspace, parent: str) -> dict[str, Any]:
     """Run a trial; returns its record."""
     started = time.time()
     tags = {
@@ -275,22 +297,34 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
     with as_os_error(trial.folder):
         (trial.folder / "trial.json").unlink(missing_ok=True)
     asha = trial.settings.sweep.scheduler == "asha"
-    # base has to come to its end: all others are compared with it
-    callbacks = [TuneReportCallback()] if asha and trial.row.group != "base" else []
+    on_validation, callbacks = None, []
+    if asha and trial.row.group != "base":  # which has to come to its end: all others are compared with it
+        on_validation = ray.tune.report if resources.in_process else ray.train.report
+        callbacks = [] if resources.in_process else [TuneReportCallback()]
     attempts = total_usage(trial.folder).attempts
     root = workspace.root
     continue_sibling(trial.folder, trial.settings.train, log)
     finished = checkpoint.finished_state(trial.folder, trial.settings.train)
     with training_run(
-        trial.settings, workspace, trial.run_key, trial.folder, finished, tags=tags, show=False, callbacks=callbacks
+        trial.settings,
+        workspace,
+        trial.run_key,
+        trial.folder,
+        finished,
+        in_process=resources.in_process,
+        tags=tags,
+        show=False,
+        on_validation=on_validation,
+        callbacks=callbacks,
     ) as run:
         trained = write_model(run, trial.settings, root, trial.folder / "model")
-        resources = _resources_of(trial)
         gpu, cpus = resources.use_gpu, resources.cpus_per_worker
-        # Not in the trial's own placement group, which holds no CPU.
-        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
-        task = evaluate_trial.options(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)
-        metrics, evaluation = ray.get(task.remote(trial, workspace, cpus))
+        if resources.in_process:
+            metrics, evaluation = _evaluate(trial, workspace, cpus)
+        else:  # on devices that training has left; not in the trial's own placement group, which holds no CPU
+            outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
+            task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)(_evaluate)
+            metrics, evaluation = ray.get(task.remote(trial, workspace, cpus))
     used = total_usage(trial.folder)
     record = {
         "status": "finished",
@@ -314,10 +348,8 @@ def _train_and_evaluate(trial: Trial, workspace: Workspace, parent: str) -> dict
     return _cost(trial, root) | record
 
 
-@ray.remote
-def evaluate_trial(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[str, Any], float]:
-    """The evaluate stage's function in a place of its own, on the devices that training has left: the metrics, and
-    the seconds that it took."""
+def _evaluate(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[str, Any], float]:
+    """What the evaluate stage does: the metrics, and the seconds that it took."""
     torch.set_num_threads(cpus)
     started = time.time()
     os.environ[TRACKING_URI_ENV] = workspace.tracking_uri  # of the driver, not of where its data are here

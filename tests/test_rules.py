@@ -100,6 +100,14 @@ def test_only_the_cluster_and_the_commands_that_start_it_import_ray():
     }
 
 
+@pytest.mark.parametrize("path", [*MODEL, *PIPELINE, *SWEEPS], ids=id_of)
+def test_no_module_imports_what_ray_mlflow_or_dvc_keep_private(path):
+    names = [name.split(".") for name in imports(path)]
+    assert not [
+        name for name in names if name[0] in {"ray", "mlflow", "dvc"} and any(p.startswith("_") for p in name)
+    ]
+
+
 def stages() -> dict[str, dict]:
     return yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 

@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster.ray_cluster import started_here
+from pipeline.cluster.ray_cluster import is_private
 from pipeline.cluster.resources import alive_nodes
 from pipeline.common.atomic_io import write_text
 from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
@@ -29,7 +29,7 @@ def preflight(hardware: Hardware, workspace: Workspace) -> None:
     A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
     all; a job's own folder is thrown away with it.
     """
-    if started_here():
+    if is_private():
         return
     alive, job = alive_nodes(), RAY_JOB_ENV in os.environ
     if len(alive) == 1 and not job and hardware.max_workers == hardware.min_workers:

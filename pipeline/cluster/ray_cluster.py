@@ -74,11 +74,14 @@ def _options_to_join(address: str, root: Path) -> dict[str, Any]:
     return {"runtime_env": {"working_dir": str(root), "env_vars": forwarded()}}
 
 
-def started_here() -> bool:
-    """Whether Ray was started by this process, for itself."""
-    if RAY_JOB_ENV in os.environ or os.environ.get(RAY_ADDRESS_ENV):
-        return False
-    return ray.get_runtime_context().get_actor_id() is None
+def is_private() -> bool:
+    """Whether Ray, where it is needed, is started by this command, for itself."""
+    return RAY_JOB_ENV not in os.environ and not os.environ.get(RAY_ADDRESS_ENV)
+
+
+def needs_no_workers(hardware: Hardware) -> bool:
+    """Whether training runs in the process that asks for it: one worker, on this machine."""
+    return is_private() and hardware.max_workers == 1
 
 
 def _why_not(error: Exception, address: str | None) -> str:

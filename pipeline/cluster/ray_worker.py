@@ -1,13 +1,14 @@
-"""What runs in each worker of Ray Train: the rank's training, with progress, curves and accounting from rank 0.
+"""What each worker of Ray Train runs: the rank's training, with progress, curves and accounting from rank 0.
 
-The driver (training_run.py) sends `run_worker` by name. MLflow is not imported at the top, because each of Ray's
-processes would wait for it.
+The driver (training_run.py) sends `run_worker` by name, or calls `run_alone` by Ray Train's local mode. MLflow is
+not imported at the top, because each of Ray's processes would wait for it.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
 import torch
@@ -36,40 +37,74 @@ class WorkerConfig:
     run_id: str
     cpus: int
     gpu: bool
-    reports_to_ray: bool
+    on_validation: Callable[[dict[str, Any]], None] | None
+    """ray.train.report or ray.tune.report, to which the metrics of every validation go."""
 
     @property
     def progress_file(self) -> AnyPath:
         return self.run_folder / PROGRESS_FILE
 
 
+class Place(NamedTuple):
+    """Of a worker among all of them: here, the only one."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    local_rank: int = 0
+    node_rank: int = 0
+
+
 def run_worker(options: dict[str, Any]) -> str | None:
-    """Train one rank. Returns what stopped it if every further attempt would stop there too; other errors are Ray's,
-    which starts the workers again."""
-    config: WorkerConfig = options["worker"]
+    """Train the rank of this process of Ray Train; returns what `_train` does."""
     context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.cpus)
     logging.getLogger("pipeline").setLevel(logging.WARNING)
+    place = Place(
+        rank=context.get_world_rank(),
+        num_ranks=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        node_rank=context.get_node_rank(),
+    )
+    return _train(options["worker"], place, get_device())
+
+
+def run_alone(options: dict[str, Any]) -> str | None:
+    """Train in the caller's process, the only rank; returns what `_train` does.
+
+    In a process of Ray Tune, Ray Train's functions must not be asked for rank and device: they raise there.
+    """
+    config: WorkerConfig = options["worker"]
+    num_threads = torch.get_num_threads()
+    try:
+        return _train(config, Place(), torch.device("cuda" if config.gpu else "cpu"))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | None:
+    """Train one rank. Returns what stopped it if every further attempt would stop there too; after other errors
+    another attempt may come further."""
+    rank, num_ranks = place.rank, place.num_ranks
+    torch.set_num_threads(config.cpus)
     reports = _Reports(config, num_ranks) if rank == 0 else None
+    patience_s = 60.0
 
     def report(metrics: dict[str, float], step: int) -> None:
         if reports:
             reports.log_metrics(metrics, step)
-        if config.reports_to_ray and "valid_loss" in metrics:  # it holds the loop until Ray's controller looks
-            ray.train.report({"step": step, **metrics})
+        if config.on_validation and "valid_loss" in metrics:  # it holds the loop until Ray looks
+            config.on_validation({"step": step, **metrics})
 
     try:
         _check_storage(config.run_folder)
         data_root, scored = config.workspace.data_root(), config.settings.train.bleu_sentences > 0
-        with _system_metrics(config, context):
+        with _system_metrics(config, place):
             train_rank(
                 config.settings,
                 data_root / ENCODED,
                 config.run_folder,
                 rank=rank,
                 num_ranks=num_ranks,
-                device=get_device(),
+                device=device,
                 report=report,
                 progress=reports.step_done if reports else lambda state, loss: None,
                 log=reports.log if reports else lambda message: None,
@@ -83,19 +118,22 @@ def run_worker(options: dict[str, Any]) -> str | None:
         if isinstance(error, torch.OutOfMemoryError):
             return f"out of memory: {last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
         return str(error)
+    except (KeyboardInterrupt, SystemExit):
+        patience_s = 5.0
+        raise
     finally:
         if reports:
-            reports.close()
+            reports.close(patience_s)
     return None
 
 
-def _system_metrics(config: WorkerConfig, context: Any) -> AbstractContextManager[None]:
+def _system_metrics(config: WorkerConfig, place: Place) -> AbstractContextManager[None]:
     """Of this node, by the first of its workers."""
-    if not config.settings.tracking.system_metrics or context.get_local_rank() != 0:
+    if not config.settings.tracking.system_metrics or place.local_rank != 0:
         return nullcontext()
     from pipeline.tracking.system_metrics import system_metrics
 
-    node = f"node_{context.get_node_rank()}" if context.get_world_size() > 1 else None
+    node = f"node_{place.node_rank}" if place.num_ranks > 1 else None
     return system_metrics(config.workspace.tracking_uri, config.run_id, node)
 
 
@@ -123,11 +161,11 @@ class _Reports:
     def log(self, message: str) -> None:
         self._progress.log(message)
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         self._progress.close()
         self._usage.close()
         if self._curves is not None:
-            self._curves.close()
+            self._curves.close(patience_s)
 
 
 def settings_file(run_folder: AnyPath) -> AnyPath:

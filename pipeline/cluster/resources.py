@@ -1,9 +1,11 @@
 """What the nodes of the cluster have, and the share of each worker."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 
 from pipeline.common.settings import Hardware
 
@@ -19,8 +21,10 @@ def this_node_resource() -> str:
 
 
 def node_resources() -> list[dict[str, float]]:
-    """CPUs and GPUs of every node that is up. An autoscaler does not tell which ones it could add: it is for workers
-    beyond the least number of hardware.num_workers = [least, most]."""
+    """CPUs and GPUs of every node that is up; of this machine, where Ray was not started. An autoscaler does not tell
+    which ones it could add: it is for workers beyond the least number of hardware.num_workers = [least, most]."""
+    if not ray.is_initialized():
+        return [{"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}]
     return [node["Resources"] for node in alive_nodes()]
 
 

@@ -1,23 +1,24 @@
-"""One training run from the driver's view: the MLflow run, Ray's workers, the curves."""
+"""One training run from the driver's view: the MLflow run, Ray's workers or training in this process, the curves."""
 
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from pipeline.cluster.accounting import carry_usage, total_usage
 from pipeline.cluster.preflight import versions
 from pipeline.cluster.progress import show_progress
-from pipeline.cluster.ray_cluster import started_here
-from pipeline.cluster.ray_worker import WorkerConfig, last_line, run_worker, settings_file
+from pipeline.cluster.ray_worker import WorkerConfig, last_line, run_alone, run_worker, settings_file
 from pipeline.cluster.reachable_torch import ReachableTorch
-from pipeline.cluster.resources import alive_nodes, share_of_each_worker
-from pipeline.cluster.torch_trainer import make_trainer
+from pipeline.cluster.resources import node_resources, share_of_each_worker
 from pipeline.common.atomic_io import write_json
-from pipeline.common.environment import RAY_TRAIN_ELASTIC, environment
+from pipeline.common.environment import IN_PROCESS, RAY_TRAIN_ELASTIC, environment
 from pipeline.common.settings import Hardware, Settings
 from pipeline.common.storage import PATIENCE_S, AnyPath
 from pipeline.data.workspace import Workspace
@@ -39,16 +40,20 @@ def training_run(
     folder: AnyPath,
     finished: TrainState | None,
     *,
+    in_process: bool,
     tags: Mapping[str, str] | None = None,
     show: bool = True,
+    on_validation: Callable[[dict[str, Any]], None] | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Iterator[TrainResult]:
-    """Train to the end on the Ray cluster at hand, then run the block; the MLflow run is open until the block ends.
+    """Train to the end, then run the block; the MLflow run is open until the block ends. `in_process`: here, as the
+    only worker and without Ray's processes; otherwise on the Ray cluster at hand.
 
     The MLflow run is found again by `key` and gets `tags`; checkpoints go to `folder`, by checkpoint.py, which has
     the reasons why not by Ray. `finished` is what `finished_state` finds in `folder`: training that is finished needs
-    no cluster. `show` draws a progress bar. With `callbacks`, Ray gets the metrics of every validation. Raises
-    TrainingError, and ValueError or OSError with one line for what a user can mend.
+    no cluster. `show` draws a progress bar. `on_validation` gets the metrics of every validation, where they are
+    made; `callbacks` are for Ray Train on a cluster. Raises TrainingError, and ValueError or OSError with one line
+    for what a user can mend.
     """
     from pipeline.tracking.runs import finish_run, open_run, run_guard
 
@@ -66,8 +71,16 @@ def training_run(
     run_id = open_run(uri, settings, key, all_tags, workspace.root, last_sign_at)
     with run_guard(uri, run_id):
         if state is None:
-            config = WorkerConfig(settings, workspace, folder, run_id, cpus, gpu, reports_to_ray=bool(callbacks))
-            state = _run_workers(config, show, list(callbacks))
+            config = WorkerConfig(settings, workspace, folder, run_id, cpus, gpu, on_validation)
+            bar = show_progress(config.progress_file, settings.train.max_steps, "train") if show else nullcontext()
+            write_json(settings_file(folder), asdict(settings))
+            with bar:
+                stopped_by = _run_here(config) if in_process else _run_workers(config, list(callbacks))
+            if stopped_by:
+                raise TrainingError(stopped_by)
+            state = checkpoint.finished_state(folder, settings.train)
+            if state is None:
+                raise TrainingError(f"training ended, but its last checkpoint is not in {folder}, or damaged")
         _complete_curves(uri, run_id, state)
         yield TrainResult(key, run_id, folder, state, uri)
     finish_run(uri, run_id)
@@ -79,25 +92,34 @@ def _cluster_tags(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
         "run.workers": str(most) if least == most else f"{least} to {most}",
         "device": "gpu" if gpu else "cpu",
         "run.cpus_per_worker": str(cpus),
-        "run.nodes": str(len(alive_nodes())),
+        "run.nodes": str(len(node_resources())),
         "run.versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
 
 
-def _run_workers(config: WorkerConfig, show: bool, callbacks: list[ray.train.UserCallback]) -> TrainState:
-    """Run the workers until training is done, restarting dead ones; returns the state of the last checkpoint."""
-    settings, folder, hardware = config.settings, config.run_folder, config.settings.hardware
+def _run_here(config: WorkerConfig) -> str | None:
+    """Train in this process, by Ray Train's local mode; returns what stopped it."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it says that it is in local mode
+    with environment({}, IN_PROCESS):
+        trainer = TorchTrainer(
+            run_alone,  # type: ignore[arg-type]
+            train_loop_config={"worker": config},
+            scaling_config=ScalingConfig(num_workers=0, use_gpu=config.gpu),
+        )
+        return trainer.fit().return_value  # type: ignore[attr-defined]  # mypy sees Ray Train v1 here and below
+
+
+def _run_workers(config: WorkerConfig, callbacks: list[ray.train.UserCallback]) -> str | None:
+    """Run Ray's workers until training is done, restarting dead ones; returns what stopped it."""
+    folder, hardware = config.run_folder, config.settings.hardware
     elastic = hardware.min_workers < hardware.max_workers
-    bar = show_progress(config.progress_file, settings.train.max_steps, "train") if show else nullcontext()
-    write_json(settings_file(folder), asdict(settings))
     try:
-        with bar, environment(RAY_TRAIN_ELASTIC if elastic else {}, {}), tempfile.TemporaryDirectory() as rays_own:
-            result = make_trainer(
-                run_worker,
-                private=started_here(),
+        with environment(RAY_TRAIN_ELASTIC if elastic else {}, {}), tempfile.TemporaryDirectory() as rays_own:
+            result = TorchTrainer(
+                run_worker,  # type: ignore[arg-type]
                 train_loop_config={"worker": config},
                 torch_config=ReachableTorch(),
-                scaling_config=ScalingConfig(  # mypy sees Ray Train v1 here and below
+                scaling_config=ScalingConfig(
                     num_workers=(hardware.min_workers, hardware.max_workers) if elastic else hardware.max_workers,  # type: ignore[arg-type]
                     use_gpu=config.gpu,
                     resources_per_worker={"CPU": config.cpus} | ({"GPU": 1} if config.gpu else {}),
@@ -114,12 +136,7 @@ def _run_workers(config: WorkerConfig, show: bool, callbacks: list[ray.train.Use
         raise TrainingError(
             f"training failed: {last_line(error)}; run again to go on from the last checkpoint"
         ) from error
-    if stopped_by := result.return_value:  # type: ignore[attr-defined]
-        raise TrainingError(stopped_by)
-    state = checkpoint.finished_state(folder, settings.train)
-    if state is None:
-        raise TrainingError(f"training ended, but its last checkpoint is not in {folder}, or damaged")
-    return state
+    return result.return_value  # type: ignore[attr-defined]
 
 
 def _complete_curves(uri: str, run_id: str, state: TrainState) -> None:

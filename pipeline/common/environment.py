@@ -17,7 +17,6 @@ DASHBOARD_ENV = "RAY_API_SERVER_ADDRESS"  # the cluster's dashboard, which takes
 RAY_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in what `ray job submit` runs
 DVC_STAGE_ENV = "DVC_STAGE"  # DVC sets it in the commands of a stage
 DVC_ROOT_ENV = "DVC_ROOT"  # and this, to the project that `dvc repro` or `dvc exp run` was started in
-PLAIN_RAY_TRAIN_ENV = "PLAIN_RAY_TRAIN"  # not empty: Ray's own TorchTrainer instead of LeanTrainer
 GIT_COMMIT_ENV = "GIT_COMMIT"  # the commit, where there is no repository: in an image or a job
 GIT_DIRTY_ENV = "GIT_DIRTY"  # "true" if code or settings differ from that commit
 MATMUL_ENV = "MODEL_CPU_MATMUL"  # mkl or onednn; model/cpu/library.py reads it, and measures where it is not set
@@ -44,10 +43,6 @@ RAY_STARTED_HERE = {
     "RAY_worker_niceness": "0",  # from 15, for the sake of Ray's other processes: here training is all there is
     "RAY_enable_metrics_collection": "0",  # nobody reads them
 }
-RAY_MANY_TRIALS = {  # the process that has evaluated a trial stays for the next one, with all its imports
-    "RAY_num_workers_soft_limit": "64",
-    "RAY_worker_maximum_startup_concurrency": "64",  # else Ray warns of so many processes
-}
 
 # Set whatever the user has set; None: unset.
 NO_DASHBOARD: dict[str, str | None] = {
@@ -60,7 +55,9 @@ TUNE: dict[str, str | None] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that nobody reads
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is only evaluated reports nothing
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would go on as if all trials had finished
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # from 2: a trial that ASHA ends delivers its curves first
 }
+IN_PROCESS: dict[str, str | None] = {"LOCAL_RANK": None}  # torchrun's: Ray Train would join that process group
 NETWORK_INTERFACE_ENVS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where torch.distributed listens, in each worker: the interface by which Ray reaches the node."""
 

@@ -17,8 +17,8 @@ from tests.factories import config, settings
 
 
 def test_num_devices_counts_gpus_or_the_cpus_of_all_workers():
-    assert TrialResources(use_gpu=True, cpus_per_worker=7, num_workers=3).num_devices == 3
-    assert TrialResources(use_gpu=False, cpus_per_worker=7, num_workers=3).num_devices == 21
+    assert TrialResources(use_gpu=True, cpus_per_worker=7, num_workers=3, in_process=False).num_devices == 3
+    assert TrialResources(use_gpu=False, cpus_per_worker=7, num_workers=3, in_process=False).num_devices == 21
 
 
 @pytest.mark.parametrize(("max_steps", "finished"), [(5, True), (20, False)])
@@ -40,7 +40,17 @@ def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path
     row = Row("base", "base", "base", "base", {})
     trial = Trial(row, 3, settings(train={"max_steps": max_steps}), folders[max_steps], "key", "run key")
     with pytest.raises(InterruptedError):
-        run._train_and_evaluate(trial, Workspace(tmp_path, tmp_path, None, ""), "parent")
+        run._train_and_evaluate(
+            trial, TrialResources(False, 1, 1, True), Workspace(tmp_path, tmp_path, None, ""), "parent"
+        )
     assert [checkpoint.step_of(path) for path in checkpoint.folders(trial.folder)] == [5]
     assert begun[3] == trial.folder
     assert (begun[4] is not None) == finished
+
+
+def test_of_tune_is_all_of_a_trial_in_its_process_and_next_to_nothing_of_a_driver(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "this_node_resource", lambda: "node:10.0.0.1")
+    alone = TrialResources(use_gpu=True, cpus_per_worker=7, num_workers=1, in_process=True)
+    assert alone.of_tune == {"cpu": 7, "gpu": 1}
+    assert alone._replace(use_gpu=False).of_tune == {"cpu": 7, "gpu": 0}
+    assert set(alone._replace(in_process=False).of_tune) == {"node:10.0.0.1"}

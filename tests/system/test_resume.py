@@ -13,8 +13,6 @@ from pipeline.cluster.accounting import total_usage
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 900
-NOT_NEEDED = ("TrainController", "DatasetManager", "PlacementGroupCleaner", "AutoscalingCoordinator")
-"""Processes of Ray Train that LeanTrainer does not start on a Ray of its own."""
 
 
 def title(process):
@@ -24,20 +22,45 @@ def title(process):
         return ""
 
 
-def test_train_replaces_a_killed_worker_and_ends_with_the_same_weights(trained, tmp_path):
+def test_train_killed_and_started_again_ends_with_the_same_weights(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("python", "-m", "pipeline.train") as training:
         project.wait_for(project.checkpoints, "checkpoint")
-        ours = training.children(recursive=True)
-        (worker,) = (process for process in ours if title(process).startswith("ray::RayTrainWorker"))
-        assert not [process for process in ours if any(name in title(process) for name in NOT_NEEDED)]
-        assert worker.nice() == training.nice()  # Ray's default, 15 more, costs a step its rate on a busy machine
-        worker.kill()
-        assert training.wait(PATIENCE_S) == 0, project.log()
-    assert "continuing from the checkpoint of step" in project.log()
+        assert not [title(process) for process in training.children(recursive=True)], "one worker starts no Ray"
+        training.kill()
+        training.wait()
+    assert project.only_run().info.status == "RUNNING"
+    output = project.run("python", "-m", "pipeline.train")
+    assert "continuing from the checkpoint of step" in output
     assert project.weights() == trained.weights()
     assert project.only_run().info.status == "FINISHED"
     assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_train_with_two_workers_replaces_a_killed_one(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    project.edit("params.yaml", "hardware.num_workers", 2)
+    project.edit("params.yaml", "train.max_steps", 60)
+    with project.started("python", "-m", "pipeline.train") as training:
+        project.wait_for(project.checkpoints, "checkpoint")
+        ours = training.children(recursive=True)
+        workers = [process for process in ours if title(process).startswith("ray::RayTrainWorker")]
+        assert len(workers) == 2
+        assert {worker.nice() for worker in workers} == {training.nice()}  # Ray's default, 15 more, makes steps slow
+        workers[0].kill()
+        assert training.wait(PATIENCE_S) == 0, project.log()
+    assert "continuing from the checkpoint of step" in project.log()
+    assert project.only_run().info.status == "FINISHED"
+
+
+def test_train_terminated_is_killed_in_mlflow(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    with project.started("python", "-m", "pipeline.train") as training:
+        project.wait_for(project.checkpoints, "checkpoint")
+        training.terminate()
+        assert training.wait(PATIENCE_S) == 128 + signal.SIGTERM, project.log()
+    assert "Traceback" not in project.log()
+    assert project.only_run().info.status == "KILLED"
 
 
 @pytest.mark.usefixtures("interruptible")

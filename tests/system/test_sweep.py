@@ -2,6 +2,7 @@
 
 import json
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -11,7 +12,6 @@ from sweeps.cost import flops_per_step
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 600
-EXPERIMENT = "table3-micro-micro"
 
 
 def records(project):
@@ -33,7 +33,8 @@ def half_done(project):
 
 def runs(project):
     client = MlflowClient(project.tracking_uri)
-    found = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    (experiment,) = client.search_experiments(filter_string="name LIKE 'table3-%'")
+    found = client.search_runs([experiment.experiment_id])
     return {run.info.run_name: run for run in found}, len(found)
 
 
@@ -83,7 +84,7 @@ def test_sweep_killed_leaves_one_finished_mlflow_run_for_each_trial(continued):
     found, count = runs(continued)
     assert count == len(found) == 4
     assert {run.info.status for run in found.values()} == {"FINISHED"}
-    parent = found["Table 3: micro, micro"]
+    (parent,) = (run for run in found.values() if run.data.tags["row"] == "all")
     for name, trial in trials(continued).items():
         run = found[name]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -108,7 +109,7 @@ def test_sweep_records_what_each_trial_cost(continued):
 
 def test_sweep_prints_its_plan_first_and_counts_finished_trials(continued):
     plan = continued.output[: continued.output.index("trials:")]
-    assert f"{EXPERIMENT}: 3 rows x 1 seeds, {len(continued.before)} trials done" in plan
+    assert f": 3 rows x 1 seeds, {len(continued.before)} trials done" in plan
     assert "1e+09 FLOPs a second (sweep.flops_per_second)" in plan
 
 
@@ -121,7 +122,7 @@ def test_sweep_widened_runs_only_new_trials(widened):
 def test_sweep_records_a_failed_trial_and_runs_the_others(widened):
     found = trials(widened)
     failed = {name: trial for name, trial in found.items() if trial["status"] == "failed"}
-    assert list(failed) == ["free: lr_scale 1e+30, seed 0", "free: lr_scale 1e+30, seed 5"]
+    assert list(failed) == ["grid: lr_scale 1e+30, seed 0", "grid: lr_scale 1e+30, seed 5"]
     assert all("the loss is nan" in trial["error"] for trial in failed.values())
     assert all(trial["attempts"] == 1 for trial in failed.values()), "tried again what fails each time"
     assert {trial["status"] for name, trial in found.items() if name not in failed} == {"finished"}
@@ -135,7 +136,7 @@ def test_report_is_written_and_logged_in_the_run_of_the_sweep(widened):
     table = (widened.root / "reports/table3.md").read_text()
     assert "the loss is nan" in table
     assert "dropout 0.2" in table
-    parent = runs(widened)[0]["Table 3: micro, micro"]
+    (parent,) = (run for run in runs(widened)[0].values() if run.data.tags["row"] == "all")
     names = {file.path for file in MlflowClient(widened.tracking_uri).list_artifacts(parent.info.run_id)}
     assert {"plan.md", "table3.md", "table3.html", "table3.csv", "table3.png"} <= names
 
@@ -148,6 +149,23 @@ def test_sweep_that_is_finished_starts_no_ray(widened, tmp_path):
     assert records(widened) == before
     assert "trials:" not in output
     assert not list(tmp_path.iterdir())
+
+
+def test_sweep_starts_a_killed_trial_again_and_it_ends_as_an_undisturbed_one(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    for key, value in {"rows": [], "grid": {"model.dropout": [0.3]}, "seeds": [1]}.items():
+        project.edit("params.yaml", f"sweep.{key}", value)
+    last = trained.checkpoints()[-1].relative_to(trained.root) / "tensors.safetensors"
+    base = last.parent.parent
+    with project.started("python", "-m", "sweeps.run") as sweep:
+        project.wait_for(lambda: list((project.root / base).glob("step_*")), "checkpoint of base")
+        (run,) = (run for run in runs(project)[0].values() if run.data.tags["row"] == "base")
+        psutil.Process(int(run.data.tags["owner_pid"])).kill()
+        assert sweep.wait(PATIENCE_S) == 0, project.log()
+    killed = records(project)[base.name]
+    assert (killed["status"], killed["attempts"]) == ("finished", 2)
+    assert (project.root / last).read_bytes() == (trained.root / last).read_bytes()
+    assert {run.info.status for run in runs(project)[0].values()} == {"FINISHED"}
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +181,9 @@ def halved(trained, tmp_path_factory):
 
 def test_asha_ends_worse_trials_early_and_scores_the_others(halved):
     found = trials(halved)
-    assert {found[name]["status"] for name in ("base, seed 0", "free: lr_scale 0.9, seed 0")} == {"finished"}
+    assert {found[name]["status"] for name in ("base, seed 0", "grid: lr_scale 0.9, seed 0")} == {"finished"}
     stopped = {name: trial for name, trial in found.items() if trial["status"] == "stopped"}
-    assert list(stopped) == ["free: lr_scale 2e-09, seed 0", "free: lr_scale 1e-09, seed 0"]
+    assert list(stopped) == ["grid: lr_scale 2e-09, seed 0", "grid: lr_scale 1e-09, seed 0"]
     for trial in stopped.values():
         assert "ended by ASHA at step 100, validation perplexity" in trial["error"]
         assert trial["translations"] is None

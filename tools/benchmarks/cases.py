@@ -1,7 +1,6 @@
 """The comparisons: each is a function that returns the Markdown lines of its part."""
 
 import csv
-import datetime
 import gzip
 import json
 import random
@@ -221,8 +220,8 @@ def start(setting: Setting) -> list[str]:
             (usage,) = project.glob("checkpoints/*/usage/*.json")
             first_step_at = json.loads(usage.read_text())["first_step_at"]
             seconds.append(first_step_at - began)
-        parts.append([b - a for a, b in pairwise((began, _ray_began(), int(usage.stem) / 1e9, first_step_at))])
-    imports, starting, first = map(statistics.median, zip(*parts, strict=True))
+        parts.append([b - a for a, b in pairwise((began, int(usage.stem) / 1e9, first_step_at))])
+    imports, first = map(statistics.median, zip(*parts, strict=True))
     first_steps = "; ".join(
         f"in {where}, {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
         for where, seconds in starts.items()
@@ -230,14 +229,14 @@ def start(setting: Setting) -> list[str]:
     return [
         "**Start**",
         "",
-        f"- Command to first step: {first_steps}: {imports:.1f} s of imports and checks, {starting:.1f} s until Ray "
-        f"and a worker have started and the worker has imported, {first:.1f} s until its first step is done.",
+        f"- Command to first step: {first_steps}: {imports:.1f} s of imports, checks "
+        f"and MLflow's store, {first:.1f} s of data, model and the first step.",
     ]
 
 
 def orchestration(setting: Setting) -> list[str]:
-    """What Ray Train, MLflow and checkpoints add to a step; speed-up by two workers; time of `dvc repro` without
-    work."""
+    """What the command, with MLflow and checkpoints, adds to a step; speed-up by two workers; time of `dvc repro`
+    without work."""
     project = _tiny_on_multi30k(setting)
     slower = []
     _lengths(project, max_steps=10_000, checkpoint_every=100)
@@ -259,8 +258,8 @@ def orchestration(setting: Setting) -> list[str]:
     lines = [
         "**Orchestration**",
         "",
-        "- A step of tiny under Ray Train with MLflow and a checkpoint every 100, beside the bare loop's: "
-        f"{statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
+        "- A step of tiny by `python -m pipeline.train`, with MLflow and a checkpoint every 100, beside "
+        f"the bare loop's: {statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
         f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
     ]
     write_presets(["model=base"], project)
@@ -335,13 +334,6 @@ def _tiny_on_multi30k(setting: Setting) -> Path:
     new_project(project, data="multi30k", model="tiny")
     shutil.copytree(setting.data, project / "data", dirs_exist_ok=True)
     return project
-
-
-def _ray_began() -> float:
-    """When the last Ray of this machine started, from its folder's name, session_DATE_TIME_MICROSECONDS_PID."""
-    name = Path("/tmp/ray/session_latest").readlink().name
-    moment, _, _ = name.removeprefix("session_").rpartition("_")
-    return datetime.datetime.strptime(moment, "%Y-%m-%d_%H-%M-%S_%f").timestamp()
 
 
 def _lengths(project: Path, max_steps: int, checkpoint_every: int) -> None:

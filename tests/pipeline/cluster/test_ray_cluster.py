@@ -1,12 +1,14 @@
 """A cluster that cannot be joined, and the environment after one. Ray itself does not start here."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
-from pipeline.cluster.ray_cluster import ray_cluster
+from pipeline.cluster.ray_cluster import needs_no_workers, ray_cluster
+from pipeline.common.environment import RAY_JOB_ENV
 from pipeline.common.settings import load_settings
 
 HARDWARE = load_settings(Path(__file__).parents[3]).hardware
@@ -52,3 +54,22 @@ def test_ray_cluster_leaves_the_environment_as_it_was(dashboard, monkeypatch, tm
     assert dict(os.environ) == before
     assert during.get("RAY_API_SERVER_ADDRESS") == (None if dashboard else "http://127.0.0.1:9")
     assert (during["RAY_worker_niceness"], during["RAY_enable_metrics_collection"]) == ("7", "0")
+
+
+@pytest.mark.parametrize(
+    ("workers", "joined_by", "expected"),
+    [
+        (1, None, True),
+        ([1, 1], None, True),
+        (2, None, False),
+        ([1, 2], None, False),
+        (1, "RAY_ADDRESS", False),
+        (1, RAY_JOB_ENV, False),
+    ],
+)
+def test_one_worker_needs_no_workers_of_ray_but_on_a_cluster(workers, joined_by, expected, monkeypatch):
+    for name in ("RAY_ADDRESS", RAY_JOB_ENV):
+        monkeypatch.delenv(name, raising=False)
+    if joined_by:
+        monkeypatch.setenv(joined_by, "10.0.0.1:6379")
+    assert needs_no_workers(replace(HARDWARE, num_workers=workers)) == expected

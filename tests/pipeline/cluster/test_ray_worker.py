@@ -19,7 +19,12 @@ def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def run(num_workers: int) -> str | None:
-        context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: num_workers)
+        context = SimpleNamespace(
+            get_world_rank=lambda: 1,
+            get_world_size=lambda: num_workers,
+            get_local_rank=lambda: 1,
+            get_node_rank=lambda: 0,
+        )
         monkeypatch.setattr(ray.train, "get_context", lambda: context)
         monkeypatch.setattr(ray_worker, "get_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(ray_worker, "train_rank", refuse)
@@ -27,7 +32,7 @@ def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "settings.json").write_text("{}")
         cpus = torch.get_num_threads()
         workspace = Workspace(tmp_path, tmp_path, None, "")
-        config = WorkerConfig(settings, workspace, tmp_path, "", cpus=cpus, gpu=False, reports_to_ray=False)
+        config = WorkerConfig(settings, workspace, tmp_path, "", cpus=cpus, gpu=False, on_validation=None)
         return run_worker({"worker": config})
 
     return run

@@ -1,10 +1,12 @@
-"""Shares of nodes that a test makes up."""
+"""Shares of nodes that a test makes up, and of this machine."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from pipeline.cluster.resources import share_of_each_worker
 from pipeline.common.settings import load_settings
@@ -18,6 +20,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch):
 
     def set_nodes(*found: dict[str, float]) -> None:
         alive = [{"Alive": True, "Resources": resources} for resources in found]
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99}}])
 
     return set_nodes
@@ -59,3 +62,16 @@ def test_share_of_each_worker_refuses_too_many_workers_with_the_setting(nodes):
     assert share([5, 9]) == (False, 1)
     with pytest.raises(ValueError, match=r"num_workers is \[6, 9\]"):
         share([6, 9])
+
+
+def test_share_of_each_worker_without_ray_is_of_this_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert share(1) == (False, 7)
+    with pytest.raises(ValueError, match=r"num_workers is 1, with 8 CPUs each: the cluster has 7 on 1 nodes"):
+        share(1, cpus=8)
+    with pytest.raises(ValueError, match=r"num_workers is 1, with a GPU each: the cluster has 0"):
+        share(1, device="gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert share(1) == (True, 7)
+    assert share(1, device="cpu") == (False, 7)
