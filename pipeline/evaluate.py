@@ -3,8 +3,8 @@
     python -m pipeline.evaluate
 
 Reads models/final, data/tokenizer, data/encoded and data/clean; writes metrics/test.json and, to reports/,
-evaluation.json, bleu_by_length.csv, translations.tsv and translations_valid.tsv; adds these and the model to the
-training's run in MLflow.
+evaluation.json, bleu_by_length (.csv, .png), translations.tsv and translations_valid.tsv; adds these and the model
+to the training's run in MLflow.
 """
 
 import os
@@ -13,7 +13,8 @@ import torch
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_json
-from pipeline.common.paths import METRICS
+from pipeline.common.chart import write_chart
+from pipeline.common.paths import METRICS, REPORTS
 from pipeline.common.settings import load_settings
 from pipeline.inference.evaluation import evaluate_run
 from pipeline.inference.reports import format_scores, shown_metrics
@@ -23,9 +24,11 @@ def main() -> None:
     cli.parser("pipeline.evaluate", __doc__).parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with cli.exit_on_error("evaluate"):
-        metrics = evaluate_run(load_settings()).metrics
-        write_json(METRICS / "test.json", shown_metrics(metrics))
-        print(format_scores(metrics))
+        evaluation = evaluate_run(load_settings())
+        write_json(METRICS / "test.json", shown_metrics(evaluation.metrics))
+        chart = REPORTS / "bleu_by_length.png"
+        write_chart(chart, evaluation.by_length, ("source_words", "words of the source"), {"bleu": "Test BLEU"}, True)
+        print(format_scores(evaluation.metrics))
 
 
 if __name__ == "__main__":

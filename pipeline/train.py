@@ -4,7 +4,7 @@
     RAY_ADDRESS=head:6379 RUN_STORAGE=s3://bucket/runs python -m pipeline.train
 
 Reads data/encoded/; writes models/final, the average of the last checkpoints, reports/train.json, metrics/train.json
-and the curves reports/training_curve.csv and validation_curve.csv; draws the curves in MLflow (MLFLOW_TRACKING_URI).
+and the curves reports/training_curve and validation_curve (.csv, .png); draws these in MLflow (MLFLOW_TRACKING_URI).
 
 With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine. A
 run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
@@ -24,6 +24,7 @@ from pipeline.cluster.ray_cluster import needs_no_workers, ray_cluster
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import write_csv, write_json
+from pipeline.common.chart import write_chart
 from pipeline.common.paths import ENCODED, FINAL, METRICS, REPORTS
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.workspace import open_workspace
@@ -32,7 +33,11 @@ from pipeline.training.checkpoint import finished_state
 from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, write_model
 from pipeline.training.siblings import continue_sibling
 
-SHOWN_CURVES = ("train_loss", "valid_ppl")
+CHARTS = {
+    "training": {"train_loss": "Training loss (label-smoothed, nats a token)"},
+    "validation": {"valid_ppl": "Validation perplexity (per token)", "valid_bleu": "BLEU of a validation sample"},
+}
+SHOWN_CURVES = ("train_loss", "valid_ppl", "valid_bleu")
 """What the view of single runs in MLflow draws."""
 
 
@@ -67,7 +72,9 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
             shown = {"steps": metrics["steps"], "tokens_per_s": round(metrics["tokens_per_second"])}
             write_json(root / METRICS / "train.json", shown | {"valid_ppl": round(metrics["valid_ppl"], 3)})
             for name in ("training", "validation"):
-                write_csv(root / REPORTS / f"{name}_curve.csv", getattr(run.state, f"{name}_curve"))
+                curve = getattr(run.state, f"{name}_curve")
+                write_csv(root / REPORTS / f"{name}_curve.csv", curve)
+                write_chart(root / REPORTS / f"{name}_curve.png", curve, ("step", "steps"), CHARTS[name])
             if address := share_runs_view(workspace.tracking_uri, run.run_id, SHOWN_CURVES, tuple(SCORES)):
                 log(f"in MLflow (make ui): {address}")
     log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")

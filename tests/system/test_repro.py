@@ -16,14 +16,17 @@ import yaml
 STAGES = ("download", "validate", "tokenize", "train", "evaluate")
 REPORTS = (
     "bleu_by_length.csv",
+    "bleu_by_length.png",
     "evaluation.json",
     "tokenization.json",
     "train.json",
     "training_curve.csv",
+    "training_curve.png",
     "translations.tsv",
     "translations_valid.tsv",
     "validation.json",
     "validation_curve.csv",
+    "validation_curve.png",
 )
 
 
