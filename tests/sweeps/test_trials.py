@@ -197,6 +197,8 @@ DECIDES_NO_SCORES = {
     "pipeline/common/yaml_files.py": "reads settings, which are in the key",
     "pipeline/inference/reports.py": "writes scores down and tells MLflow",
     "pipeline/inference/serving.py": "MLflow serves it, no score comes from it",
+    "pipeline/tracking/names.py": "what MLflow shows",
+    "pipeline/tracking/notes.py": "what MLflow shows",
     "pipeline/tracking/provenance.py": "what MLflow shows",
     "pipeline/tracking/results.py": "what MLflow shows",
     "pipeline/tracking/runs.py": "what MLflow shows",
