@@ -24,13 +24,14 @@ MEASURED_S = 3.0
 
 @dataclass(frozen=True)
 class Cost:
-    """One row, over all its seeds; `flops` are those of the trials that still have to run."""
+    """One row, over all its seeds; `flops_to_run` are those of the trials that still have to run."""
 
     label: str
     parameters: int
     num_done: int
     num_to_run: int
     flops: float
+    flops_to_run: float
 
 
 def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
@@ -39,10 +40,13 @@ def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
     for row in sweep.rows:
         trials = [trial for trial in sweep.trials if trial.row.id == row.id]
         if trials:
-            to_run = [trial for trial in trials if not is_done(trial)]
-            flops = sum(flops_per_step(trial.settings, root) * trial.settings.train.max_steps for trial in to_run)
-            parameters = num_parameters(trials[0].settings, root)
-            found.append(Cost(row.label, parameters, len(trials) - len(to_run), len(to_run), flops))
+            first = trials[0].settings  # the others differ in the seed
+            flops = flops_per_step(first, root) * first.train.max_steps
+            num_to_run = sum(not is_done(trial) for trial in trials)
+            counts = len(trials) - num_to_run, num_to_run
+            found.append(
+                Cost(row.label, num_parameters(first, root), *counts, flops * len(trials), flops * num_to_run)
+            )
     return found
 
 
@@ -117,12 +121,15 @@ Measure = Callable[[Settings, Path, torch.device], float]
 
 
 def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
-    """The plan for people, as Markdown. `devices` is how many compute at once; `measure` (default: `measured_rate`)
-    is asked for the rate of one if the settings state none."""
+    """The plan for people, as Markdown: what the whole sweep costs, and what of it is still to run.
+
+    `devices` is how many compute at once; `measure` (default: `measured_rate`) is asked for the rate of one if the
+    settings state none.
+    """
     found = costs(sweep, root)
     settings = sweep.base.sweep
     kind = "GPU" if gpu else "CPU core"
-    flops = sum(cost.flops for cost in found)
+    flops, to_run = sum(cost.flops for cost in found), sum(cost.flops_to_run for cost in found)
     rate, source = settings.flops_per_second, "sweep.flops_per_second"
     if not rate and flops:
         rate, source = (
@@ -133,25 +140,32 @@ def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: 
         f"{sweep.base.tracking.experiment}: {len(found)} rows x {len(settings.seeds)} seeds, "
         f"{sum(cost.num_done for cost in found)} trials done, {sum(cost.num_to_run for cost in found)} to run",
         "",
-        f"| row | parameters | to run | FLOPs | {kind} hours |",
-        "|---|---|---|---|---|",
+        f"| row | parameters | trials | to run | FLOPs | {kind} hours |",
+        "|---|---|---|---|---|---|",
     ]
     for cost in found:
         hours = f"{cost.flops / rate / 3600:.3f}" if rate else ""
-        lines.append(f"| {cost.label} | {cost.parameters:,} | {cost.num_to_run} | {cost.flops:.2g} | {hours} |")
-    lines += [f"| {row.label} | left out: {row.skipped} | | | |" for row in sweep.rows if row.skipped]
-    if flops:
-        in_all = flops / rate / 3600
-        lines += [
-            "",
-            f"In all {flops:.2g} FLOPs: {in_all:.2f} {kind} hours at {rate:.2g} FLOPs a second ({source}), "
-            f"{_duration(in_all / devices)} on {devices} at once; starting trials and evaluating them comes on top.",
-        ]
-        if settings.price_per_device_hour:
-            lines.append(
-                f"At {settings.price_per_device_hour:g} an hour and {kind}: "
-                f"{in_all * settings.price_per_device_hour:.2f}."
-            )
+        numbers = f"{cost.parameters:,} | {cost.num_done + cost.num_to_run} | {cost.num_to_run} | {cost.flops:.2g}"
+        lines.append(f"| {cost.label} | {numbers} | {hours} |")
+    lines += [f"| {row.label} | left out: {row.skipped} | | | | |" for row in sweep.rows if row.skipped]
+    if not flops:
+        return "\n".join(lines)
+
+    def priced(flops: float) -> str:
+        hours = flops / rate / 3600
+        price = settings.price_per_device_hour
+        money = f", {hours * price:.2f} at {price:g} an hour and {kind}" if price else ""
+        return (
+            f"{flops:.2g} FLOPs: {hours:.2f} {kind} hours, {_duration(hours / devices)} on {devices} at once{money}"
+        )
+
+    left = priced(to_run) if to_run else "nothing, all trials are done"
+    lines += [
+        "",
+        f"The whole sweep: {priced(flops)}.",
+        f"Still to run: {left}.",
+        f"At {rate:.2g} FLOPs a second ({source}); starting trials and evaluating them comes on top.",
+    ]
     return "\n".join(lines)
 
 

@@ -85,9 +85,9 @@ class SweepPlan:
     run_key: str
 
 
-def load_sweep(root: Path) -> SweepPlan:
-    """The sweep that params.yaml asks for. Raises ValueError that names the setting."""
-    settings = load_settings(root)
+def load_sweep(root: Path, settings: Settings | None = None) -> SweepPlan:
+    """The sweep that params.yaml asks for, or these settings. Raises ValueError that names the setting."""
+    settings = settings or load_settings(root)
     sweep = settings.sweep
     base = replace(
         settings,

@@ -13,7 +13,7 @@ import torch
 
 from model.flops import training_flops
 from model.transformer import Transformer
-from pipeline.common.settings import Settings
+from pipeline.common.settings import Settings, load_settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import EncodedSplit
 from pipeline.training.run import WEIGHTS_CODE
@@ -124,37 +124,44 @@ def test_is_done_if_finished_or_stopped_but_not_if_failed(root, status, done):
     assert [is_done(trial) for trial in sweep.trials] == [False, done, False, False]
     after, other = costs(sweep, root)
     assert (after.num_done, after.num_to_run) == ((1, 1) if done else (0, 2))
-    assert after.flops == before.flops / (2 if done else 1)
+    assert (after.flops, after.flops_to_run) == (before.flops, before.flops / (2 if done else 1))
     assert other.num_to_run == 2
 
 
-def test_render_plan_shows_what_is_done_left_out_and_still_to_pay(root):
+def test_render_plan_shows_what_all_costs_and_what_is_still_to_pay(root):
     edit(root, "sweep", price_per_device_hour=2.5)
     sweep = load_sweep(root)
     finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished", "B-dk32.5": "finished"})
     lines = render_plan(sweep, root, devices=4, gpu=False).splitlines()
-    flops = 13 * flops_per_step(sweep.base, root)  # of the one that failed
-    hours = flops / 1e6 / 3600
-    assert lines[0] == "table3-grammar-custom: 2 rows x 2 seeds, 3 trials done, 1 to run"
-    assert lines[2] == "| row | parameters | to run | FLOPs | CPU core hours |"
+    base, half = costs(sweep, root)
+    hours = base.flops / 1e6 / 3600
+    assert lines[0].endswith(": 2 rows x 2 seeds, 3 trials done, 1 to run")
+    assert lines[2] == "| row | parameters | trials | to run | FLOPs | CPU core hours |"
     parameters = num_parameters(sweep.base, root)
-    assert lines[4] == f"| base | {parameters:,} | 1 | {flops:.2g} | {hours:.3f} |"
+    assert lines[4] == f"| base | {parameters:,} | 2 | 1 | {base.flops:.2g} | {hours:.3f} |"
     assert lines[5].startswith("| B: d_k 7 | ")
-    assert lines[5].endswith(" | 0 | 0 | 0.000 |")
-    assert lines[6] == "| B: d_k 3.5 | left out: d_k 14 x 1/4 is d_k 3.5 | | | |"
+    assert lines[5].endswith(f" | 2 | 0 | {half.flops:.2g} | {half.flops / 1e6 / 3600:.3f} |")
+    assert lines[6] == "| B: d_k 3.5 | left out: d_k 14 x 1/4 is d_k 3.5 | | | | |"
     assert lines[7] == ""
-    assert lines[8].startswith(
-        f"In all {flops:.2g} FLOPs: {hours:.2f} CPU core hours at 1e+06 FLOPs a second (sweep.flops_per_second), "
-        f"{60 * hours / 4:.0f} minutes on 4 at once"
-    )
-    assert lines[9:] == [f"At 2.5 an hour and CPU core: {2.5 * hours:.2f}."]
-    assert 60 * hours > 4  # so that none of these is a zero
+    for line, name, flops in (
+        (lines[8], "The whole sweep", base.flops + half.flops),
+        (lines[9], "Still to run", base.flops / 2),
+    ):
+        hours = flops / 1e6 / 3600
+        assert line == (
+            f"{name}: {flops:.2g} FLOPs: {hours:.2f} CPU core hours, {60 * hours / 4:.0f} minutes on 4 at once, "
+            f"{2.5 * hours:.2f} at 2.5 an hour and CPU core."
+        )
+        assert 60 * hours > 4  # so that none of these is a zero
+    assert lines[10].startswith("At 1e+06 FLOPs a second (sweep.flops_per_second); ")
+    assert len(lines) == 11
 
 
 def test_render_plan_names_gpu_hours_and_no_price_if_none_is_set(root):
-    lines = render_plan(load_sweep(root), root, devices=1, gpu=True).splitlines()
-    assert "GPU hours at" in lines[-1]
-    assert "CPU" not in "".join(lines)
+    plan = render_plan(load_sweep(root), root, devices=1, gpu=True)
+    assert "GPU hours, " in plan
+    assert "CPU" not in plan
+    assert " an hour" not in plan
 
 
 def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root):
@@ -162,23 +169,33 @@ def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root
     one, two = (render_plan(load_sweep(root), root, devices, gpu=False) for devices in (1, 2))
     hours = [float(re.search(r"([\d.]+) hours on", plan)[1]) for plan in (one, two)]
     assert hours[0] == pytest.approx(2 * hours[1], abs=0.11)
-    assert one.splitlines()[-1] == two.splitlines()[-1]
+    assert one.partition("at once")[2].partition(".")[0] == two.partition("at once")[2].partition(".")[0]
 
 
-def test_render_plan_of_a_finished_sweep_measures_nothing(root, monkeypatch):
-    edit(root, "sweep", flops_per_second=0.0, price_per_device_hour=2.5)
-    monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
+def test_render_plan_of_a_finished_sweep_has_its_full_cost(root):
     sweep = load_sweep(root)
+    before = render_plan(sweep, root, devices=1, gpu=False).splitlines()
     finish(sweep, {trial.id: "finished" for trial in sweep.trials})
     lines = render_plan(sweep, root, devices=1, gpu=False).splitlines()
     assert lines[0].endswith("4 trials done, 0 to run")
-    assert lines[-1].startswith("| B: d_k 3.5 | left out")
+    assert lines[8] == before[8]
+    assert (lines[9], before[9]) == (
+        "Still to run: nothing, all trials are done.", before[8].replace("The whole sweep", "Still to run")
+    )  # fmt: skip
+
+
+def test_render_plan_without_a_trial_has_no_cost(root, monkeypatch):
+    edit(root, "sweep", flops_per_second=0.0)
+    monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
+    sweep = load_sweep(root)
+    empty = replace(sweep, trials=[])
+    assert render_plan(empty, root, devices=1, gpu=False).splitlines()[-1].startswith("| B: d_k 3.5 | left out")
 
 
 def test_render_plan_measures_a_rate_that_is_not_stated(root, monkeypatch):
     edit(root, "sweep", flops_per_second=0.0)
     monkeypatch.setattr(cost, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
-    assert "at 7e+06 FLOPs a second (measured here)" in render_plan(load_sweep(root), root, devices=1, gpu=False)
+    assert "At 7e+06 FLOPs a second (measured here)" in render_plan(load_sweep(root), root, devices=1, gpu=False)
 
 
 def test_measured_rate_is_flops_after_the_warm_up_per_second(root, monkeypatch):
@@ -209,13 +226,40 @@ def test_main_prints_the_plan_of_the_folder_it_runs_in(root, monkeypatch, capsys
 def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch, capsys):
     edit(root, "hardware", device="gpu")
     run_main(root, monkeypatch, "--devices", "8")
-    assert "GPU hours at 1e+06" in capsys.readouterr().out
+    assert "GPU hours" in capsys.readouterr().out
     edit(root, "sweep", flops_per_second=0.0)
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
     assert capsys.readouterr().err.startswith(
         "plan: hardware.device is gpu and there is none here: state its rate in "
     )
+
+
+def test_main_plans_other_rows_seeds_and_models_than_those_of_params(root, monkeypatch, capsys):
+    run_main(root, monkeypatch, "--rows", "heads", "dropout", "--seeds", "7", "8", "9", "--model", "mini")
+    said = capsys.readouterr().out
+    assert "rows x 3 seeds, 0 trials done, " in said
+    assert "| A: 2 heads | " in said
+    assert "| D: dropout 0.0 | " in said
+    assert "d_k 7" not in said
+    mini = load_settings(root, model="mini")
+    assert f"| base | {num_parameters(mini, root):,} | 3 | 3 | " in said
+    run_main(root, monkeypatch, "--seeds", "7")
+    assert "| B: d_k 7 | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--rows", "colour"), "plan: sweep.rows must be one of A, B, "),
+        (("--seeds", "1", "1"), "sweep.seeds must be a list of different numbers"),
+        (("--model", "huge"), "model must be one of base, big, mini, tiny, got 'huge'"),
+    ],
+)
+def test_main_names_what_the_command_line_cannot_ask_for(root, monkeypatch, capsys, arguments, line):
+    with pytest.raises(SystemExit):
+        run_main(root, monkeypatch, *arguments)
+    assert line in capsys.readouterr().err
 
 
 def test_main_ends_with_one_line_for_a_fault_in_the_settings(root, monkeypatch, capsys):
