@@ -74,7 +74,8 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
             for name in ("training", "validation"):
                 curve = getattr(run.state, f"{name}_curve")
                 write_csv(root / REPORTS / f"{name}_curve.csv", curve)
-                write_chart(root / REPORTS / f"{name}_curve.png", curve, ("step", "steps"), CHARTS[name])
+                image = root / REPORTS / f"{name}_curve.png"
+                write_chart(image, curve, ("step", "steps"), CHARTS[name], points=name == "validation")
             if address := share_runs_view(workspace.tracking_uri, run.run_id, SHOWN_CURVES, tuple(SCORES)):
                 log(f"in MLflow (make ui): {address}")
     log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")

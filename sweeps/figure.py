@@ -26,6 +26,7 @@ AXES = {
 """What a panel is called, and the setting whose values are its categories; in other panels these are the labels."""
 
 OURS, PAPERS, GREY = "#0072b2", "#d55e00", "#6e7781"  # blue and vermilion of Okabe and Ito: safe for the colour-blind
+LETTERS = 60  # of the title, over one column of panels
 APART = 0.15  # our points from the paper's, of the distance between two categories
 
 
@@ -43,11 +44,7 @@ def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
         panel.remove()
     for panel in panels[: len(axes) : columns]:
         panel.set_ylabel("difference from base, validation BLEU")
-    seeds, chances = len(sweep["seeds"]), covered(rows)
-    title = f"{sweep['base_name']}; {seeds} seed{'s' if seeds > 1 else ''}"
-    if chances:
-        title += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'validation sentences')}"
-    canvas.suptitle(title, fontsize=11)
+    canvas.suptitle(title(sweep, rows, LETTERS * columns), fontsize=11)
     handles = [
         *panels[0].plot([], [], "o", color=OURS, label="ours, different from base"),
         *panels[0].plot([], [], "o", color=OURS, markerfacecolor="white", label="ours, not significant"),
@@ -58,6 +55,15 @@ def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
     target = io.BytesIO()
     canvas.savefig(target, format="png", dpi=150)
     return target.getvalue()
+
+
+def title(sweep: Mapping[str, Any], rows: Sequence[RowResult], width: int) -> str:
+    """In lines of so many letters at most."""
+    seeds, chances = len(sweep["seeds"]), covered(rows)
+    text = f"{sweep['base_name']}; {seeds} seed{'s' if seeds > 1 else ''}"
+    if chances:
+        text += f"; bars: 95% interval over {' or '.join(chances).replace('sentences', 'validation sentences')}"
+    return textwrap.fill(text, width)
 
 
 def draw_panel(panel: Axes, axis: str, rows: list[RowResult], base: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ PRESETS = {"data": ("data", "validate", "tokenize"), "model": ("model", "train")
 """The kinds of presets, folders of conf/, and the sections of params.yaml that each has values for."""
 FAR = 4
 """A model that differs from every preset in more than so many of its sizes has no preset's name."""
+CORPUS = {"data.corpus", "data.src", "data.tgt"}
+"""A preset that differs in one of these is not near, however much else is equal."""
 
 
 def preset_files(root: Path, kind: str) -> dict[str, Path]:
@@ -41,9 +43,9 @@ def nearest_preset(root: Path, kind: str, values: Mapping[str, Any]) -> tuple[st
     for name, path in preset_files(root, kind).items():
         changes = _changes(values, read_yaml(path))
         in_first = sum(key.startswith(f"{first}.") for key in changes)
-        found.append((in_first, len(changes), name, changes))
-    in_first, _, name, changes = min(found, key=lambda item: item[:2], default=(FAR + 1, 0, "", {}))
-    if kind == "data" and (not found or {"data.corpus", "data.src", "data.tgt"} & set(changes)):
+        found.append((len(CORPUS & changes.keys()), in_first, len(changes), name, changes))
+    other, in_first, _, name, changes = min(found, key=lambda item: item[:3], default=(1, FAR + 1, 0, "", {}))
+    if kind == "data" and other:
         data = values["data"]
         return f"{data['corpus']}-{data['src']}-{data['tgt']}", {}
     return ("custom", {}) if in_first > FAR else (name, changes)

@@ -25,8 +25,10 @@ def setup_name(settings: Settings) -> str:
 
 
 def changes_text(settings: Settings) -> str:
-    """All that differs from the nearest presets: "dropout 0.15, 100 steps"; "none" if nothing does."""
-    return ", ".join(setting_name(key, value) for key, value in settings.changes.items()) or "none"
+    """All that differs from the nearest presets: "dropout 0.15, 100 steps"; "none" if nothing does, "custom" if the
+    model is far from all."""
+    nothing = "custom" if settings.model_name == "custom" else "none"
+    return ", ".join(setting_name(key, value) for key, value in settings.changes.items()) or nothing
 
 
 def setting_name(key: str, value: Any) -> str:

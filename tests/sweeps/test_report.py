@@ -19,7 +19,7 @@ from sacrebleu.metrics import BLEU
 
 from sweeps import report
 from sweeps.analysis import assess, read_sweep
-from sweeps.figure import draw_panel
+from sweeps.figure import draw_panel, title
 from sweeps.report import main, report_sweep, write_report
 from sweeps.significance import holm, paired_p, seed_interval, sentence_interval
 
@@ -361,6 +361,14 @@ def test_figure_is_a_png_of_readable_size_that_html_page_embeds(whole: tuple[Pat
     assert [base64.b64decode(source) for source in sources] == [png]
     assert not re.search(r"<link|<script [^>]*src|src=\"(?!data:)|@import|url\(|fetch\(", page)
     assert "](table3.png)" in (whole[1] / "table3.md").read_text(encoding="utf-8")
+
+
+def test_title_of_the_figure_is_whole_in_lines_as_wide_as_its_panels(whole: tuple[Path, Path]):
+    sweep = read_sweep(whole[0])
+    results = assess(sweep, whole[0], progress=False)
+    lines = title(sweep, results, 50).splitlines()
+    assert max(map(len, lines)) <= 50
+    assert " ".join(lines) == "nano on grammar, 100 steps; 3 seeds; bars: 95% interval over seeds"
 
 
 def panel(sweep: Path, axis: str) -> Any:

@@ -51,6 +51,14 @@ def test_nearest_preset_of_a_model_far_from_all_is_custom():
     assert nearest_preset(REPOSITORY, "model", values) == ("custom", {})
 
 
+def test_nearest_preset_of_a_corpus_of_other_sizes_is_that_of_the_corpus():
+    values = values_with("data", "grammar")
+    sizes = {"train_pairs": 7, "valid_pairs": 5, "test_pairs": 3}
+    values["data"] |= sizes
+    changes = {f"data.{key}": value for key, value in sizes.items()}
+    assert nearest_preset(REPOSITORY, "data", values) == ("grammar", changes)
+
+
 def test_nearest_preset_names_a_corpus_of_other_languages_after_them():
     values = values_with("data", "own")
     values["data"]["tgt"] = "cs"

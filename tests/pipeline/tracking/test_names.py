@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.common.settings import Settings
-from pipeline.tracking.names import run_name, setting_name, setup_name
+from pipeline.tracking.names import changes_text, run_name, setting_name, setup_name
 
 
 def named(settings: Settings, model: str = "mini", **changes: Any) -> Settings:
@@ -33,6 +33,13 @@ def test_setup_name_counts_what_is_beyond_three_changes(settings: Settings):
 def test_setup_name_of_a_model_of_no_preset_has_its_sizes(settings: Settings):
     custom = replace(named(settings, "custom"), model=replace(settings.model, num_layers=1, d_model=48))
     assert setup_name(custom) == "custom (1 layer, d_model 48) on grammar"
+
+
+def test_changes_text_has_all_that_was_changed(settings: Settings):
+    changes = {"model__num_heads": 2, "model__d_k": 64, "train__eps": 1e-8, "train__beta2": 0.9}
+    assert changes_text(named(settings, **changes)) == "2 heads, d_k 64, eps 1e-08, beta2 0.9"
+    assert changes_text(named(settings)) == "none"
+    assert changes_text(named(settings, "custom")) == "custom"
 
 
 @pytest.mark.parametrize(
