@@ -1,4 +1,4 @@
-"""MLflow: the store, runs, the metric writer, results, views, and the provenance of a run.
+"""MLflow: the store, runs with their names and descriptions, the metric writer, results, views, provenance.
 
 Imports common/ and MLflow, which nothing else of the pipeline imports but inference/serving.py.
 """

@@ -433,7 +433,7 @@ def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
     assert [trial["status"] for trial in trials] == ["finished"] * 3
     assert sum(trial["attempts"] for trial in trials) >= 4  # one lost its host
     client = MlflowClient(new_run.cluster.environment["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("table3-micro-micro")
+    experiment = client.get_experiment_by_name("table3-grammar-custom")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.status for run in runs) == ["FINISHED"] * 4
     figures("a sweep of three trials loses a host", **{"trials lost": 0, "seconds to fetch": round(seconds)})
@@ -464,7 +464,7 @@ def on_head(cluster: Cluster, project, published: Path) -> Path:
 def test_preflight_refuses_storage_and_tracking_of_one_host(cluster, on_head):
     cluster.heal()
     shutil.copytree(cluster.shared / "data", on_head / "data", dirs_exist_ok=True)
-    encoded = next((cluster.shared / "data").glob("micro-*/data"))
+    encoded = next((cluster.shared / "data").glob("grammar-*/data"))
     shutil.copytree(encoded, on_head / "data", dirs_exist_ok=True)
     said = refused(cluster, on_head, RUN_STORAGE="")
     assert said.startswith("train: the cluster has 3 nodes, and RUN_STORAGE is not set: name a folder that all nodes")
