@@ -6,6 +6,7 @@ which deals whole files out, would make its own.
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -99,7 +100,7 @@ def test_logged_model_translates_the_same_in_another_process(trained, tmp_path):
     )
     sources = json.dumps([row["source"] for row in rows])
     done = subprocess.run(
-        [sys.executable, "-c", program, f"models:/{trained.only_run().data.tags['model_id']}", sources],
+        [sys.executable, "-c", program, f"models:/{trained.only_run().data.tags['run.model_id']}", sources],
         cwd=tmp_path,
         env=trained.environment | {"MLFLOW_TRACKING_URI": trained.tracking_uri},
         capture_output=True,
@@ -130,6 +131,9 @@ def test_dvc_plots_show_the_curves(trained, tmp_path):
     page = (tmp_path / "plots/index.html").read_text()
     for title in ("Training loss", "Validation perplexity", "BLEU by length"):
         assert title in page
+    for name in ("training_curve", "validation_curve", "bleu_by_length"):  # seen without a network too
+        (image,) = re.findall(rf'src="(static/[^"]*_{name}.png)"', page)
+        assert (tmp_path / "plots" / image).read_bytes() == (trained.root / f"reports/{name}.png").read_bytes()
 
 
 def test_exp_run_with_another_beam_runs_evaluate_alone(trained, tmp_path):

@@ -160,7 +160,7 @@ def test_sweep_starts_a_killed_trial_again_and_it_ends_as_an_undisturbed_one(tra
     with project.started("python", "-m", "sweeps.run") as sweep:
         project.wait_for(lambda: list((project.root / base).glob("step_*")), "checkpoint of base")
         (run,) = (run for run in runs(project)[0].values() if run.data.tags["row"] == "base")
-        psutil.Process(int(run.data.tags["owner_pid"])).kill()
+        psutil.Process(int(run.data.tags["run.owner_pid"])).kill()
         assert sweep.wait(PATIENCE_S) == 0, project.log()
     killed = records(project)[base.name]
     assert (killed["status"], killed["attempts"]) == ("finished", 2)
