@@ -15,6 +15,7 @@ from pipeline.common.paths import ENCODED
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
+from pipeline.training import checkpoint
 from pipeline.training.loop import summed_loss
 from pipeline.training.trainer import batch_plan
 from sweeps.trials import SweepPlan, Trial
@@ -41,11 +42,17 @@ def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
         trials = [trial for trial in sweep.trials if trial.row.id == row.id]
         if trials:
             first = trials[0].settings  # the others differ in the seed
-            flops = flops_per_step(first, root) * first.train.max_steps
-            num_to_run = sum(not is_done(trial) for trial in trials)
-            counts = len(trials) - num_to_run, num_to_run
+            to_run = [trial for trial in trials if not is_done(trial)]
+            per_step = flops_per_step(first, root)
             found.append(
-                Cost(row.label, num_parameters(first, root), *counts, flops * len(trials), flops * num_to_run)
+                Cost(
+                    row.label,
+                    num_parameters(first, root),
+                    num_done=len(trials) - len(to_run),
+                    num_to_run=len(to_run),
+                    flops=per_step * first.train.max_steps * len(trials),
+                    flops_to_run=per_step * sum(map(_steps_left, to_run)),
+                )
             )
     return found
 
@@ -54,6 +61,13 @@ def is_done(trial: Trial) -> bool:
     """Whether it need not run again: a failed trial gets another chance."""
     record = trial.record()
     return record is not None and record["status"] in ("finished", "stopped")
+
+
+def _steps_left(trial: Trial) -> int:
+    """Behind its newest checkpoint: base may be trained already, as the main run."""
+    found = checkpoint.folders(trial.folder)
+    done = int(found[-1].name.removeprefix("step_")) if found else 0
+    return max(0, trial.settings.train.max_steps - done)
 
 
 def num_parameters(settings: Settings, root: Path) -> int:

@@ -108,6 +108,16 @@ def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
     assert (base.num_done, base.num_to_run) == (half.num_done, half.num_to_run) == (0, 2)
 
 
+def test_costs_to_run_leave_out_the_steps_that_checkpoints_have(root):
+    sweep = load_sweep(root)
+    first, second = (trial.folder for trial in sweep.trials if trial.row.id == "base")
+    (first / "step_00000013").mkdir(parents=True)  # trained already, as the main run
+    (second / "step_00000005").mkdir(parents=True)
+    base = costs(sweep, root)[0]
+    assert base.flops_to_run == 8 * flops_per_step(sweep.base, root)
+    assert (base.num_to_run, base.flops) == (2, 26 * flops_per_step(sweep.base, root))
+
+
 def test_costs_grow_with_max_steps(root):
     edit(root, "sweep", grid={"train.max_steps": [39]})
     base, _, longer = costs(load_sweep(root), root)
