@@ -246,14 +246,14 @@ def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch,
 
 
 def test_main_plans_other_rows_seeds_and_models_than_those_of_params(root, monkeypatch, capsys):
-    run_main(root, monkeypatch, "--rows", "heads", "dropout", "--seeds", "7", "8", "9", "--model", "mini")
+    run_main(root, monkeypatch, "--rows", "heads", "dropout", "--seeds", "7", "8", "9", "--model", "tiny")
     said = capsys.readouterr().out
     assert "rows x 3 seeds, 0 trials done, " in said
     assert "| A: 2 heads | " in said
     assert "| D: dropout 0.0 | " in said
     assert "d_k 7" not in said
-    mini = load_settings(root, model="mini")
-    assert f"| base | {num_parameters(mini, root):,} | 3 | 3 | " in said
+    tiny = load_settings(root, model="tiny")
+    assert f"| base | {num_parameters(tiny, root):,} | 3 | 3 | " in said
     run_main(root, monkeypatch, "--seeds", "7")
     assert "| B: d_k 7 | " in capsys.readouterr().out
 
