@@ -96,7 +96,7 @@ def test_write_presets_writes_nothing_if_one_is_unknown(root):
 
 def test_command_prints_what_changed(root):
     printed = run(root, "model=base").splitlines()
-    assert printed[0].split() == ["model.num_layers", "2", "->", "6"]
+    assert printed[0].split() == ["model.num_layers", "1", "->", "6"]
     assert all(" -> " in line for line in printed)
     assert run(root, "model=base") == "params.yaml has these values already\n"
 

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.common.settings import Data, Validate
 from pipeline.download import download
+from pipeline.preset import write_presets
 from pipeline.validate import _create, _in_script, _num_words, _respaced, mark, validate
 
 ROOT = Path(__file__).parents[2]
@@ -165,9 +165,10 @@ def test_validate_passes_a_language_of_unknown_script():
 
 def test_find_faults_cannot_be_turned_off_by_the_environment():
     write_raw([*SOUND, ("", "leer")])
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, name)
     shutil.copytree(ROOT / "conf", "conf")
-    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    Path("params.yaml").write_text(re.sub("(?m)^data: .*", "data: files", params), encoding="utf-8")
+    write_presets(["data=own"])
     switches = {"PANDERA_VALIDATION_ENABLED": "False", "PANDERA_VALIDATION_DEPTH": "SCHEMA_ONLY"}
     result = run_command(switches)
     assert result.returncode == 0
