@@ -39,7 +39,8 @@ def run_note(run: Run) -> str:
 
 
 def _model(params: Mapping[str, str]) -> str:
-    shape = ", ".join(f"{name} {params[name]}" for name in ("num_layers", "d_model", "d_ff", "num_heads", "dropout"))
+    sizes = ("num_layers", "d_model", "d_ff", "num_heads", "d_k", "dropout")
+    shape = ", ".join(f"{name} {params[name]}" for name in sizes)
     data = f"{params['corpus']}, {params['src']} to {params['tgt']}"
     return f"{shape}; {params['max_steps']} steps of {params['batch_tokens']} tokens on {data}; seed {params['seed']}"
 
