@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 PAIRS = {"train": 6000, "valid": 100, "test": 100}
 CORPUS = {
-    "download": dict(corpus="own", src="en", tgt="de"),
+    "data": dict(corpus="own", src="en", tgt="de"),
     "validate": dict(max_words=20, max_length_ratio=4.0, max_dropped_share=0.0),
     "tokenize": dict(vocab_size=290, lowercase=False),
 }
@@ -46,22 +46,10 @@ def test_exp_run_learns_to_copy_and_to_reverse(new_project):
             new_project.write(f"data/own/{split}.{code}", "\n".join(lines) + "\n")
     new_project.write_yaml("conf/data/letters.yaml", CORPUS)
     new_project.write_yaml("conf/model/copier.yaml", MODEL)
+    new_project.run("python", "-m", "pipeline.preset", "data=letters", "model=copier")
     new_project.commit()
-    settings = (
-        "data=letters",
-        "model=copier",
-        f"seed={seed}",
-        "params.yaml:hardware.micro_batch_tokens=2048",
-    )
-    new_project.run(
-        "dvc",
-        "exp",
-        "run",
-        "--name",
-        "both",
-        "evaluate",
-        *(part for key in settings for part in ("--set-param", key)),
-    )
+    settings = ("--set-param", f"train.seed={seed}", "--set-param", "hardware.micro_batch_tokens=2048")
+    new_project.run("dvc", "exp", "run", "--name", "both", *settings, "evaluate")
 
     assert new_project.json("reports/evaluation.json")["test"]["ppl"] <= 1.05, f"seed {seed}"
     with (new_project.root / "reports/translations.tsv").open() as file:
@@ -71,4 +59,4 @@ def test_exp_run_learns_to_copy_and_to_reverse(new_project):
         bleu = corpus_bleu([row["translation"] for row in ours], [[row["reference"] for row in ours]], force=True)
         assert bleu.score >= 95, f"{marker}, seed {seed}: {bleu}"
     listed = new_project.experiments()["both"]
-    assert (listed["data"], listed["model"], listed["seed"]) == ("letters", "copier", seed)
+    assert (listed["data"]["corpus"], listed["model"]["d_model"], listed["train"]["seed"]) == ("own", 64, seed)
