@@ -101,8 +101,9 @@ def test_exp_run_changes_the_one_line_that_it_is_asked_for(new_project):
     before = (ROOT / PARAMS).read_text()
     new_project.write(PARAMS, before)
     new_project.run("git", "commit", "--all", "--quiet", "--message", "settings")
-    for override in ("model.d_k=4", "train.eps=1e-8", "sweep.seeds=[2]", "data.seed=7"):
-        new_project.run("dvc", "exp", "run", "--set-param", override, "--downstream", "report", "--dry")
+    overrides = ("model.d_k=4", "train.eps=1e-8", "sweep.seeds=[2]", "data.seed=7")
+    set_all = [part for override in overrides for part in ("--set-param", override)]
+    new_project.run("dvc", "exp", "run", *set_all, "download")
     now = (new_project.root / PARAMS).read_text()
     changed = [(a, b) for a, b in zip(before.splitlines(), now.splitlines(), strict=True) if a != b]
     assert [b.split("#")[0].split() for _, b in changed] == [
