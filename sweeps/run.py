@@ -12,13 +12,14 @@ others continue from their checkpoints, failed ones are tried again, and rows or
 RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster.
 """
 
+import io
 import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -205,7 +206,7 @@ def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace:
         run_trial, trials=by_id, resources=resources, workspace=workspace, parent=parent
     )
     folder = workspace.root / CHECKPOINTS / ".tune"
-    results = ray.tune.Tuner(
+    tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, resources.of_tune),
         param_space={"trial": ray.tune.grid_search(list(by_id))},
         tune_config=ray.tune.TuneConfig(
@@ -221,7 +222,9 @@ def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace:
             # Workers are started again by Ray Train.
             failure_config=ray.tune.FailureConfig(max_failures if resources.in_process else 0),
         ),
-    ).fit()
+    )
+    with redirect_stdout(io.StringIO()):  # verbose=0 still prints a box with a folder that we delete
+        results = tuner.fit()
     for result in map(results.__getitem__, range(len(results))):  # mypy: no iterator is declared
         trial = by_id[result.config["trial"]]  # type: ignore[index]
         if scheduler and trial.id in scheduler.ended:

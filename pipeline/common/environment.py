@@ -52,7 +52,6 @@ NO_DASHBOARD: dict[str, str | None] = {
 }
 OWN_DASHBOARD: dict[str, str | None] = {DASHBOARD_ENV: None}  # it may be that of another cluster
 TUNE: dict[str, str | None] = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # else verbose=0 still prints a box and a folder that is deleted at the end
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that nobody reads
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is only evaluated reports nothing
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would go on as if all trials had finished
