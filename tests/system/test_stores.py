@@ -6,7 +6,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -92,7 +92,7 @@ def store(postgres: Postgres, s3: S3, tmp_path: Path) -> Iterator[Store]:
 
 
 def trial_settings(number: int) -> Settings:
-    return replace(load_settings(REPOSITORY), seed=number)
+    return load_settings(REPOSITORY).with_seed(number)
 
 
 def trial_points(number: int) -> Iterator[tuple[int, dict[str, float]]]:
