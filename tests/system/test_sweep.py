@@ -1,6 +1,7 @@
 """A sweep of miniature trials through its command line: killed, continued, widened, with a row that fails."""
 
 import json
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -45,8 +46,12 @@ def killed(trained, tmp_path_factory):
     with project.started("python", "-m", "sweeps.run") as sweep:
         project.wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished", PATIENCE_S)
         assert sweep.poll() is None, project.log()
+        orphans = sweep.children(recursive=True)
         sweep.kill()
         sweep.wait()
+        for orphan in orphans:  # before a trial comes to its end: Ray takes seconds to notice that its driver is gone
+            with suppress(psutil.NoSuchProcess):
+                orphan.kill()
     project.output = project.log()
     project.before = records(project)
     project.statuses_before = {name: run.info.status for name, run in runs(project)[0].items()}
