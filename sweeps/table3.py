@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from pipeline.common.settings import GRID_KEYS, Settings, flatten
+from pipeline.tracking.names import setting_name
 
 Value = int | float | str
 
@@ -43,16 +44,7 @@ class Row:
 
 
 def _named(key: str, value: Value) -> str:
-    match key.partition(".")[2]:
-        case "num_heads" | "num_layers" as name:
-            noun = name.removeprefix("num_")
-            return f"{value} {noun.removesuffix('s') if value == 1 else noun}"
-        case "positions":
-            return "no positions" if value == "none" else f"{value} positions"
-        case "label_smoothing":
-            return f"label smoothing {value}"
-        case name:
-            return f"{name} {value}"
+    return setting_name(key, value, {"num_heads": "heads", "num_layers": "layers"})
 
 
 def _label(group: str, changes: Mapping[str, Value]) -> str:

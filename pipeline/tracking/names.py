@@ -1,11 +1,22 @@
 """What runs are called: the model, the data, and what was changed. Does without MLflow."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.common.settings import Settings
 
 MOST_CHANGES = 3
 """A name with more would not fit into a column of MLflow's."""
+COUNTED = {
+    "num_heads": "heads",
+    "num_layers": "layers",
+    "max_steps": "steps",
+    "warmup_steps": "warmup steps",
+    "train_pairs": "training pairs",
+    "valid_pairs": "validation pairs",
+    "test_pairs": "test pairs",
+}
+"""Settings that are numbers of something."""
 
 
 def run_name(settings: Settings) -> str:
@@ -31,11 +42,11 @@ def changes_text(settings: Settings) -> str:
     return ", ".join(setting_name(key, value) for key, value in settings.changes.items()) or nothing
 
 
-def setting_name(key: str, value: Any) -> str:
-    """A setting as people say it: "4 heads", "no positions", "100 steps", "d_ff 64"."""
+def setting_name(key: str, value: Any, counted: Mapping[str, str] = COUNTED) -> str:
+    """A setting as people say it: "4 heads", "no positions", "100 steps", "d_ff 64"; `counted`: {setting: noun}."""
     name = key.partition(".")[2]
-    if name in COUNTED:
-        noun = COUNTED[name]
+    if name in counted:
+        noun = counted[name]
         return f"{value} {noun.removesuffix('s') if value == 1 else noun}"
     match name:
         case "positions":
@@ -44,15 +55,3 @@ def setting_name(key: str, value: Any) -> str:
             return f"label smoothing {value}"
         case _:
             return f"{name} {str(value).lower() if isinstance(value, bool) else value}"
-
-
-COUNTED = {
-    "num_heads": "heads",
-    "num_layers": "layers",
-    "max_steps": "steps",
-    "warmup_steps": "warmup steps",
-    "train_pairs": "training pairs",
-    "valid_pairs": "validation pairs",
-    "test_pairs": "test pairs",
-}
-"""Settings that are numbers of something."""
