@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from pipeline.common.environment import DVC_STAGE_ENV
 
+GRACE_S = 10
+
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help is the module's docstring: purpose, example, what is read and written."""
@@ -61,13 +63,16 @@ def _stdout_is_closed() -> bool:
 
 def end_with_dvc() -> None:
     """Under DVC, end when it does. `kill -9` of `dvc repro` would otherwise leave training running unseen, in the
-    way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent."""
+    way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent. The run is marked KILLED
+    in MLflow where that takes less than GRACE_S."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     if DVC_STAGE_ENV in os.environ:
         threading.Thread(target=watch, daemon=True).start()

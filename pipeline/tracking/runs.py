@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 LONG_SILENCE_S = 90
 """After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (accounting.py)."""
 
+ENDING_S = 15
+"""Longer than a process takes to end after its `dvc repro` was killed (cli.end_with_dvc): a user starts it again."""
+
 
 @refusal_as_connection_error
 def open_run(
@@ -62,11 +65,8 @@ def open_run(
     client = connect(uri)
     experiment_id = open_experiment(client, settings.tracking.experiment, root)
     run = find_run(client, experiment_id, run_key)
-    if run is not None and _owner_lives(run) and int(run.data.tags["run.owner_pid"]) != os.getpid():
-        raise ValueError(
-            f"the same training is running already (process {run.data.tags['run.owner_pid']}, "
-            f"MLflow run {run.info.run_id}): wait for it or stop it"
-        )
+    if run is not None:
+        _refuse_if_running_here(run)
     if run is not None and last_sign_at is not None:
         _refuse_if_elsewhere(run, last_sign_at)
     hashes = dvc_hashes(root)
@@ -109,6 +109,18 @@ def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, root
         client.log_inputs(run_id, inputs)
     except MlflowException:  # another process was first to log this data, at the same moment
         client.log_inputs(run_id, inputs)
+
+
+def _refuse_if_running_here(run: Run) -> None:
+    """Raise ValueError when another process of this machine is at work on the run, and does not end in ENDING_S."""
+    deadline = time.monotonic() + ENDING_S
+    while _owner_lives(run) and int(run.data.tags["run.owner_pid"]) != os.getpid():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"the same training is running already (process {run.data.tags['run.owner_pid']}, "
+                f"MLflow run {run.info.run_id}): wait for it or stop it"
+            )
+        time.sleep(0.1)
 
 
 def _refuse_if_elsewhere(run: Run, last_sign_at: float) -> None:
@@ -238,7 +250,8 @@ def _owner_lives(run: Run) -> bool:
     if run.info.status != "RUNNING" or tags.get("run.owner_host") != socket.gethostname():
         return False
     try:
-        started = psutil.Process(int(tags["run.owner_pid"])).create_time()
+        owner = psutil.Process(int(tags["run.owner_pid"]))
+        same = abs(owner.create_time() - float(tags["run.owner_started"])) < 2
+        return same and owner.status() != psutil.STATUS_ZOMBIE  # in a container often nobody waits for orphans
     except psutil.NoSuchProcess:
         return False
-    return abs(started - float(tags["run.owner_started"])) < 2

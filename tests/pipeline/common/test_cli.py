@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.common.cli import exit_on_error
@@ -79,3 +81,30 @@ def test_exit_on_error_ends_without_a_word_when_nobody_reads_the_output():
     done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_end_with_dvc_ends_a_process_whose_parent_was_killed(obeys, tmp_path):
+    child = f"""
+import os, signal, time
+from pathlib import Path
+from pipeline.common import cli
+if not {obeys}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+cli.GRACE_S = 0.5
+cli.end_with_dvc()
+Path("written").write_text(str(os.getpid()))
+Path("written").rename("pid")
+time.sleep(60)
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"DVC_STAGE": "train", "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment) as process:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        orphan = psutil.Process(int((tmp_path / "pid").read_text()))
+        process.kill()
+    deadline = time.monotonic() + 10
+    while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.common.settings import Settings, flatten
 from pipeline.tracking.runs import (
+    ENDING_S,
     LONG_SILENCE_S,
     end_children,
     end_run_of,
@@ -94,8 +96,9 @@ def test_open_run_continues_the_run_of_the_same_key(
 
 
 def test_open_run_refuses_what_another_process_is_running(
-    uri: str, root: Path, settings: Settings, run_id: str
+    uri: str, root: Path, settings: Settings, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.tracking.runs.ENDING_S", 0.5)
     client = MlflowClient(uri)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         client.set_tag(run_id, "run.owner_pid", str(other.pid))
@@ -104,6 +107,21 @@ def test_open_run_refuses_what_another_process_is_running(
             open_run(uri, settings, "key", {}, root)
         other.communicate(b"\n")
     assert open_run(uri, settings, "key", {}, root) == run_id
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_open_run_waits_for_a_process_that_is_ending(
+    uri: str, root: Path, settings: Settings, run_id: str, reaped: bool
+) -> None:
+    client = MlflowClient(uri)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]) as other:
+        client.set_tag(run_id, "run.owner_pid", str(other.pid))
+        client.set_tag(run_id, "run.owner_started", f"{time.time():.0f}")
+        if reaped:
+            threading.Thread(target=other.wait).start()
+        started = time.monotonic()
+        assert open_run(uri, settings, "key", {}, root) == run_id
+        assert 0.5 < time.monotonic() - started < ENDING_S
 
 
 def test_open_run_refuses_a_deleted_experiment_with_advice(
