@@ -25,6 +25,7 @@ from tqdm import tqdm
 from model.config import UNK
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.checksums import write_sums
 from pipeline.common.paths import CLEAN, ENCODED, REPORTS, TOKENIZER
 from pipeline.common.settings import load_settings
 from pipeline.data.dataset import SIDES, SPLITS, CorpusInfo, Side, encoded_paths, load_tokenizer
@@ -43,12 +44,15 @@ def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, 
     tokenizer = load_tokenizer(tokenizer_folder)
     digest = hashlib.sha256(tokenizer.serialized_model_proto())
     counts: dict[str, dict[Side, Counter[str]]] = {}
+    texts: dict[str, str] = {}
     with replace_folder(encoded) as partial:
         for split in SPLITS:
             counts[split] = {}
             for side, code in zip(SIDES, (src, tgt), strict=True):
                 text = clean / f"{split}.{code}"
-                counts[split][side] = _encode_text(text, tokenizer, partial, split, side, digest)
+                of_text = hashlib.sha256()
+                counts[split][side] = _encode_text(text, tokenizer, partial, split, side, (digest, of_text))
+                texts[text.name] = of_text.hexdigest()
             num_src, num_tgt = (counts[split][side]["sentences"] for side in SIDES)
             if num_src != num_tgt:
                 raise ValueError(f"{clean}: {split} has {num_src} {src} and {num_tgt} {tgt} sentences")
@@ -58,9 +62,11 @@ def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, 
             vocab_size=tokenizer.get_piece_size(),
             pairs={split: counts[split]["src"]["sentences"] for split in SPLITS},
             words={split: {side: counts[split][side]["words"] for side in SIDES} for split in SPLITS},
+            texts=texts,
             sha256=digest.hexdigest(),
         )
         write_json(partial / "meta.json", asdict(info))
+        write_sums(partial, sorted(file.name for file in partial.iterdir()))
         num_bytes = sum(file.stat().st_size for file in partial.iterdir())
     train = counts["train"]
     everywhere = [counts[split][side] for split in SPLITS for side in SIDES]
@@ -82,7 +88,7 @@ def _encode_text(
     folder: Path,
     split: str,
     side: Side,
-    digest: "hashlib._Hash",
+    digests: "tuple[hashlib._Hash, ...]",
 ) -> "Counter[str]":
     if not path.is_file():
         raise ValueError(f"{path} does not exist: run the validate stage first")
@@ -115,7 +121,8 @@ def _encode_text(
             count["longest"] = max(count["longest"], int(lengths.max()))
             count["byte_pieces"] += int(is_byte[tokens].sum())
             count["unknown_pieces"] += int((tokens == UNK).sum())
-            digest.update(chunk)
+            for digest in digests:
+                digest.update(chunk)
             progress.update(len(chunk))
     return count
 

@@ -3,7 +3,7 @@
     python -m pipeline.export
     python -m pipeline.export --quantization int8 --output models/ctranslate2-int8
 
-Reads models/final and data/tokenizer; writes models/ctranslate2, a folder with all that translation needs:
+Reads models/final; writes models/ctranslate2, a folder with all that translation needs:
 
     import ctranslate2, sentencepiece
     tokenizer = sentencepiece.SentencePieceProcessor("models/ctranslate2/spm.model")
@@ -13,24 +13,24 @@ Reads models/final and data/tokenizer; writes models/ctranslate2, a folder with 
                                           suppress_sequences=[["<pad>"], ["<s>"]])
     print(tokenizer.decode(result.hypotheses[0]))
 
-Where model.max_length is below 1,024, add max_input_length with its value, and below 256 max_decoding_length too. The
-evaluate stage translates by such an export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
+Where model.max_length is below 1,024, add max_input_length with its value, and below 256 max_decoding_length too. In
+that folder, `sha256sum --check SHA256SUMS` tells whether a file is damaged. The evaluate stage translates by such an
+export with evaluate.engine: ctranslate2 or ctranslate2-int8 in params.yaml.
 """
 
 from pathlib import Path
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder
-from pipeline.common.paths import CTRANSLATE2, FINAL, TOKENIZER
-from pipeline.data.dataset import load_tokenizer
+from pipeline.common.checksums import write_sums
+from pipeline.common.paths import CTRANSLATE2, FINAL
 from pipeline.inference.ctranslate2_export import Quantization, write_export
-from pipeline.training.checkpoint import load_model
+from pipeline.inference.trained_model import load_trained
 
 
 def main() -> None:
     parser = cli.parser("pipeline.export", __doc__)
     parser.add_argument("--model", type=Path, default=FINAL, metavar="FOLDER", help=f"a trained model ({FINAL})")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="FOLDER", help=f"its own ({TOKENIZER})")
     parser.add_argument(
         "--output", type=Path, default=CTRANSLATE2, metavar="FOLDER", help=f"replaced if it exists ({CTRANSLATE2})"
     )
@@ -42,23 +42,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with cli.exit_on_error("export"):
-        export(arguments.model, arguments.tokenizer, arguments.output, arguments.quantization)
+        export(arguments.model, arguments.output, arguments.quantization)
     size = (arguments.output / "model.bin").stat().st_size
     print(f"{arguments.output}: {arguments.quantization}, {size / 1e6:.1f} MB; --help says how to translate with it")
 
 
-def export(final: Path, tokenizer_folder: Path, output: Path, quantization: Quantization) -> None:
-    """Write the model in `final` and its tokenizer to `output`, whole or not at all. Raises ValueError."""
-    model, tokenizer = load_model(final), load_tokenizer(tokenizer_folder)
-    if tokenizer.get_piece_size() != model.config.vocab_size:
-        raise ValueError(
-            f"{tokenizer_folder} has {tokenizer.get_piece_size()} pieces, {final} was trained with "
-            f"{model.config.vocab_size}: name its own with --tokenizer"
-        )
+def export(final: Path, output: Path, quantization: Quantization) -> None:
+    """Write the model in `final` to `output`, with checksums, whole or not at all. Raises ValueError."""
+    model, tokenizer = load_trained(final)
     if output.exists() and not (output / "model.bin").is_file():
         raise ValueError(f"{output} is there and is no export, so it is not replaced: name another --output")
     with replace_folder(output) as folder:
         write_export(model, tokenizer, folder, quantization)
+        write_sums(folder, sorted(path.name for path in folder.iterdir()))
 
 
 if __name__ == "__main__":

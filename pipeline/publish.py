@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import SUMS, sums_text, write_json, write_text
+from pipeline.common.checksums import verify
 from pipeline.common.environment import RUN_STORAGE_ENV
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, load_settings
 from pipeline.common.storage import AnyPath, as_os_error, copy_file, run_storage
-from pipeline.data.dataset import CorpusInfo
+from pipeline.data.dataset import TOKENIZER_FILE, CorpusInfo
 
 
 def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:
@@ -25,6 +26,8 @@ def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:
     with one line."""
     target = storage / "data" / f"{settings.data_name}-{CorpusInfo.open(root / ENCODED).sha256[:12]}"
     paths = _files(settings, root)
+    for folder in (ENCODED, TOKENIZER):
+        verify(root / folder, None, "tokenize")
     with as_os_error(storage):
         if not (target / SUMS).exists():
             size = sum(path.stat().st_size for path in paths)
@@ -43,7 +46,8 @@ def _files(settings: Settings, root: Path) -> list[Path]:
         for split in ("valid", "test")
         for language in (settings.data.src, settings.data.tgt)
     ]
-    paths = [*sorted((root / ENCODED).iterdir()), root / TOKENIZER / "spm.model", *texts]
+    tokenizer = [root / TOKENIZER / name for name in (TOKENIZER_FILE, SUMS)]
+    paths = [*sorted((root / ENCODED).iterdir()), *tokenizer, *texts]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} does not exist: run dvc repro tokenize first")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from model.config import BOS, EOS, PAD, UNK
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder
+from pipeline.common.checksums import write_sums
 from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import load_settings
 
@@ -68,6 +69,7 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
         with open(partial / "spm.vocab", "w", encoding="utf-8", newline="\n") as file:
             for piece in range(vocab_size):
                 file.write(f"{tokenizer.id_to_piece(piece)}\t{tokenizer.get_score(piece):g}\n")
+        write_sums(partial, ["spm.model", "spm.vocab"])
 
 
 def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:

@@ -26,6 +26,7 @@ EVALUATION_CODE = (
     "pipeline/inference/metrics.py",
     "pipeline/inference/split.py",
     "pipeline/inference/torch_engine.py",
+    "pipeline/inference/trained_model.py",
     "pipeline/inference/translate.py",
     "pipeline/training/checkpoint.py",
 )

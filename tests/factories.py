@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from model.config import BOS, EOS, PAD, TransformerConfig
 from model.transformer import Transformer
+from pipeline.common.atomic_io import read_sums
+from pipeline.common.checksums import write_sums
 from pipeline.common.settings import Model, Settings, Train, load_settings
 from pipeline.data.dataset import SIDES, SPLITS, encoded_paths
 
@@ -98,5 +100,26 @@ def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23, longest_
             np.save(ids_path, rng.integers(EOS + 1, vocab_size, lengths.sum()).astype(np.uint16))
             np.save(offsets_path, np.concatenate(([0], lengths.cumsum())))
     words = {split: {side: VALID_WORDS for side in SIDES} for split in SPLITS}
-    info = {"src": "en", "tgt": "de", "vocab_size": vocab_size, "pairs": PAIRS, "words": words, "sha256": "0" * 64}
+    info = {
+        "src": "en",
+        "tgt": "de",
+        "vocab_size": vocab_size,
+        "pairs": PAIRS,
+        "words": words,
+        "texts": {},
+        "sha256": "0" * 64,
+    }
     (folder / "meta.json").write_text(json.dumps(info))
+    write_sums(folder, [path.name for path in folder.iterdir()])
+
+
+def update_sums(folder: Path) -> None:
+    """Let SHA256SUMS agree with what the files are now, as if they had been written so."""
+    write_sums(folder, read_sums(folder))
+
+
+def edit_corpus(folder: Path, **values: Any) -> None:
+    """Set these values of its meta.json, as if it had been written with them."""
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    update_sums(folder)

@@ -1,7 +1,7 @@
 """The encoded corpus on disk, and its tokenizer.
 
 The source and the target of every split are two arrays each: the tokens of all sentences end to end, and where each
-sentence begins. Both are memory-mapped, so that opening a corpus costs the same whatever its size.
+sentence begins. Both are memory-mapped; to open them they are read once, for their checksums.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from model.config import BOS, EOS, PAD, UNK
+from pipeline.common.checksums import verify
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Side = Literal["src", "tgt"]
 SPLITS = ("train", "valid", "test")
 SIDES: tuple[Side, ...] = ("src", "tgt")
+TOKENIZER_FILE = "spm.model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +33,16 @@ class CorpusInfo:
     vocab_size: int
     pairs: dict[str, int]  # by split
     words: dict[str, dict[Side, int]]  # by split, of src and tgt, as white space separates them
+    texts: dict[str, str]  # SHA-256 by name, "train.en" and so on
     sha256: str  # of the tokenizer and of all texts
 
     @classmethod
     def open(cls, folder: Path) -> "CorpusInfo":
         """Read `folder`/meta.json. Raises ValueError if it is missing or damaged."""
         path = folder / "meta.json"
+        verify(folder, [path.name], "tokenize")
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: run the tokenize stage first") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): run the tokenize stage again") from None
 
@@ -58,7 +60,8 @@ class EncodedText:
 
     @classmethod
     def open(cls, folder: Path, split: str, side: Side) -> "EncodedText":
-        """Map the files read-only. Raises ValueError that names a file that is missing or not ours."""
+        """Map the files read-only. Raises ValueError that names a file that is missing or not ours. Their checksums
+        are verified by `EncodedSplit.open`."""
         tokens_path, offsets_path = encoded_paths(folder, split, side)
         tokens, offsets = _map(tokens_path), _map(offsets_path)
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
@@ -72,7 +75,10 @@ class EncodedText:
                 f"{offsets_path} ends at piece {offsets[-1]}, {tokens_path.name} has {len(tokens)}: "
                 "they do not belong together; run the tokenize stage again"
             )
-        return cls(tokens, offsets)
+        text = cls(tokens, offsets)
+        if (text.lengths < 0).any():
+            raise ValueError(f"{offsets_path} has an offset below the one before it: run the tokenize stage again")
+        return text
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -104,8 +110,18 @@ class EncodedSplit:
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "EncodedSplit":
-        """Raises ValueError if a file is missing or damaged, or the numbers of sources and targets differ."""
-        src, tgt = EncodedText.open(folder, split, "src"), EncodedText.open(folder, split, "tgt")
+        """Raises ValueError if a file is missing or damaged, a token is not of the vocabulary, or the numbers of
+        sources and targets differ."""
+        verify(folder, [path.name for side in SIDES for path in encoded_paths(folder, split, side)], "tokenize")
+        src, tgt = (EncodedText.open(folder, split, side) for side in SIDES)
+        vocab_size = CorpusInfo.open(folder).vocab_size
+        for side, text in zip(SIDES, (src, tgt), strict=True):
+            if (largest := int(text.tokens.max(initial=0))) >= vocab_size:
+                path, _ = encoded_paths(folder, split, side)
+                raise ValueError(
+                    f"{path} holds piece {largest}, meta.json a vocabulary of {vocab_size}: "
+                    "run the tokenize stage again"
+                )
         if len(src) != len(tgt):
             raise ValueError(
                 f"{folder}: {split} has {len(src)} source and {len(tgt)} target sentences; "
@@ -131,21 +147,20 @@ def _map(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({error}): run the tokenize stage again") from None
 
 
-def load_tokenizer(folder: Path) -> "SentencePieceProcessor":
-    """The joint byte-pair encoding in `folder`/spm.model (section 5.1).
+def load_tokenizer(folder: Path, stage: str = "tokenize") -> "SentencePieceProcessor":
+    """The joint byte-pair encoding in `folder`/spm.model (section 5.1), which `stage` has written, verified.
 
-    Raises ValueError if there is none, or its reserved pieces are not those of model.config.
+    Raises ValueError if there is none, it is damaged, or its reserved pieces are not those of model.config.
     """
     from sentencepiece import SentencePieceProcessor  # here, so that training needs torch and numpy alone
 
-    path = folder / "spm.model"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: run the tokenize stage first")
+    path = folder / TOKENIZER_FILE
+    verify(folder, [path.name], stage)
     tokenizer = SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError:
-        raise ValueError(f"{path} is not a SentencePiece model: run the tokenize stage again") from None
+        raise ValueError(f"{path} is not a SentencePiece model: run the {stage} stage again") from None
     reserved = (tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id())
     if reserved != (PAD, UNK, BOS, EOS):
         raise ValueError(

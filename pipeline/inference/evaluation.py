@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from model.perplexity import cross_entropy, perplexity
 from model.transformer import Transformer
+from pipeline.common.checksums import verify
 from pipeline.common.paths import FINAL, REPORTS, TOKENIZER
 from pipeline.common.settings import Evaluate, Settings
 from pipeline.data.batching import MicroBatch, batches_to_read, collate
@@ -20,8 +21,8 @@ from pipeline.data.dataset import load_tokenizer
 from pipeline.inference.metrics import bleu_by_length, chrf, length_ratio, lowercase_bleu, paper_bleu, sacre_bleu
 from pipeline.inference.reports import Evaluation, Translated, log_to_mlflow, write_reports
 from pipeline.inference.split import Split, read_split
+from pipeline.inference.trained_model import load_trained
 from pipeline.inference.translate import Translation, translate
-from pipeline.training.checkpoint import load_model
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -34,12 +35,11 @@ def evaluate_run(
 
     Raises ValueError with one line.
     """
-    model, tokenizer = load_model(root / final), load_tokenizer(root / TOKENIZER)
+    model, tokenizer = load_trained(root / final)
     trained_on = read_run(root / final)
-    if tokenizer.get_piece_size() != model.config.vocab_size:
+    if load_tokenizer(root / TOKENIZER).serialized_model_proto() != tokenizer.serialized_model_proto():
         raise ValueError(
-            f"{root / TOKENIZER} has {tokenizer.get_piece_size()} pieces, {root / final} was trained with "
-            f"{model.config.vocab_size}: run the train stage again"
+            f"{root / TOKENIZER} is another tokenizer than that of {root / final}: run the train stage again"
         )
     languages = settings.data.src, settings.data.tgt
     test, valid = (read_split(name, *languages, root) for name in ("test", "valid"))
@@ -136,10 +136,9 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json: which run trained the model."""
     path = folder / "run.json"
+    verify(folder, [path.name], "train")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {"run_key": str(values["run_key"]), "step": int(values["step"])}
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run the train stage first (dvc repro train)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): run the train stage again") from None

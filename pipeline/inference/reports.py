@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import write_csv, write_json, write_text
-from pipeline.common.paths import TOKENIZER
 from pipeline.common.settings import Settings
 from pipeline.common.storage import tracking_uri
 from pipeline.inference.translate import Translation
@@ -79,7 +78,7 @@ def log_to_mlflow(
     uri = tracking_uri(root)
     run_id = find_training_run(uri, settings, trained_on["run_key"], root)
     search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # it is served by torch
-    log_model(uri, run_id, final, root / TOKENIZER / "spm.model", search)
+    log_model(uri, run_id, final, search)
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):
         flat |= {f"{split}_{name}": value for name, value in evaluation.metrics[split].items()}

@@ -15,9 +15,8 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline.common.settings import Evaluate
-from pipeline.data.dataset import load_tokenizer
+from pipeline.inference.trained_model import load_trained
 from pipeline.inference.translate import translate
-from pipeline.training.checkpoint import load_model
 
 BATCH_TOKENS = 8192
 """Source tokens (padding counted) that are decoded together; changes memory and speed, no translation."""
@@ -27,8 +26,7 @@ class Translator(PythonModel):
     """Beam search with the beam, alpha and max_extra that the model was evaluated with."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model = load_model(Path(context.artifacts["weights"]).parent)
-        self.tokenizer = load_tokenizer(Path(context.artifacts["tokenizer"]).parent)
+        self.model, self.tokenizer = load_trained(Path(context.artifacts["weights"]).parent)
         self.search = threading.Lock()
         self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.atomic_io import sha256_of
 from pipeline.common.paths import CLEAN, ENCODED
-from pipeline.data.dataset import EncodedSplit
+from pipeline.data.dataset import CorpusInfo, EncodedSplit
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class Split:
 
 def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
     """Raises ValueError if text and tokens do not belong together."""
-    tokens = EncodedSplit.open(root / ENCODED, name)
+    tokens, info = EncodedSplit.open(root / ENCODED, name), CorpusInfo.open(root / ENCODED)
     texts = []
     for code in (src, tgt):
         path = root / CLEAN / f"{name}.{code}"
         if not path.is_file():
             raise ValueError(f"{path} does not exist: run the validate stage first")
-        texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-        if len(texts[-1]) != len(tokens):
+        if sha256_of(path) != info.texts.get(path.name):
             raise ValueError(
-                f"{path} has {len(texts[-1])} lines, {root / ENCODED} {len(tokens)} sentences: "
-                "run the tokenize stage again"
+                f"{path} is not the text that {root / ENCODED} was made of, it is damaged or has been changed: run "
+                "the stages up to tokenize again (dvc repro --force tokenize)"
             )
+        texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     return Split(name, tokens, *texts)

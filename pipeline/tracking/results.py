@@ -10,7 +10,7 @@ import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
 
-from pipeline.common.atomic_io import csv_text, sha256_of
+from pipeline.common.atomic_io import SUMS, csv_text, sha256_of
 from pipeline.common.settings import Settings
 from pipeline.tracking.notes import NOTE, VS_BASE, describe_run, shortened
 from pipeline.tracking.runs import finish_run, open_run
@@ -113,11 +113,11 @@ def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, st
 
 
 @refusal_as_connection_error
-def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mapping[str, float]) -> str:
+def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -> str:
     """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
 
-    `model` is a folder with weights.safetensors and config.json, `tokenizer` the file spm.model, `search` the
-    beam, alpha and max_extra to translate with. The model carries the code it needs and exact versions of the
+    `model` is the folder that the train stage has written, `search` the beam, alpha and max_extra to translate with.
+    The model carries the code it needs and exact versions of the
     packages; nothing in it is pickled. The same weights are logged once only.
     """
     await_server(uri, patience_s=600)
@@ -139,7 +139,8 @@ def log_model(uri: str, run_id: str, model: Path, tokenizer: Path, search: Mappi
             artifacts={
                 "weights": str(weights),
                 "config": str(model / "config.json"),
-                "tokenizer": str(tokenizer),
+                "tokenizer": str(model / "spm.model"),
+                "checksums": str(model / SUMS),
             },
             model_config=dict(search),
             code_paths=[str(code), str(code.parent / "model")],

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from pipeline.common.atomic_io import SUMS, read_sums, replace_folder, sha256_of, sums_text
+from pipeline.common.checksums import verify, write_sums
 from pipeline.common.settings import Train
 from pipeline.common.storage import AnyPath, as_os_error, link_or_copy, local_copy, remove
 from pipeline.data.batching import Position
@@ -225,25 +226,44 @@ def average(run_folder: AnyPath, count: int, warn: Callable[[str], None]) -> tup
     return {name: (value / len(steps)).float() for name, value in total.items()}, steps
 
 
+MODEL_FILES = ("weights.safetensors", "config.json")
+
+
 def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConfig) -> None:
-    """Write weights.safetensors and config.json. Raises OSError."""
+    """Write MODEL_FILES and their checksums. Raises OSError."""
     _save_tensors(weights, folder / "weights.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    write_sums(folder, MODEL_FILES)
 
 
 def load_model(folder: Path) -> Transformer:
-    """The model of `save_model`, in evaluation mode. Raises ValueError that names what is missing or damaged."""
-    for name in ("weights.safetensors", "config.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} does not exist: run the train stage first (dvc repro train)")
+    """The model of `save_model`, verified, in evaluation mode. Raises ValueError that names what is missing or
+    damaged, before it takes memory for a model."""
+    verify(folder, MODEL_FILES, "train")
     try:
         config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        _check_tensors(folder / "weights.safetensors", config)
         model = Transformer(config)
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names every tensor, each on a line
-        raise ValueError(f"{folder} is damaged ({reason}): run the train stage again (dvc repro -f train)") from error
+        again = "run the train stage again (dvc repro --force --single-item train)"
+        raise ValueError(f"{folder} is damaged ({reason}): {again}") from error
     return model.eval()
+
+
+def _check_tensors(path: Path, config: TransformerConfig) -> None:
+    """Raise ValueError if the file's header has other names, types or shapes than a model of these sizes."""
+    with safe_open(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        stored = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
+    if config.num_layers > len(stored):
+        raise ValueError(f"config.json has {config.num_layers} layers, {path.name} {len(stored)} tensors")
+    with torch.device("meta"):
+        expected = {name: f"F32 {list(value.shape)}" for name, value in Transformer(config).state_dict().items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise ValueError(f"{name} is {stored.get(name)} in {path.name}, {expected.get(name)} by config.json")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

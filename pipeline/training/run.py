@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.checksums import copy_with_sums, write_sums
 from pipeline.common.code_digest import code_digest
-from pipeline.common.paths import CHECKPOINTS, ENCODED
+from pipeline.common.paths import CHECKPOINTS, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, Train
 from pipeline.common.storage import AnyPath, run_storage
-from pipeline.data.dataset import CorpusInfo
+from pipeline.data.dataset import TOKENIZER_FILE, CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.advice import best_validation, overfitting_advice
 from pipeline.training.loop import TrainState
@@ -100,7 +101,8 @@ def log_how_it_starts(folder: AnyPath, origin: Origin | None) -> None:
 
 
 def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPath) -> dict[str, Any]:
-    """Write the final model, the average of the last checkpoints, to the folder `target`. Returns the metrics."""
+    """Write the final model, the average of the last checkpoints, with its tokenizer and checksums to the folder
+    `target`. Returns the metrics."""
     weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, log)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
     state = run.state
@@ -116,6 +118,8 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
                 "step": state.step,
             },
         )
+        write_sums(folder, ["run.json"])
+        copy_with_sums(root / TOKENIZER, folder, [TOKENIZER_FILE], "tokenize")
     last, best = state.validation_curve[-1], best_validation(state.validation_curve)
     if advice := overfitting_advice(state.validation_curve):
         log(advice)

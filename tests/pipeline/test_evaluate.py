@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from model.config import BOS, EOS, TransformerConfig
 from model.transformer import Transformer
+from pipeline.common.checksums import copy_with_sums, write_sums
 from pipeline.common.settings import Settings, load_settings
 from pipeline.data.dataset import EncodedSplit, EncodedText, load_tokenizer
 from pipeline.encode import encode_corpus
@@ -23,6 +24,8 @@ from pipeline.inference.reports import format_scores
 from pipeline.inference.translate import Translation, translate
 from pipeline.train_tokenizer import train_tokenizer
 from pipeline.training.checkpoint import load_model, save_model
+from tests.factories import update_sums
+from tests.support.damage import flip_a_bit
 
 PROJECT = Path(__file__).parents[2]
 VOCAB = 331
@@ -60,6 +63,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     final.mkdir(parents=True)
     save_model(final, Transformer(config).state_dict(), config)
     (final / "run.json").write_text(json.dumps({"run_key": "abc", "step": 600, "mlflow_run_id": "1"}))
+    write_sums(final, ["run.json"])
+    copy_with_sums(root / "data/tokenizer", final, ["spm.model"], "tokenize")
     return root
 
 
@@ -206,11 +211,7 @@ def test_evaluate_run_writes_reports_and_logs_to_mlflow(project: Path, settings:
     for sample in mlflow["samples"]:
         row = next(row for row in rows if row["source"] == sample["source"])
         assert sample == {key: row[key] for key in ("source", "reference", "translation")}
-    assert mlflow["model"][2:] == (
-        project / "models/final",
-        project / "data/tokenizer/spm.model",
-        {"beam": 4, "alpha": 0.6, "max_extra": 7},
-    )
+    assert mlflow["model"][2:] == (project / "models/final", {"beam": 4, "alpha": 0.6, "max_extra": 7})
 
     shown = format_scores(found.metrics)
     for name in ("bleu", "bleu_paper", "bleu_lowercase", "chrf"):
@@ -255,6 +256,7 @@ def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         ("models/final/run.json", "evaluate: models/final/run.json does not exist: run the train stage first"),
         ("data/tokenizer/spm.model", "evaluate: data/tokenizer/spm.model does not exist: run the tokenize"),
         ("data/encoded/test.src.ids.npy", "evaluate: data/encoded/test.src.ids.npy does not exist: run the tokenize"),
+        ("models/final/spm.model", "evaluate: models/final/spm.model does not exist: run the train stage first"),
         ("data/clean/valid.de", "evaluate: data/clean/valid.de does not exist: run the validate stage first"),
     ],
 )
@@ -269,7 +271,7 @@ def test_evaluate_refuses_the_tokenizer_of_another_model(project: Path, tmp_path
     root = shutil.copytree(project, tmp_path / "project")
     train_tokenizer(root / "data/clean/train.en", root / "data/clean/train.de", root / "data/tokenizer", 323)
     assert fault(root) == (
-        "evaluate: data/tokenizer has 323 pieces, models/final was trained with 331: run the train stage again"
+        "evaluate: data/tokenizer is another tokenizer than that of models/final: run the train stage again"
     )
 
 
@@ -277,13 +279,20 @@ def test_evaluate_refuses_text_that_is_not_the_encoded_one(project: Path, tmp_pa
     root = shutil.copytree(project, tmp_path / "project")
     with open(root / "data/clean/test.de", "a") as file:
         file.write("Noch ein Satz.\n")
-    assert fault(root) == (
-        "evaluate: data/clean/test.de has 13 lines, data/encoded 12 sentences: run the tokenize stage again"
-    )
+    assert fault(root).startswith("evaluate: data/clean/test.de is not the text that data/encoded was made of, it is")
+
+
+@pytest.mark.parametrize("name", ["test.en", "test.de", "valid.en", "valid.de"])
+def test_evaluate_refuses_a_damaged_text(project: Path, tmp_path: Path, fault, name: str):
+    root = shutil.copytree(project, tmp_path / "project")
+    flip_a_bit(root / "data/clean" / name)
+    assert fault(root).startswith(f"evaluate: data/clean/{name} is not the text that data/encoded was made of")
 
 
 def test_evaluate_names_a_damaged_run_json(project: Path, tmp_path: Path, fault):
     root = shutil.copytree(project, tmp_path / "project")
     (root / "models/final/run.json").write_text('{"run_key": ')
+    assert fault(root).startswith("evaluate: models/final/run.json is damaged, its checksum is not the one in")
+    update_sums(root / "models/final")
     said = fault(root)
     assert said.startswith("evaluate: models/final/run.json is damaged (JSONDecodeError")

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from ctranslate2.specs import transformer_spec
 from model.config import BOS, EOS, UNK, Positions, TransformerConfig
 from model.transformer import Transformer
 from pipeline import export
+from pipeline.common.checksums import write_sums
 from pipeline.inference.ctranslate2_export import write_export
 from pipeline.training.checkpoint import save_model
+from tests.support.damage import flip_a_bit
 from tests.support.random_models import MAX_LENGTH, VOCAB, random_model, random_tokenizer
 
 TOKENIZER = random_tokenizer()
@@ -95,14 +98,18 @@ def test_write_export_writes_the_shared_embeddings_once(tmp_path: Path):
     assert (tmp_path / "model.bin").read_bytes().count(embeddings) == 1
 
 
+def save(model: Transformer, folder: Path) -> None:
+    """As the train stage writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, model.state_dict(), model.config)
+    (folder / "spm.model").write_bytes(TOKENIZER.serialized_model_proto())
+    write_sums(folder, ["spm.model"])
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project's folder after training, and the folder that commands run in."""
-    for folder in ("data/tokenizer", "models/final"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "data/tokenizer/spm.model").write_bytes(TOKENIZER.serialized_model_proto())
-    model = random_model(2, "rotary")
-    save_model(tmp_path / "models/final", model.state_dict(), model.config)
+    save(random_model(2, "rotary"), tmp_path / "models/final")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -130,18 +137,31 @@ def test_export_help_example_translates_by_the_folder_alone(project: Path, monke
     assert re.fullmatch(
         r"models/ctranslate2: float32, 0\.0 MB; --help says how to translate with it\n", capsys.readouterr().out
     )
-    names = {"config.json", "model.bin", "shared_vocabulary.json", "spm.model"}
+    names = {"config.json", "model.bin", "shared_vocabulary.json", "spm.model", "SHA256SUMS"}
     assert {path.name for path in (project / "models/ctranslate2").iterdir()} == names
     assert json.loads((project / "models/ctranslate2/shared_vocabulary.json").read_text()) == PIECES
 
     shutil.rmtree("models/final")
-    shutil.rmtree("data")
     assert export.__doc__
     [example] = re.findall(r"that translation needs:\n\n(.*?)\n\n", export.__doc__, re.DOTALL)
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(textwrap.dedent(example), {})
     assert shown.getvalue().strip()
+
+
+def test_export_has_checksums_that_tell_any_damage(project: Path, monkeypatch):
+    run(monkeypatch)
+    folder = project / "models/ctranslate2"
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
+    for path in [path for path in folder.iterdir() if path.name != "SHA256SUMS"]:
+        content = path.read_bytes()
+        flip_a_bit(path)
+        done = subprocess.run(check, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stdout == f"{path.name}: FAILED\n"
+        path.write_bytes(content)
 
 
 def test_export_replaces_the_one_before(project: Path, monkeypatch):
@@ -165,7 +185,7 @@ def test_export_that_fails_leaves_the_one_before(project: Path, refusal, monkeyp
 
 
 def test_export_does_not_replace_a_folder_that_is_no_export(project: Path, refusal):
-    for output in ("models", "models/final", ".", "data/tokenizer/spm.model"):
+    for output in ("models", "models/final", ".", "models/final/spm.model"):
         said = refusal("--output", output)
         assert said == f"export: {output} is there and is no export, so it is not replaced: name another --output"
     assert (project / "models/final/weights.safetensors").is_file()
@@ -175,19 +195,19 @@ def test_export_reports_what_is_missing_or_does_not_match_in_one_line(project: P
     assert refusal("--model", "models/other") == (
         "export: models/other/weights.safetensors does not exist: run the train stage first (dvc repro train)"
     )
-    assert refusal("--tokenizer", "data") == ("export: data/spm.model does not exist: run the tokenize stage first")
     broken = random_model(2, "rotary")
     with torch.no_grad():
         broken.encoder[0].feed_forward.w_1.weight[1, 1] = torch.nan
-    (project / "models/broken").mkdir()
-    save_model(project / "models/broken", broken.state_dict(), broken.config)
+    save(broken, project / "models/broken")
     assert refusal("--model", "models/broken") == (
         "export: the model's weights are not finite numbers: train it anew with a lower train.lr_scale"
     )
     config = json.loads((project / "models/final/config.json").read_text())
     model = Transformer(TransformerConfig(**config | {"vocab_size": 43}))
-    save_model(project / "models/final", model.state_dict(), model.config)
+    save(model, project / "models/final")
     assert refusal() == (
-        "export: data/tokenizer has 41 pieces, models/final was trained with 43: name its own with --tokenizer"
+        "export: models/final has a tokenizer of 41 pieces and a model of 43: run the train stage again"
     )
+    (project / "models/final/spm.model").unlink()
+    assert refusal() == ("export: models/final/spm.model does not exist: run the train stage first (dvc repro train)")
     assert not (project / "models/ctranslate2").exists()

@@ -1,6 +1,5 @@
 """A corpus that goes to storage and arrives whole on another machine, or is refused."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,13 +10,15 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
+from pipeline.common.checksums import write_sums
 from pipeline.common.paths import CLEAN, ENCODED, TOKENIZER
 from pipeline.common.settings import load_settings
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.data.published import ensure_local_data, fetch, find_published
 from pipeline.data.workspace import Workspace, open_workspace
 from pipeline.publish import publish
-from tests.factories import write_corpus
+from tests.factories import edit_corpus, write_corpus
+from tests.support.damage import flip_a_bit
 
 SETTINGS = replace(load_settings(Path(__file__).parents[2]), data_name="few")
 
@@ -33,12 +34,12 @@ def make_root(root: Path, digest: str = "a1" * 32) -> Path:
     for folder in (CLEAN, TOKENIZER):
         (root / folder).mkdir(parents=True)
     write_corpus(root / ENCODED)
-    info = json.loads((root / ENCODED / "meta.json").read_text())
-    (root / ENCODED / "meta.json").write_text(json.dumps(info | {"sha256": digest}))
+    edit_corpus(root / ENCODED, sha256=digest)
     for name in ("train", "valid", "test"):
         for language in ("en", "de"):
             (root / CLEAN / f"{name}.{language}").write_text(f"{name} {language}\n")
     (root / TOKENIZER / "spm.model").write_bytes(b"pieces")
+    write_sums(root / TOKENIZER, ["spm.model"])
     return root
 
 
@@ -167,6 +168,14 @@ def test_open_workspace_of_a_job_reads_the_published_corpus(storage, tmp_path, m
     workspace = open_workspace(SETTINGS, tmp_path / "job")
     assert (workspace.storage, workspace.published) == (storage, there)
     assert workspace.data_root() == fetch(there)
+
+
+@pytest.mark.parametrize("file", ["data/encoded/train.src.ids.npy", "data/tokenizer/spm.model"])
+def test_publish_refuses_a_damaged_corpus(storage, tmp_path, file):
+    root = make_root(tmp_path / "root")
+    flip_a_bit(root / file)
+    with pytest.raises(ValueError, match=rf"{root / file} is damaged, its checksum .* run the tokenize stage again"):
+        publish(SETTINGS, root, storage)
 
 
 def test_publish_refuses_what_is_not_encoded_yet(storage, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.common.checksums import write_sums
 from pipeline.common.settings import load_settings
 from pipeline.training.run import WEIGHTS_CODE, run_folder, run_key
 from pipeline.training.siblings import trajectory_of
@@ -20,8 +21,17 @@ CODE = (*EVALUATION_CODE, *WEIGHTS_CODE)
 def write_meta(root: Path, sha256: str = "0" * 64) -> None:
     counts = {split: {"src": 7, "tgt": 11} for split in ("train", "valid", "test")}
     pairs = {split: 3 for split in counts}
-    info = {"src": "en", "tgt": "de", "vocab_size": 29, "pairs": pairs, "words": counts, "sha256": sha256}
+    info = {
+        "src": "en",
+        "tgt": "de",
+        "vocab_size": 29,
+        "pairs": pairs,
+        "words": counts,
+        "texts": {},
+        "sha256": sha256,
+    }
     (root / "data/encoded/meta.json").write_text(json.dumps(info))
+    write_sums(root / "data/encoded", ["meta.json"])
 
 
 @pytest.fixture
@@ -188,6 +198,7 @@ def test_result_key_changes_with_the_search_the_training_stays(root, key, value)
 DECIDES_NO_SCORES = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/paths.py": "where files are",
     "pipeline/common/presets.py": "lends names",

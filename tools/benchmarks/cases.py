@@ -380,7 +380,7 @@ def _ceiling() -> tuple[float, str]:
 def _model(setting: Setting, preset: str) -> Path:
     """Make the weights for the search, and their exports."""
     folder = setting.folder / "models" / preset
-    if not (folder / "config.json").is_file():
+    if not (folder / "spm.model").is_file():
         log(f"{preset}: makes the weights, once")
         options = (preset, "--folder", folder, "--data", setting.data)
         run(module("weights", sys.executable, *options), setting.folder)
@@ -388,5 +388,5 @@ def _model(setting: Setting, preset: str) -> Path:
         output = folder / f"ctranslate2-{kind}"
         if not (output / "model.bin").is_file():
             command = [sys.executable, "-m", "pipeline.export", "--quantization", kind, "--model", folder]
-            run([*command, "--tokenizer", setting.data / "tokenizer", "--output", output], setting.folder)
+            run([*command, "--output", output], setting.folder)
     return folder

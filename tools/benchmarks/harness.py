@@ -228,15 +228,24 @@ def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
 
 def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
     """Write an encoded training split of random tokens."""
+    from dataclasses import asdict
+
     import numpy as np
 
-    from pipeline.data.dataset import SIDES, encoded_paths
+    from pipeline.common.atomic_io import write_json
+    from pipeline.common.checksums import write_sums
+    from pipeline.data.dataset import SIDES, CorpusInfo, encoded_paths
 
     rng = np.random.default_rng(0)
     for side, lengths in zip(SIDES, sentence_lengths(num_pairs), strict=True):
         tokens, offsets = encoded_paths(folder, "train", side)
         np.save(offsets, np.concatenate(([0], lengths.cumsum(dtype=np.int64))))
         np.save(tokens, rng.integers(4, vocab_size, lengths.sum(), dtype=np.uint16))
+    info = CorpusInfo(
+        src="en", tgt="de", vocab_size=vocab_size, pairs={"train": num_pairs}, words={}, texts={}, sha256=""
+    )
+    write_json(folder / "meta.json", asdict(info))
+    write_sums(folder, [path.name for path in folder.iterdir()])
 
 
 def machine() -> str:

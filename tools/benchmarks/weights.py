@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from model.transformer import Transformer
-from pipeline.common.paths import ENCODED
+from pipeline.common.checksums import copy_with_sums
+from pipeline.common.paths import ENCODED, TOKENIZER
 from pipeline.common.settings import load_settings
-from pipeline.data.dataset import CorpusInfo
+from pipeline.data.dataset import TOKENIZER_FILE, CorpusInfo
 from pipeline.training import checkpoint
 from pipeline.training.trainer import train_rank
 from tools.benchmarks.harness import ROOT, THREADS
@@ -51,6 +52,7 @@ def main() -> None:
         weights = dict(Transformer(config).state_dict())
     arguments.folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_model(arguments.folder, weights, config)
+    copy_with_sums(arguments.data / TOKENIZER.name, arguments.folder, [TOKENIZER_FILE], "tokenize")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from pipeline.data.dataset import CorpusInfo, EncodedSplit, EncodedText, encoded_paths, load_tokenizer
+from pipeline.common.checksums import write_sums
+from pipeline.data.dataset import SPLITS, CorpusInfo, EncodedSplit, EncodedText, encoded_paths, load_tokenizer
+from tests.factories import edit_corpus, update_sums, write_corpus
+from tests.support.damage import DAMAGES
 
 
 def write(folder, side="src", split="valid", tokens=(4, 5, 6, 7, 8), offsets=(0, 2, 2, 5), dtype=np.uint16):
@@ -89,13 +93,63 @@ def test_encoded_text_tells_arrays_of_two_runs_apart(tmp_path):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_encoded_split_needs_as_many_sources_as_targets(tmp_path):
-    write(tmp_path)
-    write(tmp_path, "tgt")
-    assert len(EncodedSplit.open(tmp_path, "valid")) == 3
-    write(tmp_path, "tgt", offsets=(0, 5))
+def test_encoded_text_needs_offsets_that_grow(tmp_path):
+    write(tmp_path, offsets=(0, 3, 2, 5))
+    with pytest.raises(ValueError, match=r"valid\.src\.offsets\.npy has an offset below the one before it"):
+        EncodedText.open(tmp_path, "valid", "src")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_corpus(tmp_path / "encoded")
+    return tmp_path / "encoded"
+
+
+def test_encoded_split_needs_as_many_sources_as_targets(corpus):
+    write(corpus)
+    write(corpus, "tgt")
+    update_sums(corpus)
+    assert len(EncodedSplit.open(corpus, "valid")) == 3
+    write(corpus, "tgt", offsets=(0, 5))
+    update_sums(corpus)
     with pytest.raises(ValueError, match="valid has 3 source and 1 target sentences"):
-        EncodedSplit.open(tmp_path, "valid")
+        EncodedSplit.open(corpus, "valid")
+
+
+def test_encoded_split_needs_tokens_of_the_vocabulary(corpus):
+    ids = [np.load(encoded_paths(corpus, "valid", side)[0]) for side in ("src", "tgt")]
+    largest = int(ids[0].max())
+    edit_corpus(corpus, vocab_size=largest + 1)
+    assert len(EncodedSplit.open(corpus, "valid"))
+    edit_corpus(corpus, vocab_size=largest)
+    with pytest.raises(
+        ValueError, match=rf"src\.ids\.npy holds piece {largest}, meta\.json a vocabulary of {largest}:"
+    ):
+        EncodedSplit.open(corpus, "valid")
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_no_file_of_an_encoded_corpus_is_damaged_unseen(corpus, tmp_path, damage):
+    def open_all(folder):
+        for split in SPLITS:
+            EncodedSplit.open(folder, split)
+
+    open_all(corpus)  # a sum that is known already does not hide what happens afterwards
+    for path in sorted(corpus.iterdir()):
+        copy = shutil.copytree(corpus, tmp_path / "copy")
+        open_all(copy)
+        damage(copy / path.name)
+        with pytest.raises(
+            ValueError, match=r"^.*/(?P<name>[\w.]+) (is damaged|is no file|does not exist).*: run the"
+        ):
+            open_all(copy)
+        shutil.rmtree(copy)
+
+
+def test_verified_files_are_read_once_in_a_process(corpus, monkeypatch):
+    EncodedSplit.open(corpus, "train")
+    monkeypatch.setattr("pipeline.common.checksums.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+    EncodedSplit.open(corpus, "train")
 
 
 def test_corpus_info_names_what_is_wrong_with_it(tmp_path):
@@ -103,6 +157,7 @@ def test_corpus_info_names_what_is_wrong_with_it(tmp_path):
         CorpusInfo.open(tmp_path)
     for content in ("{", json.dumps({"src": "en"}), "[]"):
         (tmp_path / "meta.json").write_text(content)
+        write_sums(tmp_path, ["meta.json"])
         with pytest.raises(ValueError, match=r"meta\.json is damaged"):
             CorpusInfo.open(tmp_path)
 
@@ -112,5 +167,6 @@ def test_load_tokenizer_names_a_file_that_is_none(tmp_path):
         load_tokenizer(tmp_path)
     for content in (b"", b"something else"):
         (tmp_path / "spm.model").write_bytes(content)
+        write_sums(tmp_path, ["spm.model"])
         with pytest.raises(ValueError, match=r"spm\.model is not a SentencePiece model"):
             load_tokenizer(tmp_path)

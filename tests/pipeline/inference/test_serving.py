@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +20,15 @@ from mlflow.types import DataType
 
 from model.config import BOS, EOS, PAD, UNK, TransformerConfig
 from model.transformer import Transformer
+from pipeline.common.checksums import write_sums
 from pipeline.common.settings import Evaluate, Settings, load_settings
-from pipeline.data.dataset import load_tokenizer
 from pipeline.inference import serving
+from pipeline.inference.trained_model import load_trained
 from pipeline.inference.translate import translate
 from pipeline.tracking.results import log_evaluation, log_model
 from pipeline.tracking.runs import open_run
-from pipeline.training.checkpoint import load_model, save_model
+from pipeline.training.checkpoint import save_model
+from tests.support.damage import flip_a_bit
 
 SENTENCES = ["the dog sees a cat", "", "two cats sleep here"]
 SEARCH = {"beam": 3, "alpha": 0.6, "max_extra": 5}
@@ -47,8 +50,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_id=EOS,
         minloglevel=2,
     )
-    (root / "tokenizer").mkdir()
-    (root / "tokenizer" / "spm.model").write_bytes(trained.getvalue())
     config = TransformerConfig(
         vocab_size=47,
         num_layers=1,
@@ -66,6 +67,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Transformer(config)
     (root / "final").mkdir()
     save_model(root / "final", model.state_dict(), config)
+    (root / "final" / "spm.model").write_bytes(trained.getvalue())
+    write_sums(root / "final", ["spm.model"])
     return root
 
 
@@ -83,7 +86,7 @@ def logged(root: Path, settings: Settings) -> tuple[str, str, str]:
 
 
 def log(uri: str, run_id: str, root: Path) -> str:
-    return log_model(uri, run_id, root / "final", root / "tokenizer" / "spm.model", SEARCH)
+    return log_model(uri, run_id, root / "final", SEARCH)
 
 
 def test_logged_model_translates_without_this_repository(logged, root: Path, tmp_path: Path) -> None:
@@ -105,9 +108,9 @@ def test_logged_model_translates_without_this_repository(logged, root: Path, tmp
         text=True,
     ).stdout.splitlines()
 
-    tokenizer = load_tokenizer(root / "tokenizer")
+    model, tokenizer = load_trained(root / "final")
     evaluate = Evaluate(**SEARCH, engine="torch", batch_tokens=64, num_samples=0)
-    ours = translate(load_model(root / "final"), tokenizer, tokenizer.encode(SENTENCES), evaluate, progress=False)
+    ours = translate(model, tokenizer, tokenizer.encode(SENTENCES), evaluate, progress=False)
     assert json.loads(output[0]) == [translation.text for translation in ours]
     assert ours[0].text
     assert ours[0].text != ours[2].text
@@ -119,7 +122,7 @@ def test_logged_model_has_no_pickle_and_names_exact_versions(logged) -> None:
     model = MlflowClient(uri).get_logged_model(model_uri.removeprefix("models:/"))
     folder = Path(model.artifact_location.removeprefix("file://"))
     names = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"weights.safetensors", "config.json", "spm.model", "serving.py"} <= names
+    assert {"weights.safetensors", "config.json", "spm.model", "SHA256SUMS", "serving.py"} <= names
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".pyc"))]
     requirements = (folder / "requirements.txt").read_text().split()
     assert "torch==2.13.0" in requirements
@@ -142,17 +145,28 @@ def test_logged_model_is_in_its_run_once_with_its_scores(logged, root: Path, set
     assert [point.value for point in client.get_metric_history(run_id, "test_bleu")] == [12.5]
 
 
+def serve(folder: Path) -> serving.Translator:
+    """What MLflow's server does with a model's artifacts."""
+    served = serving.Translator()
+    artifacts = {"weights": str(folder / "weights.safetensors")}
+    served.load_context(SimpleNamespace(artifacts=artifacts, model_config=SEARCH))
+    return served
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json", "spm.model", "SHA256SUMS"])
+def test_translator_refuses_a_damaged_model(logged, tmp_path: Path, name: str) -> None:
+    uri, _, model_uri = logged
+    model = MlflowClient(uri).get_logged_model(model_uri.removeprefix("models:/"))
+    folder = shutil.copytree(Path(model.artifact_location.removeprefix("file://")) / "artifacts", tmp_path / "model")
+    serve(folder)
+    flip_a_bit(folder / name)
+    with pytest.raises(ValueError, match=r"is damaged"):
+        serve(folder)
+
+
 def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
     torch.set_num_threads(3)
-    context = SimpleNamespace(
-        artifacts={
-            "weights": str(root / "final/weights.safetensors"),
-            "tokenizer": str(root / "tokenizer/spm.model"),
-        },
-        model_config=SEARCH,
-    )
-    served = serving.Translator()
-    served.load_context(context)
+    served = serve(root / "final")
     expected = served.predict(SENTENCES)
     threads: list[int] = []
 

@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError
 from pipeline.training.loop import TrainState, adam
-from tests.factories import train_settings
+from tests.factories import train_settings, update_sums
 
 CONFIG = TransformerConfig(
     vocab_size=23, num_layers=1, d_model=14, d_ff=17, num_heads=3, d_k=5, d_v=7,
@@ -446,21 +446,57 @@ def test_load_model_names_the_stage_that_makes_a_missing_file(tmp_path, name):
         checkpoint.load_model(tmp_path)
 
 
+def edit_config(before: str, after: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace(before, after)
+    )
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / "weights.safetensors")
+        change(weights)
+        save_file(weights, folder / "weights.safetensors")
+
+    return edit
+
+
+EMBEDDING = "embedding.weight"
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "reason"),
     [
-        lambda folder: (folder / "config.json").write_text("{"),
-        lambda folder: (folder / "config.json").write_text('{"vocab_size": 23}'),
-        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("17", "19")),
-        lambda folder: os.truncate(folder / "weights.safetensors", 1009),
-        lambda folder: save_file({"x": torch.zeros(3)}, folder / "weights.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "Expecting"),
+        (lambda folder: (folder / "config.json").write_text('{"vocab_size": 23}'), "missing 10 required"),
+        (edit_config("17", "19"), r"w_1.bias is F32 \[17\] in weights.safetensors, F32 \[19\] by config.json"),
+        (edit_config('"num_layers": 1', '"num_layers": 1000000000'), "config.json has 1000000000 layers, weights"),
+        (edit_config('"d_ff": 17', '"d_ff": 1000000000000'), r"\[17\] in .*, F32 \[1000000000000\] by config.json"),
+        (lambda folder: os.truncate(folder / "weights.safetensors", 1009), "deserializing"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b"something else"), "deserializing"),
+        (edit_weights(lambda weights: weights.pop(EMBEDDING)), f"{EMBEDDING} is None in"),
+        (edit_weights(lambda weights: weights.update(x=torch.zeros(3))), r"x is F32 \[3\] in .*, None by"),
+        (
+            edit_weights(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].double()})),
+            rf"{EMBEDDING} is F64 \[23, 14\] in weights.safetensors, F32 \[23, 14\] by config.json",
+        ),
+        (edit_weights(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].int()})), f"{EMBEDDING} is I32"),
     ],
-    ids=["no JSON", "a field missing", "other sizes", "cut off", "other weights"],
-)
-def test_load_model_names_a_damaged_folder(tmp_path, damage):
+    ids=[
+        "no JSON", "a field missing", "other sizes", "too many layers", "too large", "cut off", "no safetensors",
+        "a weight missing", "one too many", "double precision", "whole numbers",
+    ],
+)  # fmt: skip
+def test_load_model_refuses_what_fits_its_checksums_alone_before_it_takes_memory(
+    tmp_path, monkeypatch, damage, reason
+):
     checkpoint.save_model(tmp_path, trained(1)[0].state_dict(), CONFIG)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + r" is damaged \(.*run the train stage again"):
+    update_sums(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("it loads the weights"))
+    with pytest.raises(
+        ValueError, match=re.escape(str(tmp_path)) + rf" is damaged \(.*{reason}.*\): run the train stage again"
+    ):
         checkpoint.load_model(tmp_path)
 
 

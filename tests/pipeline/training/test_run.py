@@ -12,12 +12,13 @@ import torch
 from upath import UPath
 
 from model.transformer import Transformer
-from pipeline.common.paths import ENCODED
+from pipeline.common.checksums import verify, write_sums
+from pipeline.common.paths import ENCODED, TOKENIZER
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState, adam
 from pipeline.training.run import WEIGHTS_CODE, TrainResult, log_how_it_starts, run_folder, run_key, write_model
 from pipeline.training.siblings import Origin
-from tests.factories import config, settings, write_corpus
+from tests.factories import config, edit_corpus, settings, write_corpus
 from tests.support.imports import REPOSITORY, does_something, reached
 
 SETTINGS = settings()
@@ -25,6 +26,7 @@ SETTINGS = settings()
 DECIDES_NO_WEIGHTS = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/presets.py": "lends names",
     "pipeline/common/retry.py": "when a store is asked again",
@@ -43,6 +45,9 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
     write_corpus(tmp_path / ENCODED)
+    (tmp_path / TOKENIZER).mkdir()
+    (tmp_path / TOKENIZER / "spm.model").write_bytes(b"pieces")
+    write_sums(tmp_path / TOKENIZER, ["spm.model"])
     return tmp_path
 
 
@@ -130,8 +135,7 @@ def test_run_key_is_the_trajectory_and_where_it_ends(root):
 
 def test_run_key_changes_with_the_corpus(root):
     before = run_key(SETTINGS, root)
-    path = root / ENCODED / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "1" * 64}))
+    edit_corpus(root / ENCODED, sha256="1" * 64)
     assert run_key(SETTINGS, root) != before
 
 
@@ -191,6 +195,8 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
     assert json.loads((tmp_path / "final" / "run.json").read_text()) == {
         "run_key": "the key", "mlflow_run_id": "the run", "tracking_uri": "the store", "step": 9,
     }  # fmt: skip
+    assert (tmp_path / "final" / "spm.model").read_bytes() == b"pieces"
+    verify(tmp_path / "final", ["weights.safetensors", "config.json", "run.json", "spm.model"], "train")
     assert metrics.pop("parameters") == sum(p.numel() for p in model.parameters())
     assert metrics == {
         "steps": 9, "epochs": 0, "tokens": 700, "train_seconds": 2.0, "tokens_per_second": 350.0, "train_loss": 2.5,

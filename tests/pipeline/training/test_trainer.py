@@ -25,7 +25,7 @@ from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
 from pipeline.training import checkpoint, loop
 from pipeline.training.loop import TrainState
 from pipeline.training.trainer import batch_plan, rate_of_step, share_advice, train_rank
-from tests.factories import PAIRS, VALID_WORDS, write_corpus
+from tests.factories import PAIRS, VALID_WORDS, update_sums, write_corpus
 from tests.factories import settings as make_settings
 
 VOCAB = 23
@@ -291,6 +291,7 @@ def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
         ids_path, offsets_path = encoded_paths(data, "valid", side)
         np.save(ids_path, np.full(5 * PAIRS["valid"], EOS + 1, np.uint16))
         np.save(offsets_path, 5 * np.arange(PAIRS["valid"] + 1))
+    update_sums(data)
     lengths = [np.diff(np.load(encoded_paths(data, "train", side)[1])) + 1 for side in SIDES]
     too_long = int((np.maximum(*lengths) > 9).sum())
     settings = make_settings()
