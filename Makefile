@@ -57,6 +57,7 @@ lint: .venv/installed-dev
 	mypy
 
 ui: .venv/installed
+	@MLFLOW_TRACKING_URI= python -m pipeline.views
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
 
 clean:

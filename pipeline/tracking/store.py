@@ -15,6 +15,8 @@ from mlflow.utils.rest_utils import http_request
 
 from pipeline.common.environment import MLFLOW_CLIENT, set_defaults
 from pipeline.common.retry import every, retry
+from pipeline.common.storage import home
+from pipeline.tracking.database import artifacts_beside, database_file, open_database
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -25,10 +27,12 @@ def connect(uri: str) -> MlflowClient:
     """A client of the store, quiet and quick to give up. Raises ConnectionError if a database cannot be opened."""
     set_defaults(MLFLOW_CLIENT)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
+    file = database_file(uri)
     try:
-        return MlflowClient(uri)
+        return open_database(uri, file) if file else MlflowClient(uri)
     except Exception as error:  # of a database: MLflow's, SQLAlchemy's or its driver's
-        raise ConnectionError(_refusal(uri, error)) from error
+        way_out = "; move that file away to begin a new one" if file and file.exists() else ""
+        raise ConnectionError(f"{_refusal(uri, error)}{way_out}") from error
 
 
 def _refusal(uri: str, error: Exception) -> str:
@@ -51,7 +55,7 @@ def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Calla
 def prepare_store(uri: str) -> None:
     """Open a store that is a file and create its tables where there are none: this takes seconds, which can be spent
     while something else starts. Raises ConnectionError if it cannot be opened."""
-    if uri.startswith("sqlite:"):
+    if database_file(uri):
         connect(uri)
 
 
@@ -96,9 +100,10 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
-        folder = (root.resolve() / "mlartifacts").as_uri() if local else None
+        file = database_file(client.tracking_uri)
+        folder = artifacts_beside(file) if file else home(root) / "mlartifacts"
         try:
-            experiment_id = client.create_experiment(name, artifact_location=folder)
+            experiment_id = client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
