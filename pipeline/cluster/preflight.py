@@ -72,7 +72,7 @@ def preflight(hardware: Hardware, workspace: Workspace) -> None:
 
 def is_local_store(tracking_uri: str) -> bool:
     """Whether MLflow's store is a file, and so another one on each machine."""
-    return tracking_uri.startswith(("sqlite:", "file:")) or ":" not in tracking_uri
+    return tracking_uri.startswith(("sqlite", "file:", "/")) or ":" not in tracking_uri
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ store come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_A
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
+from urllib.parse import unquote
 
 from pipeline.common.environment import DVC_ROOT_ENV, DVC_STAGE_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
 from pipeline.common.retry import every, retry
@@ -59,10 +61,25 @@ def home(root: Path) -> Path:
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else mlflow.db in `home` by its absolute path: Ray's workers run in other folders.
+    """MLFLOW_TRACKING_URI, else mlflow.db. A relative one is in `home`: Ray's workers run in other folders, and each
+    would make a store of its own. Raises ValueError for a database that cannot be there, or only in memory.
 
     It is not in pipeline/tracking, because to import MLflow takes seconds."""
-    return os.environ.get(TRACKING_URI_ENV) or f"sqlite:///{home(root) / 'mlflow.db'}"
+    uri = os.environ.get(TRACKING_URI_ENV) or "sqlite:///mlflow.db"
+    folder = home(root)
+    if re.fullmatch(r"sqlite(\+\w+)?:/*(:memory:.*)?", uri):
+        raise ValueError(f"{TRACKING_URI_ENV} is {uri}, which no other process sees: name a file or a server")
+    if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/].*)", uri):  # a fourth slash begins an absolute path
+        if "?" in str(folder) or unquote(str(folder)) != str(folder):
+            raise ValueError(
+                f"{folder} has a ? or % in its name, which mean something else in the address of MLflow's database: "
+                f"rename that folder, or set {TRACKING_URI_ENV} to a server"
+            )
+        return f"{found[1]}{folder}/{found[2]}"
+    if found := re.fullmatch(r"file:([^/].*)", uri):
+        return f"{folder.as_uri()}/{found[1]}"
+    is_folder = ":" not in uri and uri not in ("databricks", "databricks-uc", "uc")
+    return str(folder / uri) if is_folder else uri
 
 
 def is_absolute(uri: str) -> bool:

@@ -43,7 +43,7 @@ def runs(project):
 def killed(trained, tmp_path_factory):
     """A sweep of three trials whose driver was killed (-9) between the first trial's end and the last one's."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("sweep") / "project")
-    with project.started("python", "-m", "sweeps.run") as sweep:
+    with project.started("python", "-m", "sweeps.run", MLFLOW_TRACKING_URI="sqlite:///mlflow.db") as sweep:
         project.wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished", PATIENCE_S)
         assert sweep.poll() is None, project.log()
         orphans = sweep.children(recursive=True)
@@ -60,7 +60,7 @@ def killed(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continued(killed):
-    killed.output = killed.run("python", "-m", "sweeps.run")
+    killed.output = killed.run("python", "-m", "sweeps.run", MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
     return killed
 
 

@@ -1,5 +1,7 @@
 import errno
+import re
 import time
+from pathlib import Path
 
 import pytest
 from upath import UPath
@@ -26,12 +28,56 @@ def test_run_storage_is_the_project_itself_if_nothing_is_set(tmp_path, monkeypat
     assert run_storage(tmp_path) == tmp_path.resolve()
 
 
-def test_tracking_uri_is_the_servers_or_an_absolute_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("uri", "absolute"),
+    [
+        (None, "sqlite:///{}/mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///{}/mlflow.db"),
+        ("sqlite:///runs/my%20own.db?timeout=30", "sqlite:///{}/runs/my%20own.db?timeout=30"),
+        ("sqlite+pysqlite:///x.db", "sqlite+pysqlite:///{}/x.db"),
+        ("file:mlruns", "file://{}/mlruns"),
+        ("file:./mlruns", "file://{}/./mlruns"),
+        ("mlruns", "{}/mlruns"),
+        ("./mlruns", "{}/mlruns"),
+        *((uri, uri) for uri in ("sqlite:////srv/x.db", "file:/srv/runs", "file:///srv/runs", "/srv/runs")),
+        *((uri, uri) for uri in ("http://mlflow:5000", "postgresql://us:secret@db/x", "databricks")),
+    ],
+)
+def test_tracking_uri_names_the_same_store_in_every_folder(tmp_path, monkeypatch, uri, absolute):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
-    assert tracking_uri(tmp_path.relative_to(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(Path()) == absolute.format(tmp_path)
+    monkeypatch.chdir("/")
+    assert tracking_uri(tmp_path) == absolute.format(tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:"])
+def test_tracking_uri_refuses_a_database_in_memory(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(
+        ValueError, match=rf"^MLFLOW_TRACKING_URI is {re.escape(uri)}, which no other process sees: name a file"
+    ):
+        tracking_uri(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "works"), [("a b", True), ("100%", True), ("a#b", True), ("a%20b", False), ("a?b", False)]
+)
+def test_tracking_uri_refuses_a_folder_that_an_address_cannot_name(tmp_path, monkeypatch, name, works):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / name
+    root.mkdir()
+    if works:
+        assert tracking_uri(root) == f"sqlite:///{root}/mlflow.db"
+        return
+    with pytest.raises(
+        ValueError, match=r"has a \? or % in its name.*: rename that folder, or set MLFLOW_TRACKING_URI"
+    ):
+        tracking_uri(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert tracking_uri(tmp_path) == "http://mlflow:5000"
+    assert tracking_uri(root) == "http://mlflow:5000"
 
 
 def test_retry_unreachable_waits_for_a_store_and_says_for_how_long(monkeypatch):
