@@ -30,13 +30,14 @@ from pipeline.common.environment import (
     GIT_COMMIT_ENV,
     GIT_DIRTY_ENV,
     RUN_STORAGE_ENV,
+    TRACKING_PASSWORD_ENV,
     TRACKING_URI_ENV,
     forwarded,
+    without_passwords,
 )
 from pipeline.common.settings import load_settings
 from pipeline.common.storage import is_absolute
 from pipeline.tracking.provenance import git_tags
-from pipeline.tracking.store import without_password
 
 ENTRYPOINTS = {"train": "python -m pipeline.train", "sweep": "python -m sweeps.run"}
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -57,6 +58,12 @@ def job_environment(
             f"{TRACKING_URI_ENV} is {tracking_uri or 'not set'}: the address of a server that all nodes reach is "
             "needed (or --tracking-uri)"
         )
+    for name, uri in ((RUN_STORAGE_ENV, storage), (TRACKING_URI_ENV, tracking_uri)):
+        if uri != without_passwords(uri):
+            raise ValueError(
+                f"{name} has a password in it, and the cluster's dashboard shows a job's environment: leave it out, "
+                f"and let the nodes have their own ({TRACKING_PASSWORD_ENV}; what the store's tools read)"
+            )
     found = forwarded() | {RUN_STORAGE_ENV: storage, TRACKING_URI_ENV: tracking_uri}
     tags = git_tags(root)
     if "git_commit" in tags:
@@ -160,7 +167,7 @@ def main() -> None:
         f"submit: {job} runs {ENTRYPOINTS[arguments.what]}\n"
         f"  log:  ray job logs --address {address} --follow {job}\n"
         f"  end:  ray job stop --address {address} {job}\n"
-        f"  runs: {without_password(variables[TRACKING_URI_ENV])}",
+        f"  runs: {without_passwords(variables[TRACKING_URI_ENV])}",
         file=sys.stderr,
         flush=True,
     )

@@ -44,7 +44,7 @@ from pipeline.cluster.resources import capacity, node_resources, share_of_each_w
 from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
-from pipeline.common.environment import TRACKING_URI_ENV, TUNE, environment
+from pipeline.common.environment import TRACKING_URI_ENV, TUNE, environment, without_passwords
 from pipeline.common.machine import machine_name
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
@@ -278,7 +278,8 @@ def run_trial(
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
         trial.write_record(
-            _cost(trial, workspace.root) | {"status": "failed", "error": f"{name}{reason[0]}", "metrics": {}}
+            _cost(trial, workspace.root)
+            | {"status": "failed", "error": without_passwords(f"{name}{reason[0]}"), "metrics": {}}
         )
     else:
         for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:

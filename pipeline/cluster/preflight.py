@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster.ray_cluster import is_private
 from pipeline.cluster.resources import alive_nodes
 from pipeline.common.atomic_io import write_text
-from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
+from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV, without_passwords
 from pipeline.common.settings import Hardware
 from pipeline.common.storage import AnyPath, as_os_error, run_storage_is_set
 from pipeline.data.published import fetch
@@ -104,9 +104,9 @@ def probe_node(probe: AnyPath, published: AnyPath | None, tracking_uri: str, exp
             fetch(published)
         except (OSError, ValueError) as error:
             return f"cannot read the corpus: {error}"
-    from pipeline.tracking.store import server_answers, without_password  # here: MLflow is slow to import
+    from pipeline.tracking.store import server_answers  # here: MLflow is slow to import
 
     if not server_answers(tracking_uri):
-        address = without_password(tracking_uri)
+        address = without_passwords(tracking_uri)
         return f"gets no answer from {address}: set MLFLOW_TRACKING_URI to an address that all nodes reach"
     return None

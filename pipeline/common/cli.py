@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.common.environment import DVC_STAGE_ENV
+from pipeline.common.environment import DVC_STAGE_ENV, without_passwords
 
 GRACE_S = 10
 
@@ -43,8 +43,8 @@ def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interru
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"  # without the error's number
-    return str(error)
+        return without_passwords(f"{error.filename}: {error.strerror}")  # without the error's number
+    return without_passwords(str(error))
 
 
 def _stdout_is_closed() -> bool:

@@ -5,12 +5,15 @@ library alone: pipeline/__init__.py reads this before anything else.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 # Read: what a user or a tool has set.
 RUN_STORAGE_ENV = "RUN_STORAGE"  # where checkpoints and published data are: a shared folder, or a URI of a store
 TRACKING_URI_ENV = "MLFLOW_TRACKING_URI"  # MLflow's store; MLflow reads it too
+TRACKING_USERNAME_ENV = "MLFLOW_TRACKING_USERNAME"  # of MLflow's server; set too, from an address that has them
+TRACKING_PASSWORD_ENV = "MLFLOW_TRACKING_PASSWORD"
 CORPUS_MIRROR_ENV = "CORPUS_MIRROR"  # a folder or address that the corpora are taken from instead
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # host:port of a cluster to join; Ray reads it too
 DASHBOARD_ENV = "RAY_API_SERVER_ADDRESS"  # the cluster's dashboard, which takes jobs; Ray reads it too
@@ -73,6 +76,13 @@ FORWARDED = (
 """What processes on other machines get of this one's environment. No secrets: a node has its own access to storage
 and tracking."""
 
+_IN_ADDRESS = re.compile(r"(?<=://)(?:[^\s/?#]*@|[^\s/:@]*:(?!\d+/)[^\s@]*@)|(?<=[?&]password=)[^\s&]*")
+
+
+def without_passwords(text: str) -> str:
+    """A text to be shown or kept, without the names and passwords in its addresses."""
+    return _IN_ADDRESS.sub("", text)
+
 
 def set_defaults(defaults: Mapping[str, str]) -> None:
     """Set variables that are not set, for the rest of this process and those that it starts."""
@@ -93,8 +103,8 @@ def environment(defaults: Mapping[str, str], forced: Mapping[str, str | None]) -
 
 
 def forwarded() -> dict[str, str]:
-    """Those of FORWARDED that are set here."""
-    return {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    """Those of FORWARDED that are set here, without passwords."""
+    return {name: without_passwords(os.environ[name]) for name in FORWARDED if name in os.environ}
 
 
 def _set_all(values: Mapping[str, str | None]) -> None:

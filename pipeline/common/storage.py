@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 from urllib.parse import unquote
 
-from pipeline.common.environment import DVC_ROOT_ENV, DVC_STAGE_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV
+from pipeline.common.environment import (
+    DVC_ROOT_ENV,
+    DVC_STAGE_ENV,
+    RUN_STORAGE_ENV,
+    TRACKING_URI_ENV,
+    without_passwords,
+)
 from pipeline.common.retry import every, retry
 
 if TYPE_CHECKING:
@@ -39,17 +45,21 @@ def run_storage(root: Path) -> AnyPath:
     uri = os.environ.get(RUN_STORAGE_ENV)
     if not uri:
         return home(root)
+    shown = without_passwords(uri)
     if not is_absolute(uri):
-        raise ValueError(f"{RUN_STORAGE_ENV} must be an absolute path or a URI such as s3://bucket/runs, got {uri!r}")
+        raise ValueError(
+            f"{RUN_STORAGE_ENV} must be an absolute path or a URI such as s3://bucket/runs, got {shown!r}"
+        )
     if "://" not in uri:
         return Path(uri)
     from upath import UPath  # here, so that training on this machine's own disk does without
 
     try:
-        found = UPath(uri, use_listings_cache=False)  # others write there too
+        options = UPath(uri).storage_options  # with the password of the URI: what is shown of a path lacks it
+        found = UPath(shown, **{**options, "use_listings_cache": False})  # others write there too
         _ = found.fs
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{RUN_STORAGE_ENV} is {uri!r}: {error}") from None
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{RUN_STORAGE_ENV} is {shown!r}: {error}") from None
     return found
 
 

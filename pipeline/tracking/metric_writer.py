@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking.store import connect, server_answers, without_password
+from pipeline.common.environment import without_passwords
+from pipeline.tracking.store import connect, server_answers
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,11 @@ class MetricWriter:
                 logger.warning("MLflow refuses the metrics of run %s: %s", self._run_id, error)
             elif not self._away:
                 self._away = True
-                logger.warning("MLflow at %s is away (%s); training goes on.", without_password(self._uri), error)
+                logger.warning("MLflow at %s is away (%s); training goes on.", without_passwords(self._uri), error)
             return False
         if self._away:
             self._away = False
-            logger.warning("MLflow at %s is back; it has all points.", without_password(self._uri))
+            logger.warning("MLflow at %s is back; it has all points.", without_passwords(self._uri))
         return True
 
     def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> int:

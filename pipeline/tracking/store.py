@@ -1,11 +1,12 @@
 """MLflow's store: the client, waiting for a server, and refusals as errors of one line."""
 
 import logging
-import re
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
@@ -13,7 +14,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from pipeline.common.environment import MLFLOW_CLIENT, set_defaults
+from pipeline.common.environment import (
+    MLFLOW_CLIENT,
+    TRACKING_PASSWORD_ENV,
+    TRACKING_USERNAME_ENV,
+    set_defaults,
+    without_passwords,
+)
 from pipeline.common.retry import every, retry
 from pipeline.common.storage import home
 from pipeline.tracking.database import artifacts_beside, database_file, open_database
@@ -29,14 +36,26 @@ def connect(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
     file = database_file(uri)
     try:
-        return open_database(uri, file) if file else MlflowClient(uri)
+        return open_database(uri, file) if file else MlflowClient(address(uri))
     except Exception as error:  # of a database: MLflow's, SQLAlchemy's or its driver's
         way_out = "; move that file away to begin a new one" if file and file.exists() else ""
         raise ConnectionError(f"{_refusal(uri, error)}{way_out}") from error
 
 
+def address(uri: str) -> str:
+    """That of a server without the name and password in it, which become MLflow's own variables: its errors show the
+    address. Of another store it is the URI."""
+    parts = urlsplit(uri)
+    if not (parts.scheme.startswith("http") and parts.username and parts.password):
+        return uri
+    os.environ[TRACKING_USERNAME_ENV] = unquote(parts.username)
+    os.environ[TRACKING_PASSWORD_ENV] = unquote(parts.password)
+    return without_passwords(uri)
+
+
 def _refusal(uri: str, error: Exception) -> str:
-    return f"MLflow's store {without_password(uri)}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return without_passwords(f"MLflow's store {uri}: {reason}")
 
 
 def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
@@ -64,14 +83,14 @@ def server_answers(uri: str) -> bool:
     if not uri.startswith("http"):
         return True
     try:
-        return http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=5).ok
+        return http_request(get_default_host_creds(address(uri)), "/health", "GET", max_retries=0, timeout=5).ok
     except (MlflowException, OSError):
         return False
 
 
 def await_server(uri: str, patience_s: float) -> None:
     """Wait until the server answers. Raises ConnectionError after `patience_s` seconds."""
-    shown, warned = without_password(uri), False
+    shown, warned = without_passwords(uri), False
 
     def ask() -> None:
         if not server_answers(uri):
@@ -88,11 +107,6 @@ def await_server(uri: str, patience_s: float) -> None:
 
     pauses_s = every(min(2.0, patience_s), patience_s)
     retry(ask, pauses_s, lambda error: isinstance(error, ConnectionError), log)
-
-
-def without_password(uri: str) -> str:
-    """An address without the name and password in it, to be shown."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
@@ -134,10 +148,11 @@ def find_run(client: MlflowClient, experiment_id: str, run_key: str) -> Run | No
 
 def require_run(client: MlflowClient, run_id: str) -> Run:
     """Raises ValueError if there is no such run, or it was deleted."""
+    shown = without_passwords(client.tracking_uri)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise ValueError(f"{client.tracking_uri} has no run {run_id} ({error.error_code})") from None
+        raise ValueError(f"{shown} has no run {run_id} ({error.error_code})") from None
     if run.info.lifecycle_stage != "active":
-        raise ValueError(f"run {run_id} was deleted in {client.tracking_uri}: restore it there")
+        raise ValueError(f"run {run_id} was deleted in {shown}: restore it there")
     return run

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from pipeline.tracking.store import address
+
 
 @contextmanager
 def system_metrics(uri: str, run_id: str, node: str | None = None) -> Iterator[None]:
@@ -15,7 +17,7 @@ def system_metrics(uri: str, run_id: str, node: str | None = None) -> Iterator[N
     that is away ends the record, not the block.
     """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, node_id=node, tracking_uri=uri)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, node_id=node, tracking_uri=address(uri))
     monitor.start()
     try:
         yield

@@ -13,8 +13,9 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline.common.environment import without_passwords
 from pipeline.tracking.notes import NOTE
-from pipeline.tracking.store import await_server, connect, require_run, without_password
+from pipeline.tracking.store import await_server, connect, require_run
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _view(name: str) -> str:
 
 
 def _page(uri: str, experiment_id: str) -> str:
-    server = without_password(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
+    server = without_passwords(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
     return f"{server}/#/experiments/{experiment_id}"
 
 

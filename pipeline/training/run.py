@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.checksums import copy_with_sums, write_sums
 from pipeline.common.code_digest import code_digest
+from pipeline.common.environment import without_passwords
 from pipeline.common.paths import CHECKPOINTS, ENCODED, TOKENIZER
 from pipeline.common.settings import Settings, Train
 from pipeline.common.storage import AnyPath, run_storage
@@ -114,7 +115,7 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
             {
                 "run_key": run.key,
                 "mlflow_run_id": run.run_id,
-                "tracking_uri": run.tracking_uri,
+                "tracking_uri": without_passwords(run.tracking_uri),
                 "step": state.step,
             },
         )
@@ -153,4 +154,4 @@ def _log_fewer_averaged(number: int, last: int, settings: Train, folder: AnyPath
 
 def log(line: str) -> None:
     """To stderr, for the user."""
-    print(f"train: {line}", file=sys.stderr, flush=True)
+    print(without_passwords(f"train: {line}"), file=sys.stderr, flush=True)

@@ -77,6 +77,8 @@ def test_job_environment_has_storage_tracking_commit_and_more(monkeypatch):
         ("runs", "http://mlflow:5000", "RUN_STORAGE is runs: an absolute path"),
         ("/srv/runs", None, "MLFLOW_TRACKING_URI is not set: the address of a server"),
         ("/srv/runs", "sqlite:///mlflow.db", "MLFLOW_TRACKING_URI is sqlite:///mlflow.db: the address"),
+        ("ftp://us:secret@host/runs", "http://mlflow:5000", "RUN_STORAGE has a password in it, and the"),
+        ("/srv/runs", "http://us:secret@mlflow:5000", "MLFLOW_TRACKING_URI has a password in it, and the"),
     ],
 )
 def test_job_environment_refuses_what_other_machines_could_not_use(storage, tracking_uri, fault):

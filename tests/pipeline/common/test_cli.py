@@ -56,6 +56,8 @@ class OurError(RuntimeError):
         (ConnectionError("no server answers"), 1, "train: no server answers"),
         (OSError(28, "No space left on device", "data/raw"), 1, "train: data/raw: No space left on device"),
         (OurError("a worker died"), 1, "train: a worker died"),
+        (ValueError("no http://us:secret@mirror/x"), 1, "train: no http://mirror/x"),
+        (OSError(2, "No such file", "ftp://us:secret@host/x"), 1, "train: ftp://host/x: No such file"),
         (KeyboardInterrupt(), 130, "train: interrupted; run it again"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 import pipeline
 from model.cpu import library
-from pipeline.common.environment import FORWARDED, TELEMETRY, environment, forwarded
+from pipeline.common.environment import FORWARDED, TELEMETRY, environment, forwarded, without_passwords
 
 REPOSITORY = Path(__file__).parents[3]
 OF_TOOLS = re.compile(
@@ -42,6 +42,29 @@ def test_forwarded_variables_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_forwarded_variables_have_the_choice_of_the_matrix_product() -> None:
     assert library.ENVIRONMENT in FORWARDED
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://us:secret@mlflow:5000/x", "https://mlflow:5000/x"),
+        ("http://us:se@cret@mlflow:5000", "http://mlflow:5000"),
+        ("http://secret@mlflow:5000", "http://mlflow:5000"),
+        ("http://mlflow:5000/@x", "http://mlflow:5000/@x"),
+        ("postgresql://us:s/e:c?ret@db:5432/runs", "postgresql://db:5432/runs"),
+        ("postgresql://db/runs?user=us&password=secret&x=1", "postgresql://db/runs?user=us&password=&x=1"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("sqlite:////srv/us:secret@x.db", "sqlite:////srv/us:secret@x.db"),
+        ("GET http://us:secret@a/x and ftp://us:secret@b: refused", "GET http://a/x and ftp://b: refused"),
+    ],
+)
+def test_without_passwords_hides_those_of_all_addresses(text: str, shown: str) -> None:
+    assert without_passwords(text) == shown
+
+
+def test_forwarded_variables_have_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://us:secret@mlflow:5000")
+    assert forwarded()["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
 
 
 def test_telemetry_is_off_when_the_package_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

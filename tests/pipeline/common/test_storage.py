@@ -23,6 +23,20 @@ def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
             run_storage(tmp_path)
 
 
+def test_run_storage_shows_no_password_and_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_STORAGE", "ftp://us:secret@127.0.0.1:9/runs")
+    with pytest.raises(ValueError, match=r"^RUN_STORAGE is 'ftp://127.0.0.1:9/runs': .*refused"):
+        run_storage(tmp_path)
+    monkeypatch.setattr("ftplib.FTP.connect", lambda *arguments, **named: None)
+    monkeypatch.setattr("ftplib.FTP.login", lambda *arguments, **named: None)
+    found = run_storage(tmp_path) / "x"
+    assert "secret" not in f"{found} {found!r}"
+    assert (found.storage_options["username"], found.storage_options["password"]) == ("us", "secret")
+    monkeypatch.setenv("RUN_STORAGE", "nowhere://us:secret@runs")
+    with pytest.raises(ValueError, match=r"^RUN_STORAGE is 'nowhere://runs'"):
+        run_storage(tmp_path)
+
+
 def test_run_storage_is_the_project_itself_if_nothing_is_set(tmp_path, monkeypatch):
     monkeypatch.delenv("RUN_STORAGE", raising=False)
     assert run_storage(tmp_path) == tmp_path.resolve()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import read_mlflow_creds
 
 from pipeline.tracking.runs import reconcile
-from pipeline.tracking.store import open_experiment, prepare_store, without_password
+from pipeline.tracking.store import connect, open_experiment, prepare_store
 
 
 def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> None:
@@ -26,9 +28,25 @@ def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> 
     prepare_store("http://127.0.0.1:9")  # is not asked
 
 
-def test_without_password_hides_the_credentials_of_an_address() -> None:
-    assert without_password("https://us:secret@mlflow:5000/x") == "https://mlflow:5000/x"
-    assert without_password("http://mlflow:5000/@x") == "http://mlflow:5000/@x"
+def test_connect_gives_name_and_password_of_an_address_to_mlflow_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "another")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = connect("http://us:se%2Fcret@127.0.0.1:9/mlflow")
+    assert client.tracking_uri == "http://127.0.0.1:9/mlflow"
+    assert read_mlflow_creds() == ("us", "se/cret")
+    with pytest.raises(MlflowException) as refused:  # MLflow's own message has the address
+        client.search_experiments()
+    assert "127.0.0.1" in str(refused.value)
+    assert "cret" not in str(refused.value)
+    assert connect("http://mlflow:5000").tracking_uri == "http://mlflow:5000"
+    assert read_mlflow_creds() == ("us", "se/cret")
+
+
+def test_a_store_that_refuses_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError) as refused:
+        connect("postgresql+nodriver://us:secret@127.0.0.1:9/runs")
+    assert str(refused.value).startswith("MLflow's store postgresql+nodriver://127.0.0.1:9/runs: ")
 
 
 def test_open_experiment_deletes_the_default_experiment_of_mlflow_if_it_is_empty(uri: str, root: Path) -> None:

@@ -187,13 +187,13 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
     write_checkpoint(folder, 9, finished=True)
     state = checkpoint.finished_state(folder, SETTINGS.train)
     assert state is not None
-    run = TrainResult("the key", "the run", folder, state, "the store")
+    run = TrainResult("the key", "the run", folder, state, "http://us:secret@store")
     metrics = write_model(run, SETTINGS, root, tmp_path / "final")
     model = checkpoint.load_model(tmp_path / "final")
     expected = checkpoint.average(folder, SETTINGS.train.average_checkpoints, pytest.fail)[0]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert json.loads((tmp_path / "final" / "run.json").read_text()) == {
-        "run_key": "the key", "mlflow_run_id": "the run", "tracking_uri": "the store", "step": 9,
+        "run_key": "the key", "mlflow_run_id": "the run", "tracking_uri": "http://store", "step": 9,
     }  # fmt: skip
     assert (tmp_path / "final" / "spm.model").read_bytes() == b"pieces"
     verify(tmp_path / "final", ["weights.safetensors", "config.json", "run.json", "spm.model"], "train")
