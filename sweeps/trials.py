@@ -67,7 +67,7 @@ class Trial:
         try:
             with as_os_error(path):
                 record = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, IsADirectoryError, ValueError):
             return None
         return record if isinstance(record, dict) and record.get("key") == self.key else None
 

@@ -3,9 +3,12 @@
 Each attempt keeps a small file in the run's folder up to date; `total_usage` adds them up."""
 
 import json
+import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.common.atomic_io import write_json
 from pipeline.common.periodic import PeriodicJsonFile
@@ -74,16 +77,17 @@ class UsageRecorder:
 
 
 def total_usage(run_folder: AnyPath) -> Usage:
-    """The sum over all attempts of the run in this folder, and what it has continued."""
+    """The sum over all attempts of the run in this folder, and what it has continued. A damaged file counts for
+    nothing."""
     with as_os_error(run_folder):
-        paths = _attempts(run_folder)
-        attempts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found = [(path, values) for path in _attempts(run_folder) if (values := _read(path))]
+        paths, attempts = [path for path, _ in found], [values for _, values in found]
         before = _carried(run_folder)
     return Usage(
         attempts=before.attempts + len(attempts),
         device_seconds=before.device_seconds + sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
         steps=before.steps + sum(attempt["steps"] for attempt in attempts),
-        first_step_at=attempts[-1]["first_step_at"] if attempts else None,
+        first_step_at=attempts[-1].get("first_step_at") if attempts else None,
         last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
     )
 
@@ -101,10 +105,17 @@ def carry_usage(source: AnyPath, target: AnyPath, share: float) -> None:
 
 
 def _carried(run_folder: AnyPath) -> Usage:
+    values = _read(run_folder / CARRIED, ("attempts", "device_seconds", "steps"))
+    return Usage(**values) if values else Usage()
+
+
+def _read(path: AnyPath, keys: Sequence[str] = ("seconds", "devices", "steps")) -> dict[str, Any] | None:
+    """None if there is no such file, or one in which these are not numbers."""
     try:
-        return Usage(**json.loads((run_folder / CARRIED).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return Usage()
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if all(math.isfinite(values[key]) for key in keys) else None
+    except (FileNotFoundError, IsADirectoryError, ValueError, LookupError, TypeError):
+        return None
 
 
 def has_begun_since(run_folder: AnyPath, moment: float) -> bool:
@@ -114,4 +125,5 @@ def has_begun_since(run_folder: AnyPath, moment: float) -> bool:
 
 def _attempts(run_folder: AnyPath) -> list[AnyPath]:
     """The file of each attempt, named after the nanosecond at which it began, oldest first."""
-    return sorted((run_folder / "usage").glob("[0-9]*.json"), key=lambda path: path.name)
+    found = [path for path in (run_folder / "usage").glob("[0-9]*.json") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: path.name)

@@ -50,7 +50,7 @@ def replace_folder(target: AnyPath) -> Iterator[Path]:
         except BaseException:
             _remove(partial)
             raise
-        if target.exists():
+        if os.path.lexists(target):  # a link to nowhere, too
             os.replace(target, old)  # a folder that is not empty cannot be renamed over
         os.replace(partial, target)
         _flush(target.parent)

@@ -183,8 +183,11 @@ def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[s
 
 
 def remove(folder: AnyPath) -> None:
-    """Remove a folder and all in it; it need not exist."""
+    """Remove a folder and all in it, or what is there in its place; it need not exist."""
     if isinstance(folder, Path):
+        if folder.is_symlink() or not folder.is_dir():
+            with suppress(OSError):
+                folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         return
     with suppress(FileNotFoundError), as_os_error(folder):

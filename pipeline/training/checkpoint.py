@@ -109,6 +109,7 @@ def copy(source: AnyPath, target: AnyPath) -> None:
     """Bring a checkpoint into another run's folder, verified, whole or not at all; on one disk by hard links. Raises
     DamagedCheckpointError, also for one that was deleted meanwhile, and OSError."""
     with _damage_named(source), replace_folder(target) as partial:
+        _require_files(source, *FILES, SUMS)
         with as_os_error(source):
             for name in (*FILES, SUMS):
                 link_or_copy(source / name, partial / name)
@@ -137,7 +138,7 @@ def folders(run_folder: AnyPath) -> list[AnyPath]:
     """The run's checkpoints, oldest first. Raises OSError when their store cannot be reached."""
     with as_os_error(run_folder):
         found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=step_of)
+    return sorted((path for path in found if not isinstance(path, Path) or path.is_dir()), key=step_of)
 
 
 def load(folder: AnyPath) -> Checkpoint:
@@ -181,7 +182,16 @@ def _read_state(folder: AnyPath) -> TrainState:
     return state
 
 
+def _require_files(folder: AnyPath, *names: str) -> None:
+    """Refuse on a disk what would be another error, or be waited for: folders, links to nowhere, pipes."""
+    for name in names:
+        path = folder / name
+        if isinstance(path, Path) and not path.is_file():
+            raise FileNotFoundError(f"{name} is missing, or no file")
+
+
 def _verify(folder: AnyPath, name: str, shown: AnyPath) -> None:
+    _require_files(folder, name, SUMS)
     if sha256_of(folder / name) != read_sums(folder)[name]:
         raise DamagedCheckpointError(f"{shown / name} is damaged: its checksum is not the one in {SUMS}")
 
@@ -192,7 +202,9 @@ def _damage_named(folder: AnyPath) -> Iterator[None]:
         yield
     except DamagedCheckpointError:
         raise
-    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError) as error:
+    except (
+        FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.common.atomic_io import write_json
 from pipeline.common.settings import Train
-from pipeline.common.storage import AnyPath, as_os_error
+from pipeline.common.storage import AnyPath, as_os_error, remove
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError, folder_of, step_of
 from pipeline.training.loop import end_of
@@ -37,6 +38,8 @@ class Origin:
 def origin_of(run_folder: AnyPath) -> Origin | None:
     """What the run in this folder continues; None if it began at step 0."""
     path = run_folder / ORIGIN
+    if isinstance(path, Path) and not path.is_file():
+        return None
     try:
         with as_os_error(path):
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -54,8 +57,7 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
     """
     if checkpoint.folders(run_folder):
         return None
-    with as_os_error(run_folder):
-        (run_folder / ORIGIN).unlink(missing_ok=True)
+    remove(run_folder / ORIGIN)
     found = {sibling: checkpoint.folders(sibling) for sibling in _siblings(run_folder)}
     newest_first = sorted(
         ((step_of(path), sibling) for sibling, paths in found.items() for path in paths),
@@ -70,8 +72,7 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
                 origin = Origin(sibling, step, step / steps[-1])
                 _bring(origin, steps, run_folder, settings, log)
                 return origin
-    with as_os_error(run_folder):
-        (run_folder / ORIGIN).unlink(missing_ok=True)
+    remove(run_folder / ORIGIN)
     return None
 
 

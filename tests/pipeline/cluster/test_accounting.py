@@ -126,6 +126,22 @@ def test_total_usage_ignores_a_file_that_a_kill_cut_short(tmp_path, clock):
     assert json.loads(path.read_text())["devices"] == 1
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", '{"seconds": 5}', '{"seconds": NaN, "devices": 1, "steps": 1}',
+     '{"seconds": "5", "devices": 1, "steps": 1}'],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["1234.json", "continued.json"])
+def test_total_usage_leaves_out_a_damaged_file(tmp_path, clock, name, content):
+    attempt(clock, tmp_path, devices=3, steps=2, seconds_a_step=5.0).close()
+    expected = total_usage(tmp_path)
+    (tmp_path / "usage" / name).write_text(content)
+    (tmp_path / "usage" / "2345.json").mkdir()
+    (tmp_path / "usage" / "7 of mine.json").write_text("{}")
+    assert total_usage(tmp_path) == expected
+    assert not has_begun_since(tmp_path, clock.time() + 1)
+
+
 def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

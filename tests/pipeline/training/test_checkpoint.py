@@ -21,6 +21,7 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError
 from pipeline.training.loop import TrainState, adam
 from tests.factories import train_settings, update_sums
+from tests.support.damage import DAMAGES
 
 CONFIG = TransformerConfig(
     vocab_size=23, num_layers=1, d_model=14, d_ff=17, num_heads=3, d_k=5, d_v=7,
@@ -142,6 +143,16 @@ def test_copy_of_a_damaged_checkpoint_leaves_nothing(tmp_path, name, change):
         assert not checkpoint.folders(run_folder / "other")
 
 
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize("what", ["a folder", "a link to itself", "a pipe"])
+def test_copy_of_what_is_no_file_leaves_nothing(tmp_path, name, what):
+    path = save(tmp_path / "one", 7) / name
+    DAMAGES[what](path)
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is missing, or no file"):
+        checkpoint.copy(path.parent, checkpoint.folder_of(tmp_path / "other", 7))
+    assert not checkpoint.folders(tmp_path / "other")
+
+
 def test_load_latest_of_a_folder_without_checkpoints_is_none(tmp_path):
     assert checkpoint.load_latest(tmp_path / "none", pytest.fail) is None
 
@@ -173,6 +184,15 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def replace_tensors(folder: Path) -> None:
+    (folder / "tensors.safetensors").write_bytes(b"something else")
+    update_sums(folder)
+
+
+def become(name: str, what: str) -> Callable[[Path], None]:
+    return lambda folder: DAMAGES[what](folder / name)
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": flip_a_byte,
     "cut off": truncate,
@@ -184,6 +204,16 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a checksum missing": lambda folder: (folder / "SHA256SUMS").write_text(""),
     "another number in the state": change_state(lambda content: content["state"].update(tokens=5), sum_fits=False),
     "an unknown field": change_state(lambda content: content["state"].update(code="import os"), sum_fits=True),
+    "sums of what is no safetensors": replace_tensors,
+    "a state nested too deep": lambda folder: (
+        (folder / "state.json").write_text("[" * 100_000),
+        update_sums(folder),
+    ),
+    **{
+        f"{name} becomes {what}": become(name, what)
+        for name in COPIED
+        for what in ("a folder", "a link to itself", "a pipe")
+    },
     "no position": change_state(lambda content: content["state"].update(position=[]), sum_fits=True),
 }
 
@@ -201,6 +231,31 @@ def test_load_latest_passes_over_a_damaged_checkpoint_and_names_it(tmp_path, dam
     assert len(warnings) == 1
     assert "step_00000007" in warnings[0]
     assert warnings[0].endswith("; going back to the checkpoint before it")
+    assert checkpoint.finished_state(tmp_path, TRAIN) is None
+    assert checkpoint.load(save(tmp_path, 7)).state.step == 7
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "a file": lambda path: path.write_bytes(b"x"),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+    "an empty folder": Path.mkdir,
+    "a folder in a folder": lambda path: (path / path.name).mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=list(IN_THE_WAY))
+def test_what_is_no_checkpoint_and_has_the_name_of_one_is_passed_over_and_replaced(tmp_path, make):
+    save(tmp_path, 5)
+    make(tmp_path / "step_99999999")
+    make(tmp_path / "step_00000007")
+    found = checkpoint.load_latest(tmp_path, lambda line: None)
+    assert found is not None
+    assert found.state.step == 5
+    assert checkpoint.average(tmp_path, 2, lambda line: None)[1] == [5]
+    assert checkpoint.load(save_finished(tmp_path, 7)).state.step == 7
+    assert checkpoint.finished_state(tmp_path, TRAIN) == TrainState(step=7, finished=True)
 
 
 def test_load_latest_is_none_and_names_each_when_all_are_damaged(tmp_path):

@@ -342,6 +342,17 @@ def test_origin_of_a_damaged_record_is_none(tmp_path, content):
     assert origin_of(tmp_path) is None
 
 
+def test_continue_sibling_replaces_a_record_that_is_no_file(data, tmp_path):
+    train(data, tmp_path, with_ends(max_steps=5))
+    longer = with_ends(max_steps=10)
+    folder = folder_of(tmp_path, longer.train)
+    (folder / ORIGIN).mkdir(parents=True)
+    assert origin_of(folder) is None
+    origin = continue_sibling(folder, longer.train, pytest.fail)
+    assert origin is not None
+    assert origin_of(folder) == origin
+
+
 def test_continue_sibling_writes_what_it_continues(data, tmp_path):
     train(data, tmp_path, with_ends(max_steps=9))
     longer = with_ends(max_steps=10)
