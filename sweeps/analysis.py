@@ -3,7 +3,6 @@
 Read from data/sweep: trials.json, references.txt and the translations, as sweeps/run.py writes them.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from sweeps.record import OVERHEAD, read_trials
 from sweeps.significance import LEVEL, Interval, holm, mean_and_deviation, paired_p, seed_interval, sentence_interval
 from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
@@ -111,14 +111,7 @@ class RowResult:
 
 def read_sweep(folder: Path) -> dict[str, Any]:
     """trials.json, and the lines of references.txt as "references". Raises ValueError that names what is wrong."""
-    path = folder / "trials.json"
-    try:
-        sweep = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run the sweep first (python -m sweeps.run)") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run the sweep again (python -m sweeps.run)") from None
-    return sweep | {"references": _read_lines(folder / "references.txt")}
+    return read_trials(folder / "trials.json") | {"references": _read_lines(folder / "references.txt")}
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -126,6 +119,8 @@ def _read_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run the sweep again (python -m sweeps.run)") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: run the sweep again (python -m sweeps.run)") from None
 
 
 def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> list[RowResult]:
@@ -258,10 +253,6 @@ def _columns(kind: type, values: object | None, prefix: str = "") -> dict[str, A
     return {f"{prefix}{field.name}": values and getattr(values, field.name) for field in fields(kind)}
 
 
-OVERHEAD = ("seconds", "seconds_to_first_step", "seconds_of_overhead")
-"""Of a trial's wall time; the last is what is neither training nor evaluation, but Ray, MLflow and imports."""
-
-
 def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, float]:
     """Counts and costs of all trials together, those that failed included; OVERHEAD is a mean over those that
     finished at the first attempt."""
@@ -270,7 +261,7 @@ def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, flo
         return sum(trial.get(key) or 0 for trial in sweep["trials"])
 
     finished = sum(trial["status"] == "finished" for trial in sweep["trials"])
-    whole = [trial for trial in sweep["trials"] if "seconds" in trial]
+    whole = [trial for trial in sweep["trials"] if trial.get("seconds") is not None]
     return {
         "trials_finished": finished,
         "trials_not_finished": len(sweep["trials"]) - finished,

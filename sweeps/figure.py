@@ -44,7 +44,7 @@ def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
         panel.remove()
     for panel in panels[: len(axes) : columns]:
         panel.set_ylabel("difference from base, validation BLEU")
-    canvas.suptitle(title(sweep, rows, LETTERS * columns), fontsize=11)
+    canvas.suptitle(title(sweep, rows, LETTERS * columns), fontsize=11, parse_math=False)
     handles = [
         *panels[0].plot([], [], "o", color=OURS, label="ours, different from base"),
         *panels[0].plot([], [], "o", color=OURS, markerfacecolor="white", label="ours, not significant"),
@@ -94,9 +94,9 @@ def draw_panel(panel: Axes, axis: str, rows: list[RowResult], base: Mapping[str,
             difference = row.paper.bleu_difference
             panel.plot(x + APART, difference, "D", color=PAPERS, markersize=5)
             _write(panel, f"{difference:+z.1f}", x + APART, difference, PAPERS)
-    panel.set_xticks(range(len(shown)), [_category(row, value) for value, row in shown], fontsize=9)
+    panel.set_xticks(range(len(shown)), [_category(row, value) for value, row in shown], fontsize=9, parse_math=False)
     panel.set_xlim(-0.7, len(shown) - 0.3)
-    panel.set_xlabel(name)
+    panel.set_xlabel(name, parse_math=False)
     panel.margins(y=0.12)
     panel.yaxis.set_major_locator(MaxNLocator(nbins=6))
     panel.grid(axis="y", color="#d1d9e0", linewidth=0.6)

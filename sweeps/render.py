@@ -235,19 +235,43 @@ def markdown(sections: Sequence[Section], image: str) -> str:
     """The report as Markdown; `image` is the figure's file name, in the same folder."""
     blocks = []
     for level, section in enumerate(sections):
-        blocks.append(f"{'##' if level else '#'} {section.title}")
+        blocks.append(f"{'##' if level else '#'} {_escape(section.title)}")
         if section.points:
-            blocks.append("\n".join(f"- {point}" for point in section.points))
+            blocks.append(markdown_list(section.points))
         if section.table:
-            blocks += [markdown_table(section.table), "\n".join(f"- {line}" for line in section.legend)]
+            blocks += [markdown_table(section.table), markdown_list(section.legend)]
         if section.has_figure:
             blocks.append(f"![{ALT}]({image})")
     return "\n\n".join(blocks) + "\n"
 
 
+def markdown_list(points: Sequence[str]) -> str:
+    """Backticks mark code; all else is text, whatever it has of Markdown's and HTML's characters."""
+    lines = []
+    for point in points:
+        parts = re.split(r"(`[^`]*`)", point)  # every second one is code
+        text = "".join(part if number % 2 else _escape(part) for number, part in enumerate(parts))
+        lines.append("- " + re.sub(r"^(\d*)([#>+.)-])", r"\1\\\2", text))  # else a heading, or a list in the list
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """A < that begins no tag and an _ within a word, as in d_k, mean nothing and stay."""
+    return re.sub(r"[\\`*\[\]|~]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def csv_row(row: RowResult) -> dict[str, Any]:
+    """`as_dict`, with texts that no spreadsheet takes for a formula."""
+    formula = ("=", "+", "-", "@")
+    return {
+        key: f"'{value}" if isinstance(value, str) and value.startswith(formula) else value
+        for key, value in as_dict(row).items()
+    }
+
+
 def markdown_table(table: Table) -> str:
     """A Markdown table with padded columns, which also reads well as plain text."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
+    cells = [[_escape(cell) for cell in row] for row in (table.head, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = [
         "-" * (width + 1) + ("-" if side == "<" else ":") for width, side in zip(widths, table.align, strict=True)

@@ -17,15 +17,17 @@ from pipeline.common.paths import REPORTS, SWEEP
 from pipeline.common.storage import tracking_uri
 from pipeline.tracking.results import log_comparison, log_report
 from pipeline.tracking.views import share_sweep_view
-from sweeps.analysis import RowResult, as_dict, assess, read_sweep, totals
+from sweeps.analysis import RowResult, assess, read_sweep, totals
 from sweeps.figure import figure
 from sweeps.render import (
     BLEU_COLUMNS,
     NOTE_COLUMNS,
+    csv_row,
     document,
     findings,
     html_page,
     markdown,
+    markdown_list,
     markdown_table,
     missing,
     table_of,
@@ -47,7 +49,7 @@ def write_files(sweep: Mapping[str, Any], results: Sequence[RowResult], reports:
     sections, png = document(sweep, results), figure(sweep, results)
     write_text(md, markdown(sections, image.name))
     write_text(html, html_page(sections, png))
-    write_csv(csv, [as_dict(row) for row in results])
+    write_csv(csv, [csv_row(row) for row in results])
     write_bytes(image, png)
     rows = {
         row.id: {
@@ -83,7 +85,7 @@ def _note(sweep: Mapping[str, Any], results: Sequence[RowResult]) -> str:
     """The description of the sweep's run: what ran, what came of it, the table."""
     head, said = document(sweep, results)[:2]
     table = markdown_table(table_of(NOTE_COLUMNS, results))
-    points = "\n".join(f"- {point}" for point in (*head.points, *said.points))
+    points = markdown_list([*head.points, *said.points])
     return (
         f"**{head.title}**, by `python -m sweeps.run`\n\n{table}\n\n{points}\n\nAll of it: table3.html, an artifact."
     )

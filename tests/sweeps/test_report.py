@@ -443,6 +443,108 @@ def test_read_sweep_names_what_is_missing_or_damaged_and_what_to_do(tmp_path: Pa
         write_report(sweep, tmp_path)
 
 
+def of_trial(number: int, **values: Any) -> Callable[[dict], object]:
+    return lambda sweep: sweep["trials"][number].update(values)
+
+
+def of_row(number: int, **values: Any) -> Callable[[dict], object]:
+    return lambda sweep: sweep["rows"][number].update(values)
+
+
+NO_FILE_NAME = r"trials\.1\.translations: String should match pattern"
+NO_ADDRESS = r"trials\.0\.mlflow_page: String should match pattern"
+EDITS: dict[str, tuple[Callable[[dict], object], str]] = {
+    "no rows": (lambda sweep: sweep.update(rows=[]), "rows: List should have at least 1 item"),
+    "a row gone": (lambda sweep: sweep["rows"].pop(2), r"A: 8 heads, seed 1 is of row 'A-h16', which there is not"),
+    "a row twice": (lambda sweep: sweep["rows"].append(sweep["rows"][1]), "two rows have one id"),
+    "no trials": (lambda sweep: sweep.pop("trials"), "trials: Field required"),
+    "no seeds": (lambda sweep: sweep.update(seeds=[]), "seeds: List should have at least 1 item"),
+    "a seed in words": (of_trial(1, seed="one"), r"trials\.1\.seed: Input should be a valid integer"),
+    "an unknown status": (of_trial(1, status="done"), r"trials\.1\.status: Input should be 'finished', 'failed'"),
+    "no metrics": (of_trial(1, metrics={}), "A: 1 head, seed 1 is finished and has no metrics.valid_averaged_bleu"),
+    "a metric in words": (of_trial(1, metrics={"test_bleu": "7"}), r"trials\.1\.metrics\.test_bleu: Input should be"),
+    "not a number": (of_trial(1, metrics={"test_bleu": float("nan")}), "NaN is no number"),
+    "infinite": (of_trial(1, flops=float("inf")), "Infinity is no number"),
+    "no cost": (of_trial(1, device_hours=None), "A: 1 head, seed 1 is finished and has no device_hours"),
+    "half of the times": (
+        of_trial(1, seconds_of_overhead=None),
+        "A: 1 head, seed 1 is finished and has no seconds_of_overhead",
+    ),
+    "no translations": (of_trial(1, translations=None), "A: 1 head, seed 1 is finished and has no translations"),
+    "a file above": (of_trial(1, translations="../references.txt"), NO_FILE_NAME),
+    "the folder above": (of_trial(1, translations=".."), r"trials\.1\.translations: "),
+    "a file elsewhere": (of_trial(1, translations="/etc/passwd"), NO_FILE_NAME),
+    "a script for an address": (of_trial(0, mlflow_page="javascript:alert(1)"), NO_ADDRESS),
+    "a label that is a list": (of_row(1, label=["A"]), r"rows\.1\.label: Input should be a valid string"),
+    "half of the paper": (of_row(1, published={"bleu": 1.0}), r"rows\.1\.published\.ppl: Field required"),
+}
+
+
+@pytest.mark.parametrize(("edit", "reason"), EDITS.values(), ids=list(EDITS))
+def test_read_sweep_names_what_an_edit_has_broken(tmp_path: Path, edit: Callable[[dict], object], reason: str):
+    sweep = write_sweep(tmp_path / "sweep", [1], edit)
+    path = re.escape(str(sweep / "trials.json"))
+    with pytest.raises(ValueError, match=rf"^{path} is damaged \(((its content|trials\.1): )?{reason}.*: run the"):
+        write_report(sweep, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"rows": 7}', b"\xff", b"[" * 100_000])
+def test_read_sweep_names_a_file_that_is_no_sweep(tmp_path: Path, content: bytes):
+    sweep = write_sweep(tmp_path / "sweep", [1])
+    (sweep / "trials.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{sweep / 'trials.json'} is damaged \(.*\): run the sweep again"):
+        write_report(sweep, tmp_path, progress=False)
+    (sweep / "trials.json").unlink()
+
+
+def test_read_sweep_names_a_text_that_is_not_utf8(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "sweep", [1])
+    (sweep / "A-h1.1.txt").write_bytes(b"\xff\n" * NUM_SENTENCES)
+    with pytest.raises(ValueError, match=rf"^{sweep / 'A-h1.1.txt'} is not UTF-8: run the sweep again"):
+        write_report(sweep, tmp_path, progress=False)
+
+
+HOSTILE = {
+    "<script>alert(1)</script>": (r"\<script>alert(1)\</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+    "[a](javascript:b) ![c](d)": (r"\[a\](javascript:b) !\[c\](d)", "[a](javascript:b) ![c](d)"),
+    "a | b\n| c | *d* _e_": (r"a \| b \| c \| \*d\* \_e\_", "a | b | c | *d* _e_"),
+    "# no heading": ("# no heading", "# no heading"),
+    "`rm` d_k &lt; \\": (r"'rm' d_k \&lt; \\", "&#39;rm&#39; d_k &amp;lt; \\"),
+    "$\\frac{$": ("$\\\\frac{$", "$\\frac{$"),
+}
+
+
+@pytest.mark.parametrize(("label", "written"), HOSTILE.items(), ids=list(HOSTILE))
+def test_write_report_escapes_labels(tmp_path: Path, label: str, written: tuple[str, str]):
+    def rename(sweep: dict) -> None:
+        sweep["rows"][1].update(label=label, axis="grid")
+        sweep["rows"][3].update(label=label, skipped=label)
+        sweep["trials"] = [trial for trial in sweep["trials"] if trial["row"] != "B-dk32"]
+        sweep["base_name"] = label
+
+    md, html, sheet_file, png, _ = write_report(
+        write_sweep(tmp_path / "sweep", [1], rename), tmp_path, progress=False
+    )
+    text, page = md.read_text(encoding="utf-8"), html.read_text(encoding="utf-8")
+    escaped, in_html = written
+    assert f"# Table 3: {escaped}\n" in text
+    assert f"\n| {escaped} " in text
+    in_list = "\\" + escaped if escaped.startswith("#") else escaped
+    assert f"\n- {in_list}: skipped ({escaped}).\n" in text
+    assert f'<td class="left">{in_html}</td>' in page
+    assert "<script>alert" not in page
+    assert png.stat().st_size
+    assert sheet_file.read_text(encoding="utf-8").count("\n") == 1 + len(ROWS)
+
+
+@pytest.mark.parametrize("label", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_write_report_gives_spreadsheets_no_formula(tmp_path: Path, label: str):
+    write_report(write_sweep(tmp_path / "sweep", [1], of_row(1, label=label)), tmp_path, progress=False)
+    row = sheet(tmp_path)["A-h1"]
+    assert row["label"] == f"'{label}"
+    assert float(row["bleu_difference"]) < 0  # a number stays one
+
+
 def test_main_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["report"])
