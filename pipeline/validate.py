@@ -14,6 +14,9 @@ broken UTF-8. A soft fault is of one pair, and is counted under the first reason
 If more than validate.max_dropped_share of a split is faulty, kept or not, the stage stops with the counts: that is
 more likely a wrong file.
 
+Empty is a side without a character that can be seen. Pairs with equal sides, such as names, numbers, or what nobody
+has translated, are counted in the report; with validate.drop_copies they are faults.
+
 A leak is a training pair whose source sentence is also in test or valid; it is dropped from train. Equal means
 equal after NFKC and lower-casing. The source alone decides: with another translation it would still be a lesson for
 the test. Short common sentences ("Thank you .") are no exception: to drop them costs training next to nothing, to
@@ -37,6 +40,7 @@ from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.paths import CLEAN, RAW, REPORTS
 from pipeline.common.settings import Data, Validate, load_settings
+from pipeline.common.text import VISIBLE
 
 CHUNK_PAIRS = 100_000
 OTHER_SCRIPT_SHARE = 0.5  # of a sentence's letters; names and quotations stay below
@@ -48,6 +52,7 @@ REASONS = (
     "too_long",
     "length_ratio",
     "wrong_script",
+    "copy",
     "train_in_test",
     "train_in_valid",
     "duplicate",
@@ -202,7 +207,7 @@ def mark(split: str, hashes: dict[str, pl.DataFrame]) -> pl.DataFrame:
 
 
 def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
-    """A sound pair: one check for each of REASONS, named after it.
+    """A sound pair: one check for each of REASONS, named after it, copies only if they are to be dropped.
 
     The length ratio is (longer side + 3) / (shorter side + 3), in words: in a short sentence a few words more
     are no fault.
@@ -211,12 +216,13 @@ def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
     shorter = pl.min_horizontal("src_words", "tgt_words") + 3
     longer = pl.max_horizontal("src_words", "tgt_words") + 3
     sound = {
-        "empty": pl.all_horizontal(sides != ""),
+        "empty": pl.all_horizontal(sides.str.contains(VISIBLE)),
         "broken_character": ~pl.any_horizontal(sides.str.contains("\ufffd", literal=True)),
         "control_character": ~pl.any_horizontal(sides.str.contains(r"\p{Cc}")),
         "too_long": longer <= limits.max_words + 3,
         "length_ratio": longer <= limits.max_length_ratio * shorter,
         "wrong_script": _in_script("src", src) & _in_script("tgt", tgt),
+        **({"copy": pl.col("src") != pl.col("tgt")} if limits.drop_copies else {}),
         **{reason: ~pl.col(reason) for reason in ONLY_IN_TRAIN},
     }
     return pa.DataFrameSchema(
@@ -228,7 +234,7 @@ def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
             "trees": pa.Column(pl.String, required=False),
             **{reason: pa.Column(pl.Boolean) for reason in ONLY_IN_TRAIN},
         },
-        checks=[_check(reason, sound[reason]) for reason in REASONS],
+        checks=[_check(reason, sound[reason]) for reason in REASONS if reason in sound],
         strict=True,
     )
 
@@ -272,6 +278,7 @@ def _clean(
             sums.update(
                 pairs_in=len(chunk),
                 pairs=len(kept),
+                copies=int(((chunk["src"] == chunk["tgt"]) & (chunk["src"] != "")).sum()),
                 respaced=int((chunk["src_respaced"] | chunk["tgt_respaced"]).sum()),
                 src_words=int(kept["src_words"].sum()),
                 tgt_words=int(kept["tgt_words"].sum()),
@@ -315,6 +322,7 @@ def _summary(split: str, sums: Counter[str], faults: pl.DataFrame) -> dict[str, 
         "pairs": sums["pairs"],
         "dropped": sums["pairs_in"] - sums["pairs"],
         "faults": {reason: int((faults["reason"] == reason).sum()) for reason in possible},
+        "copies": sums["copies"],
         "spaces_normalised": sums["respaced"],
         "mean_src_words": round(sums["src_words"] / sums["pairs"], 3),
         "mean_tgt_words": round(sums["tgt_words"] / sums["pairs"], 3),
@@ -340,7 +348,8 @@ def main() -> None:
         report = validate(settings.data, settings.validate)
     for split, found in report.items():
         counts = ", ".join(f"{reason} {number:,}" for reason, number in found["faults"].items() if number)
-        print(f"{split}: {found['pairs']:,} of {found['pairs_in']:,} pairs kept; faults: {counts or 'none'}")
+        copies = f"; {found['copies']:,} with equal sides" if found["copies"] else ""
+        print(f"{split}: {found['pairs']:,} of {found['pairs_in']:,} pairs kept; faults: {counts or 'none'}{copies}")
 
 
 if __name__ == "__main__":

@@ -84,11 +84,12 @@ class Data:
 
 @checked
 class Validate:
-    """The limits beyond which a pair is dropped, and how many pairs may be."""
+    """The limits beyond which a pair is dropped, and how many pairs may be; whether those with equal sides are."""
 
     max_words: Count
     max_length_ratio: Annotated[float, Field(ge=1)]
     max_dropped_share: Share
+    drop_copies: bool
 
 
 @checked

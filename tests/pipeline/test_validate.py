@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -19,7 +20,7 @@ from pipeline.validate import _create, _in_script, _num_words, _respaced, mark, 
 ROOT = Path(__file__).parents[2]
 MIRROR = Path.cwd() / os.environ.get("CORPUS_MIRROR", "none")
 LANGUAGES = Data(corpus="own", src="en", tgt="de")
-LIMITS = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=1.0)
+LIMITS = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=1.0, drop_copies=False)
 SOUND = [(f"sentence {i} stands here .", f"Satz {i} steht hier .") for i in range(5)]
 VALID = [("the second week begins .", "die zweite Woche beginnt .")]
 TEST = [("all is well , he said .", "alles ist gut , sagte er .")]
@@ -68,6 +69,9 @@ FAULTY = [
     ("1 2 3 !", "1 2 3 !", None),  # no letters at all
     (SOUND[2][0], "ein anderer Satz .", None),  # another translation is no duplicate
     (SOUND[2][0].upper(), SOUND[2][1], None),
+    ("nothing .", "\u200b \u2060", "empty"),
+    ("\u00ad\u202e\ufe0f\U000e0020", "nichts .", "empty"),
+    ("a \u200bzero-width space", "ein \u200bLeerzeichen", None),
 ]
 
 
@@ -92,6 +96,28 @@ def test_validate_counts_and_order_do_not_depend_on_chunks(monkeypatch, chunk_pa
     kept = [(src.strip(), tgt.strip()) for src, tgt, reason in FAULTY if reason is None]
     assert clean("train") == SOUND + kept
     assert json.loads(Path("reports/validation.json").read_text()) == report
+
+
+COPIES = [("Obama 1 2 3", "Obama 1 2 3"), ("A  name .", "A name . "), ("Obama", "obama")]
+"""Two of them: spaces do not count, letters do."""
+
+
+def test_validate_counts_pairs_with_equal_sides_and_keeps_them():
+    write_raw([*SOUND, *COPIES, ("", "")], valid=[*VALID, COPIES[0]], test=[*TEST, *COPIES[:2]])
+    report = validate(LANGUAGES, LIMITS)
+    assert [report[split]["copies"] for split in ("train", "valid", "test")] == [2, 1, 2]
+    assert faults(report, "train") == {"empty": 1, "train_in_test": 2}
+    assert faults(report, "test") == {}
+
+
+def test_validate_drops_pairs_with_equal_sides_from_train_by_a_setting():
+    write_raw([*SOUND, *COPIES], valid=[*VALID, ("7", "7")], test=[*TEST, ("8", "8")])
+    report = validate(LANGUAGES, replace(LIMITS, drop_copies=True))
+    assert faults(report, "train") == {"copy": 2}
+    assert clean("train") == [*SOUND, COPIES[2]]
+    assert faults(report, "valid") == faults(report, "test") == {"copy": 1}
+    assert (clean("valid")[-1], clean("test")[-1]) == (("7", "7"), ("8", "8"))
+    assert [report[split]["copies"] for split in ("train", "valid", "test")] == [2, 1, 1]
 
 
 def test_validate_counts_a_pair_under_its_first_reason_only():
@@ -224,9 +250,9 @@ def test_validate_needs_no_end_of_the_last_line():
 
 def test_check_share_stops_with_the_counts():
     write_raw([*SOUND, ("", "leer"), ("\ufffd", "x"), ("\ufffd", "y"), SOUND[0], SOUND[1]])
-    limits = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.5)
+    limits = replace(LIMITS, max_dropped_share=0.5)
     assert validate(LANGUAGES, limits)["train"]["dropped"] == 5
-    limits = Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.4)
+    limits = replace(LIMITS, max_dropped_share=0.4)
     counts = "empty 1, broken_character 2, duplicate 2"
     message = rf"train\.en: 5 of 10 pairs are faulty.*\(0\.4\).*: {counts}; the first is line 6 \(empty\)"
     with pytest.raises(ValueError, match=message):
@@ -236,7 +262,7 @@ def test_check_share_stops_with_the_counts():
 def test_check_share_stops_a_test_split_of_a_wrong_file():
     write_raw(SOUND, test=[("он дома", "daheim")])
     with pytest.raises(ValueError, match=r"data/raw/test\.en: 1 of 1 pairs are faulty.*wrong_script 1"):
-        validate(LANGUAGES, Validate(max_words=11, max_length_ratio=2.0, max_dropped_share=0.1))
+        validate(LANGUAGES, replace(LIMITS, max_dropped_share=0.1))
 
 
 def test_validate_stops_at_a_split_without_a_sound_pair():
@@ -302,7 +328,8 @@ def test_mark_finds_what_sets_of_hashes_find(rows):
 def test_validate_multi30k_finds_three_duplicates_and_no_leak_of_test():
     multi30k = Data(corpus="multi30k", src="en", tgt="de")
     download(multi30k, str(MIRROR))
-    report = validate(multi30k, Validate(max_words=100, max_length_ratio=4.0, max_dropped_share=0.05))
+    limits = Validate(max_words=100, max_length_ratio=4.0, max_dropped_share=0.05, drop_copies=False)
+    report = validate(multi30k, limits)
     assert [report[split]["pairs_in"] for split in ("train", "valid", "test")] == [29_000, 1_014, 1_000]
     assert faults(report, "train") == {"duplicate": 3, "train_in_valid": 1}
     assert report["test"]["found_in_train"] == 0

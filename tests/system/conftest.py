@@ -40,7 +40,7 @@ PATIENCE_S = 900
 
 CORPUS = {
     "data": dict(corpus="grammar", src="en", tgt="de", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23),
-    "validate": dict(max_words=50, max_length_ratio=4.0, max_dropped_share=0.2),
+    "validate": dict(max_words=50, max_length_ratio=4.0, max_dropped_share=0.2, drop_copies=False),
     "tokenize": dict(vocab_size=400, lowercase=False),
 }
 MODEL = {

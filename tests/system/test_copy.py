@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 PAIRS = {"train": 6000, "valid": 100, "test": 100}
 CORPUS = {
     "data": dict(corpus="own", src="en", tgt="de"),
-    "validate": dict(max_words=20, max_length_ratio=4.0, max_dropped_share=0.0),
+    "validate": dict(max_words=20, max_length_ratio=4.0, max_dropped_share=0.0, drop_copies=False),
     "tokenize": dict(vocab_size=290, lowercase=False),
 }
 MODEL = {
