@@ -97,7 +97,6 @@ def _store_opening(uri: str) -> Iterator[Future[None]]:
 
 def main() -> None:
     cli.parser("pipeline.train", __doc__).parse_args()
-    cli.end_with_dvc()
     interrupted = "interrupted; the same command goes on from the last checkpoint"
     with cli.exit_on_error("train", TrainingError, interrupted=interrupted):
         train(load_settings())

@@ -116,7 +116,8 @@ def main() -> None:
     with cli.exit_on_error("tokenize"):
         settings = load_settings()
         src, tgt = (CLEAN / f"train.{code}" for code in (settings.data.src, settings.data.tgt))
-        train_tokenizer(src, tgt, TOKENIZER, settings.tokenize.vocab_size, settings.tokenize.lowercase)
+        size, lowercase = settings.tokenize.vocab_size, settings.tokenize.lowercase
+        cli.interruptible(lambda: train_tokenizer(src, tgt, TOKENIZER, size, lowercase))
 
 
 if __name__ == "__main__":

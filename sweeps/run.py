@@ -449,7 +449,6 @@ def _machine() -> str:
 
 def main() -> None:
     cli.parser("sweeps.run", __doc__).parse_args()
-    cli.end_with_dvc()
     with cli.exit_on_error("sweep", interrupted="interrupted; the same command goes on where this one was"):
         run_sweep(Path().resolve())
 

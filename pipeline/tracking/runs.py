@@ -9,14 +9,11 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import psutil
 from mlflow import MlflowClient
@@ -163,30 +160,14 @@ def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: floa
 
 @contextlib.contextmanager
 def run_guard(uri: str, run_id: str) -> Iterator[None]:
-    """Mark a run that does not finish: KILLED after Ctrl-C or SIGTERM, else FAILED.
-
-    SIGTERM raises SystemExit inside, when this is the main thread. Only SIGKILL gets past; see `reconcile`.
-    """
-
-    stopped = False
-
-    def stop(signum: int, _frame: Any) -> None:
-        nonlocal stopped
-        stopped = True  # for Ray, if it is at work, makes another exit of this one
-        raise SystemExit(128 + signum)
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, stop) if main else None
+    """Mark a run that does not finish: KILLED if its process is told to stop, else FAILED. Only SIGKILL gets past;
+    see `reconcile`."""
     try:
         yield
     except BaseException as error:
-        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM  # its handler, if it was set later
-        killed = stopped or by_ray or isinstance(error, KeyboardInterrupt)
-        finish_run(uri, run_id, "KILLED" if killed else "FAILED", patience_s=5)
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        finish_run(uri, run_id, "KILLED" if stopped else "FAILED", patience_s=2)
         raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, previous)
 
 
 @refusal_as_connection_error

@@ -4,15 +4,17 @@ import ast
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pipeline.common.cli import exit_on_error
+from pipeline.common.cli import GRACE_S, exit_on_error, interruptible
 
 REPOSITORY = Path(__file__).parents[3]
 COMMANDS = sorted(
@@ -85,28 +87,100 @@ def test_exit_on_error_ends_without_a_word_when_nobody_reads_the_output():
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("obeys", [True, False])
-def test_end_with_dvc_ends_a_process_whose_parent_was_killed(obeys, tmp_path):
-    child = f"""
-import os, signal, time
-from pathlib import Path
-from pipeline.common import cli
-if not {obeys}:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-cli.GRACE_S = 0.5
-cli.end_with_dvc()
-Path("written").write_text(str(os.getpid()))
-Path("written").rename("pid")
-time.sleep(60)
-"""
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    environment = os.environ | {"DVC_STAGE": "train", "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment) as process:
-        while not (tmp_path / "pid").exists():
-            time.sleep(0.05)
-        orphan = psutil.Process(int((tmp_path / "pid").read_text()))
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@contextmanager
+def slow_command(folder, module, code, **environment):
+    """`python -m` of a real command, of which the first import of `module` is `code` instead, which ends by itself
+    after a minute. Yields the process once it is there."""
+    (folder / f"{module}.py").write_text(f"open('begun', 'w').close()\n{code}")
+    variables = os.environ | {"PYTHONPATH": f"{folder}:{REPOSITORY}"} | environment
+    command = [sys.executable, "-m", "pipeline.evaluate"]
+    with subprocess.Popen(command, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.2)
+        yield process
         process.kill()
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("signum", "code"), STOPS)
+def test_command_stopped_while_it_imports_ends_with_one_line(signum, code, tmp_path):
+    with slow_command(tmp_path, "torch", "import time; time.sleep(60)") as process:
+        process.send_signal(signum)
+        assert process.communicate(timeout=3)[1] == "evaluate: interrupted\n"
+    assert process.returncode == code
+
+
+SWALLOWED = """
+import time
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_command_that_does_not_end_when_it_is_stopped_is_ended(again, tmp_path):
+    with slow_command(tmp_path, "torch", SWALLOWED) as process:
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        if again:  # the user is impatient
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10)[1] == "evaluate: interrupted\n"
+        assert (time.monotonic() - started < GRACE_S) == again
+    assert process.returncode == 143
+
+
+IN_C = """
+import ctypes
+from pipeline.common.cli import exit_on_error, interruptible
+with exit_on_error("evaluate"):
+    interruptible(lambda: ctypes.CDLL(None).sleep(60))
+"""
+
+
+def test_command_stopped_in_a_long_call_of_c_ends_at_once(tmp_path):
+    with slow_command(tmp_path, "torch", IN_C) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=3)[1] == "evaluate: interrupted\n"
+    assert process.returncode == 143
+
+
+def test_interruptible_passes_on_results_and_errors():
+    assert interruptible(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0)
+
+
+def test_command_started_by_nohup_outlives_its_terminal(tmp_path):
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    command = (
+        "import sys; sys.argv = ['-m']; import pipeline, signal; signal.raise_signal(signal.SIGHUP); print('on')"
+    )
+    options = {"cwd": REPOSITORY, "preexec_fn": ignore, "capture_output": True, "text": True}
+    assert subprocess.run([sys.executable, "-c", command], **options).stdout == "on\n"
+
+
+@pytest.mark.parametrize("code", ["import time; time.sleep(60)", SWALLOWED])
+def test_stage_ends_when_dvc_was_killed_at_any_moment(code, tmp_path):
+    (tmp_path / "torch.py").write_text(f"import os; open(f'begun-{{os.getpid()}}', 'w').close()\n{code}")
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pipeline.evaluate'])"
+    variables = os.environ | {"DVC_STAGE": "evaluate", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=variables) as process:
+        while not (begun := list(tmp_path.glob("begun-*"))):
+            time.sleep(0.02)
+        process.kill()
+    stage = psutil.Process(int(begun[0].name.partition("-")[2]))
     deadline = time.monotonic() + 10
-    while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE:
+    while stage.is_running() and stage.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
