@@ -58,7 +58,7 @@ lint: .venv/installed-dev
 
 ui: .venv/installed
 	@MLFLOW_TRACKING_URI= python -m pipeline.views
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 clean:
 	rm -rf .venv build *.egg-info checkpoints mlartifacts mlflow.db* data/downloads data/raw data/clean data/tokenizer data/encoded data/sweep models/final models/ctranslate2* .benchmarks .coverage*
