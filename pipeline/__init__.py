@@ -1,14 +1,14 @@
 """The pipeline: one module per command, in folders what they share.
 
-Two things happen when it is imported, before anything else is. Usage reports are turned off: MLflow reads its switch
-while it is being imported. And `python -m pipeline.train` prepares for being stopped.
+Two things happen when it is imported, before anything else is. Variables are set that Ray and MLflow read while they
+are imported: no usage reports, no open ports. And `python -m pipeline.train` prepares for being stopped.
 """
 
 import sys
 
 from pipeline.common import cli
-from pipeline.common.environment import TELEMETRY, set_defaults
+from pipeline.common.environment import set_at_import
 
-set_defaults(TELEMETRY)
+set_at_import()
 if sys.argv[0] == "-m":  # Python looks for the module that it was told to run
     cli.begin()

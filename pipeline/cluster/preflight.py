@@ -10,10 +10,15 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster.ray_cluster import is_private
 from pipeline.cluster.resources import alive_nodes
 from pipeline.common.atomic_io import write_text
-from pipeline.common.environment import RAY_JOB_ENV, RUN_STORAGE_ENV, TRACKING_URI_ENV, without_passwords
+from pipeline.common.environment import (
+    RAY_JOB_ENV,
+    RUN_STORAGE_ENV,
+    TRACKING_URI_ENV,
+    is_private,
+    without_passwords,
+)
 from pipeline.common.settings import Hardware
 from pipeline.common.storage import AnyPath, as_os_error, run_storage_is_set
 from pipeline.data.published import fetch

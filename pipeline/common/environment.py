@@ -18,6 +18,7 @@ CORPUS_MIRROR_ENV = "CORPUS_MIRROR"  # a folder or address that the corpora are 
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # host:port of a cluster to join; Ray reads it too
 DASHBOARD_ENV = "RAY_API_SERVER_ADDRESS"  # the cluster's dashboard, which takes jobs; Ray reads it too
 RAY_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in what `ray job submit` runs
+RAY_TMPDIR_ENV = "RAY_TMPDIR"  # below it, Ray notes the address of the cluster that `ray start` has started
 DVC_STAGE_ENV = "DVC_STAGE"  # DVC sets it in the commands of a stage
 DVC_ROOT_ENV = "DVC_ROOT"  # and this, to the project that `dvc repro` or `dvc exp run` was started in
 GIT_COMMIT_ENV = "GIT_COMMIT"  # the commit, where there is no repository: in an image or a job
@@ -30,6 +31,9 @@ TELEMETRY = {  # no usage reports to the makers of these tools; some of them rea
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "1",
     "DO_NOT_TRACK": "1",  # read by several libraries
+}
+RAY_LOOPBACK = {  # Ray here listens on 127.0.0.1 alone, as it does on macOS; read when Ray is imported
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 MLFLOW_CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # from 7, which hold a caller for minutes; await_server waits
@@ -53,6 +57,7 @@ NO_DASHBOARD: dict[str, str | None] = {
     # a traceback when it finds two clusters on this machine: give it an address where nobody answers.
     DASHBOARD_ENV: "http://127.0.0.1:9",
 }
+RAY_TOKEN_ENV, RAY_TOKEN_PATH_ENV = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # what Ray's processes ask for
 OWN_DASHBOARD: dict[str, str | None] = {DASHBOARD_ENV: None}  # it may be that of another cluster
 TUNE: dict[str, str | None] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that nobody reads
@@ -82,6 +87,18 @@ _IN_ADDRESS = re.compile(r"(?<=://)(?:[^\s/?#]*@|[^\s/:@]*:(?!\d+/)[^\s@]*@)|(?<
 def without_passwords(text: str) -> str:
     """A text to be shown or kept, without the names and passwords in its addresses."""
     return _IN_ADDRESS.sub("", text)
+
+
+def set_at_import() -> None:
+    """What has to be set before Ray or MLflow is imported."""
+    set_defaults(TELEMETRY)
+    if is_private():
+        set_defaults(RAY_LOOPBACK)
+
+
+def is_private() -> bool:
+    """Whether Ray, where it is needed, is started by this command, for itself."""
+    return RAY_JOB_ENV not in os.environ and not os.environ.get(RAY_ADDRESS_ENV)
 
 
 def set_defaults(defaults: Mapping[str, str]) -> None:

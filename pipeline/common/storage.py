@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = Union[Path, "UPath"]
 T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
+MAX_SOCKET_PATH_BYTES = 103  # 107 on Linux
 PATIENCE_S = 600
 """How long a store may be away."""
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
@@ -103,21 +105,42 @@ def run_storage_is_set() -> bool:
 
 
 def cache() -> Path:
-    """A folder of this user on this machine's own disk, for copies. Raises OSError if it is another user's."""
+    """A folder of this user on this machine's own disk, for copies. Raises OSError if others could write there."""
     folder = Path(tempfile.gettempdir()) / f"transformer-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user: remove it, or set TMPDIR")
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} belongs to another user, or others may write there: remove it, or set TMPDIR")
     return folder
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder in the cache for the block. Those that killed processes left are removed."""
-    for leftover in cache().glob("tmp-*-*"):
-        if not Path("/proc", leftover.name.split("-")[1]).exists():
+    """A folder in the cache for the block."""
+    with _folder_of_this_process(cache(), "tmp") as folder:
+        yield folder
+
+
+@contextmanager
+def socket_folder() -> Iterator[Path]:
+    """A folder for the block, of this user alone, below TMPDIR or /tmp: of a path so short that Ray's sockets, whose
+    own names have 64 bytes, can have one at all. Raises OSError if neither can be written to."""
+    system = Path(tempfile.gettempdir())
+    fits = len(os.fsencode(system)) + len("/transformer-ray-1234567-abcdefgh") + 64 <= MAX_SOCKET_PATH_BYTES
+    with _folder_of_this_process(system if fits else Path("/tmp"), "transformer-ray") as folder:
+        yield folder
+
+
+@contextmanager
+def _folder_of_this_process(parent: Path, prefix: str) -> Iterator[Path]:
+    """Those that killed processes left are removed."""
+    for leftover in parent.glob(f"{prefix}-*-*"):
+        pid = leftover.name.removeprefix(f"{prefix}-").partition("-")[0]
+        if leftover.lstat().st_uid == os.getuid() and not Path("/proc", pid).exists():
             shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=cache()) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{prefix}-{os.getpid()}-", dir=parent, ignore_cleanup_errors=True
+    ) as folder:
         yield Path(folder)
 
 

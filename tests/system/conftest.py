@@ -8,9 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,16 +59,16 @@ SWEEP = dict(rows=["dropout"], seeds=[0], grid=None, scheduler="fifo", cpus_per_
 
 
 class Project:
-    """A copy of the project in `root`, and the command lines in it; `ray` is the folder of its own Ray sessions."""
+    """A copy of the project in `root`, and the command lines in it."""
 
-    def __init__(self, root: Path, ray: Path):
-        self.root, self.ray = root, ray
+    def __init__(self, root: Path):
+        self.root = root
         self.output = ""  # of `dvc repro`, for `trained`
 
     def copy(self, root: Path, without: tuple[str, ...]) -> "Project":
         """The same elsewhere; MLflow's store, which names absolute paths, stays behind."""
         shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts", *without))
-        return Project(root, self.ray)
+        return Project(root)
 
     def untrained_copy(self, root: Path) -> "Project":
         """The same with its corpus encoded, and no trace of training: not in DVC's lock and run cache either."""
@@ -94,7 +92,7 @@ class Project:
         }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         patient = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}  # on a machine that has other work
-        return ours | identity | patient | {"PATH": path, "RAY_TMPDIR": str(self.ray)}
+        return ours | identity | patient | {"PATH": path}
 
     def run(self, *command, code=0, **environment):
         """What the command prints, both streams together; its exit code must be `code`."""
@@ -197,7 +195,7 @@ class Project:
         ]
 
 
-def make_project(root: Path, ray: Path) -> Project:
+def make_project(root: Path) -> Project:
     """A new one, committed to a Git of its own. Python finds its model/ and pipeline/ first in the current folder."""
     root.mkdir()
     for name in SOURCES:
@@ -209,7 +207,7 @@ def make_project(root: Path, ray: Path) -> Project:
         else:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, root / name)
-    project = Project(root, ray)
+    project = Project(root)
     for section, values in (CORPUS | MODEL | HARDWARE | {"evaluate": EVALUATE, "sweep": SWEEP}).items():
         project.edit("params.yaml", section, values)
     project.run("git", "init", "--quiet", "--initial-branch", "main")
@@ -217,29 +215,21 @@ def make_project(root: Path, ray: Path) -> Project:
     return project
 
 
-@pytest.fixture(scope="session")
-def ray_folder() -> Iterator[Path]:
-    """A short path, for the sockets below it."""
-    folder = Path(tempfile.mkdtemp(prefix="ray"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
-def new_project(ray_folder: Path, tmp_path: Path) -> Project:
-    return make_project(tmp_path / "project", ray_folder)
+def new_project(tmp_path: Path) -> Project:
+    return make_project(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
-def untouched(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A new one in which no stage has run. Who edits it undoes that."""
-    return make_project(tmp_path_factory.mktemp("untouched") / "project", ray_folder)
+    return make_project(tmp_path_factory.mktemp("untouched") / "project")
 
 
 @pytest.fixture(scope="session")
-def trained(ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """From raw text to BLEU by one undisturbed `dvc repro`, committed. Only to be read: `copy` it to change it."""
-    project = make_project(tmp_path_factory.mktemp("trained") / "project", ray_folder)
+    project = make_project(tmp_path_factory.mktemp("trained") / "project")
     project.output = project.run("dvc", "repro", "evaluate")
     project.commit()
     return project

@@ -90,7 +90,7 @@ def test_own_corpus_goes_through_a_remote_to_a_clone_where_nothing_is_left_to_do
     new_project.run("dvc", "push")
 
     new_project.run("git", "clone", "--quiet", ".", str(tmp_path / "clone"))
-    clone = Project(tmp_path / "clone", new_project.ray)
+    clone = Project(tmp_path / "clone")
     clone.run("dvc", "pull", "--allow-missing")
     output = clone.run("dvc", "repro", "evaluate")
     assert "up to date" in output

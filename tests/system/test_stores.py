@@ -265,7 +265,7 @@ def test_dvc_pull_from_s3_leaves_nothing_to_run(trained, s3: S3, tmp_path: Path)
     project.run("dvc", "remote", "add", "--default", "store", "s3://dvc-remote/cache")
     project.commit()
     project.run("dvc", "push", **s3.environment)
-    clone = type(project)(tmp_path / "clone", project.ray)
+    clone = type(project)(tmp_path / "clone")
     project.run("git", "clone", "--quiet", str(project.root), str(clone.root))
     assert not (clone.root / "models/final").exists()
     clone.run("dvc", "pull", "--with-deps", "evaluate", **s3.environment)  # without the sweep, which has not run

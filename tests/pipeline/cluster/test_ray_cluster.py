@@ -1,6 +1,10 @@
 """A cluster that cannot be joined, and the environment after one. Ray itself does not start here."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,8 @@ from pipeline.cluster.ray_cluster import needs_no_workers, ray_cluster
 from pipeline.common.environment import RAY_JOB_ENV
 from pipeline.common.settings import load_settings
 
-HARDWARE = load_settings(Path(__file__).parents[3]).hardware
+REPOSITORY = Path(__file__).parents[3]
+HARDWARE = load_settings(REPOSITORY).hardware
 
 
 @pytest.mark.parametrize(
@@ -27,10 +32,36 @@ def test_ray_cluster_refused_by_ray_says_why_in_one_line(message, expected, monk
         raise RuntimeError(message)
 
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr("pipeline.cluster.ray_cluster._require_answer", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(ConnectionError, match=expected) as caught, ray_cluster(HARDWARE, tmp_path):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["nosuchhost.invalid:6379", "127.0.0.1:9", "10.0.0.1:port", "auto"])
+def test_ray_cluster_where_nobody_listens_says_so_in_one_line(address, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("it would wait for minutes"))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9\n")  # of a cluster that was killed
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    shown = "127.0.0.1:9" if address == "auto" else address
+    expected = rf"^no Ray cluster answers at {shown} \(.*\); unset it to use this machine alone$"
+    with pytest.raises(ConnectionError, match=expected) as caught, ray_cluster(HARDWARE, tmp_path):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_ray_cluster_that_accepts_and_keeps_silent_is_waited_for_with_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("pipeline.cluster.ray_cluster.ANSWER_S", 0.1)
+    monkeypatch.setattr(ray, "init", lambda **options: time.sleep(0.3))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with ray_cluster(HARDWARE, tmp_path):
+            pass
+    assert capsys.readouterr().err.startswith("waiting for the Ray cluster at 127.0.0.1:")
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
@@ -73,3 +104,60 @@ def test_one_worker_needs_no_workers_of_ray_but_on_a_cluster(workers, joined_by,
     if joined_by:
         monkeypatch.setenv(joined_by, "10.0.0.1:6379")
     assert needs_no_workers(replace(HARDWARE, num_workers=workers)) == expected
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_ray_that_does_not_start_here_is_tried_once_more(failures, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    calls = []
+
+    def init(**options: object) -> None:
+        calls.append("init")
+        if calls.count("init") <= failures:
+            raise RuntimeError("The current node timed out during startup")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    if failures == 1:
+        with ray_cluster(HARDWARE, tmp_path):
+            calls.append("work")
+        assert calls == ["init", "shutdown", "init", "work", "shutdown"]
+    else:
+        with (
+            pytest.raises(ConnectionError, match=r"^Ray did not start here: .* timed out"),
+            ray_cluster(HARDWARE, tmp_path),
+        ):
+            pass
+        assert calls == ["init", "shutdown"] * 2
+
+
+LISTENERS = """
+import os, sys
+from pathlib import Path
+import pipeline
+import psutil, ray
+from pipeline.cluster.ray_cluster import ray_cluster
+from pipeline.common.settings import load_settings
+with ray_cluster(load_settings(Path(sys.argv[1])).hardware, Path()):
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+    ours = psutil.Process().children(recursive=True)
+    ports = [c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == "LISTEN"]
+    print(*ports, os.environ["RAY_AUTH_TOKEN_PATH"])
+"""
+
+
+@pytest.mark.slow
+def test_ray_started_here_is_reached_by_nobody_else_and_leaves_nothing(tmp_path):
+    """Nor does it need a home or a short TMPDIR."""
+    tmpdir = tmp_path / ("x" * 120)
+    tmpdir.mkdir()
+    left_out = ("RAY_", "HOME", "TMPDIR")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    environment |= {"HOME": "/proc", "TMPDIR": str(tmpdir), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LISTENERS, str(REPOSITORY)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *ports, token = done.stdout.split()
+    assert len(ports) >= 5  # of the raylet, the GCS and others
+    assert set(ports) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert not Path(token).parent.exists()

@@ -11,7 +11,14 @@ import pytest
 
 import pipeline
 from model.cpu import library
-from pipeline.common.environment import FORWARDED, TELEMETRY, environment, forwarded, without_passwords
+from pipeline.common.environment import (
+    FORWARDED,
+    RAY_LOOPBACK,
+    TELEMETRY,
+    environment,
+    forwarded,
+    without_passwords,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 OF_TOOLS = re.compile(
@@ -73,6 +80,17 @@ def test_telemetry_is_off_when_the_package_is_imported(monkeypatch: pytest.Monke
     monkeypatch.setenv("DO_NOT_TRACK", "0")  # whoever sets it has a reason
     importlib.reload(pipeline)
     assert {name: os.environ[name] for name in TELEMETRY} == TELEMETRY | {"DO_NOT_TRACK": "0"}
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, "0"), ("head:6379", None)])
+def test_ray_started_here_listens_on_this_machine_alone(address, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = RAY_LOOPBACK
+    for variable in (name, "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    importlib.reload(pipeline)
+    assert os.environ.get(name) == expected
 
 
 @pytest.mark.parametrize("folder", ["model", "pipeline", "sweeps"])

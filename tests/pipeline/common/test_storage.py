@@ -1,5 +1,11 @@
 import errno
+import os
 import re
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -7,7 +13,16 @@ import pytest
 from upath import UPath
 
 from pipeline.common import storage
-from pipeline.common.storage import retry_unreachable, run_storage, tracking_uri
+from pipeline.common.storage import (
+    cache,
+    retry_unreachable,
+    run_storage,
+    socket_folder,
+    temporary_folder,
+    tracking_uri,
+)
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
@@ -92,6 +107,54 @@ def test_tracking_uri_refuses_a_folder_that_an_address_cannot_name(tmp_path, mon
         tracking_uri(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking_uri(root) == "http://mlflow:5000"
+
+
+def test_cache_is_this_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(OSError, match=f"{folder} belongs to another user, or others may write there"):
+        cache()
+    folder.rename(tmp_path / "planted")
+    folder.symlink_to(tmp_path / "planted")
+    with pytest.raises(OSError, match="belongs to another user, or others may write there"):
+        cache()
+
+
+@pytest.mark.parametrize("folder", [temporary_folder, socket_folder])
+def test_temporary_folders_go_with_the_block_and_those_of_the_dead_with_the_next(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    code = """
+import os, sys
+from pipeline.common import storage
+block = getattr(storage, sys.argv[1])()
+print(block.__enter__(), flush=True)
+os._exit(1)
+"""
+    command = [sys.executable, "-c", code, folder.__name__]
+    environment = os.environ | {"TMPDIR": "/tmp"}
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    with folder() as outer, folder() as inner:
+        assert not left.exists()
+        assert outer.is_dir()
+        assert stat.S_IMODE(inner.stat().st_mode) == 0o700
+    assert not outer.exists()
+    assert not inner.exists()
+
+
+def test_socket_folder_is_short_whatever_tmpdir_is(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    for system in (long, Path("/tmp")):
+        monkeypatch.setattr(tempfile, "tempdir", str(system))
+        with socket_folder() as folder:
+            path = folder / "session_2026-11-28_14-24-02_123456_1234567/sockets/plasma_store"
+            path.parent.mkdir(parents=True)
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(path))
 
 
 def test_retry_unreachable_waits_for_a_store_and_says_for_how_long(monkeypatch):
