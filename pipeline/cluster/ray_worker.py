@@ -5,6 +5,7 @@ not imported at the top, because each of Ray's processes would wait for it.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from pipeline.inference.sample_scores import SampleScorer
 from pipeline.training import checkpoint
 from pipeline.training.loop import NotFiniteError, TrainState
 from pipeline.training.trainer import train_rank
+
+MEASURED = ("tokens_per_second",)
+"""Metrics with another value when a step is taken again: MLflow would take the second for another point."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | No
                 report=report,
                 progress=reports.step_done if reports else lambda state, loss: None,
                 log=reports.log if reports else lambda message: None,
+                saved=reports.saved if reports else lambda: None,
                 score=SampleScorer(config.settings, data_root) if reports and scored else None,
             )
     except NotFiniteError as error:  # on all workers alike
@@ -145,13 +150,20 @@ class _Reports:
         self._progress = ProgressReporter(config.progress_file)
         self._usage = UsageRecorder(config.run_folder, devices=num_ranks * (1 if config.gpu else config.cpus))
         self._curves: Any = None  # a MetricWriter, from the first metrics on
+        self._measured: deque[tuple[dict[str, float], int]] = deque()
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """To MLflow at once, but for what is MEASURED: that waits for a checkpoint to have it."""
         if self._curves is None:
             from pipeline.tracking.metric_writer import MetricWriter  # here: the first step does not wait for it
 
             self._curves = MetricWriter(self._config.workspace.tracking_uri, self._config.run_id)
-        self._curves.log(metrics, step)
+        self._curves.log({key: value for key, value in metrics.items() if key not in MEASURED}, step)
+        self._measured.append(({key: value for key, value in metrics.items() if key in MEASURED}, step))
+
+    def saved(self) -> None:
+        while self._measured:
+            self._curves.log(*self._measured.popleft())
 
     def step_done(self, state: TrainState, loss: float) -> None:
         self._usage.count_step()

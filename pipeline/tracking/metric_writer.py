@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.common.environment import without_passwords
@@ -27,7 +27,9 @@ class MetricWriter:
 
     A thread delivers the points in order, again and again until MLflow has them. A point at or before the last
     step that MLflow has of a metric is dropped: it comes from steps that are taken a second time after a resume.
-    A point that was delivered although the answer got lost is recognised by MLflow by its time and value.
+    A point that reaches MLflow twice is recognised there by its time and value: because an answer got lost, or a slow
+    server wrote what a killed worker had sent after its successor had asked for the last steps. So the time is no
+    time, but the run's start and a millisecond for each step.
 
     What a killed process had still to deliver is in its last checkpoint, or is computed again from there: a worker
     that resumes logs the checkpoint's curves first. Nothing bounds the queue, as a day's points are a few megabytes.
@@ -40,6 +42,7 @@ class MetricWriter:
         self._uri, self._run_id = uri, run_id
         self._points: deque[dict[str, Any]] = deque()
         self._last_steps: dict[str, int] | None = None
+        self._start_ms = 0
         self._away = self._refused = False
         self._closing = threading.Event()
         self._deadline = float("inf")
@@ -48,9 +51,7 @@ class MetricWriter:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Steps must grow from call to call, for each metric by itself."""
-        values = {key: float(value) for key, value in metrics.items()}
-        point = {"step": step, "time_ms": time.time_ns() // 1_000_000, "metrics": values}
-        self._points.append(point)
+        self._points.append({"step": step, "metrics": {key: float(value) for key, value in metrics.items()}})
 
     def close(self, timeout_s: float = 60) -> bool:
         """Deliver what waits; False if that did not succeed in time."""
@@ -79,7 +80,8 @@ class MetricWriter:
                 raise ConnectionError("no answer")
             client = connect(self._uri)
             if self._last_steps is None:
-                self._last_steps = _last_steps(client, self._run_id)
+                run = client.get_run(self._run_id)
+                self._start_ms, self._last_steps = run.info.start_time, _last_steps(run)
             waiting = len(self._points)  # what comes meanwhile shares the next call
             while waiting > 0:
                 waiting -= self._deliver_batch(client, self._last_steps)
@@ -107,7 +109,7 @@ class MetricWriter:
             num_points += 1
             for key, value in point["metrics"].items():
                 if point["step"] > reached.get(key, -1):
-                    batch.append(Metric(key, value, point["time_ms"], point["step"]))
+                    batch.append(Metric(key, value, self._start_ms + point["step"], point["step"]))
                     reached[key] = point["step"]
         if batch:
             client.log_batch(self._run_id, metrics=batch)
@@ -117,6 +119,6 @@ class MetricWriter:
         return num_points
 
 
-def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+def _last_steps(run: Run) -> dict[str, int]:
     # `data.metrics` has values alone, and a metric's history takes a second for 10,000 points.
-    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}

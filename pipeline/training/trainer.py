@@ -31,13 +31,15 @@ def train_rank(
     report: Callable[[dict[str, float], int], None],
     progress: Callable[[TrainState, float], None],
     log: Callable[[str], None],
+    saved: Callable[[], None] = lambda: None,
     score: Callable[[Transformer], dict[str, float]] | None = None,
 ) -> TrainState:
     """Train on the encoded corpus in `data` to the end, from the last checkpoint in `run_folder` if there is one.
 
     Every rank calls this with the same arguments; `report` gets metrics and their step, `progress` the state and the
-    loss after each step, `log` a line for the user. At each validation, `score` adds metrics of the model, on rank 0
-    alone. Raises NotFiniteError, and ValueError for data that does not fit the settings.
+    loss after each step, `log` a line for the user. On rank 0 alone, `saved` is called after each checkpoint, and at
+    each validation `score` adds metrics of the model. Raises NotFiniteError, and ValueError for data that does not
+    fit the settings.
     """
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
     info = CorpusInfo.open(data)
@@ -70,6 +72,7 @@ def train_rank(
     def write_checkpoint(state: TrainState) -> None:
         t = settings.train
         checkpoint.save(run_folder, model, optimizer, state, asdict(settings), t.keep_checkpoints, t.checkpoint_every)
+        saved()
 
     def save(state: TrainState) -> None:
         if rank != 0:

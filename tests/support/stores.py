@@ -3,6 +3,7 @@
 All bind 127.0.0.1 and a free port; what is installed of PostgreSQL lends its programs only, not its data.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -10,9 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -154,3 +158,45 @@ def mlflow_server(
         command, lambda: _answers(f"{uri}/health"), signal.SIGKILL, env=os.environ | environment | settings
     ):
         yield uri
+
+
+class HoldingProxy(ThreadingHTTPServer):
+    """Passes requests on to `server`. While `holds` is true it keeps those that bring metrics, and gives no answer;
+    they come to the server by `release`, after whoever sent them is gone."""
+
+    daemon_threads = True
+
+    def __init__(self, server: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.server, self.holds = server, True
+        self.held: list[Callable[[], object]] = []
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def release(self) -> None:
+        for request in self.held:
+            request()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HoldingProxy
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in self.headers.items() if name != "Host"}
+        send = partial(requests.request, self.command, self.server.server + self.path, data=body, headers=headers)
+        if self.server.holds and self.path.endswith("/log-batch") and json.loads(body).get("metrics"):
+            self.server.held.append(send)
+            time.sleep(PATIENCE_S)
+            return
+        answer = send()
+        self.send_response(answer.status_code)
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_GET = do_PATCH = do_PUT = do_POST  # noqa: N815

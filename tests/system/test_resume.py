@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from pipeline.cluster.accounting import total_usage
+from tests.support.stores import HoldingProxy, mlflow_server
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,30 @@ def test_train_killed_and_started_again_ends_with_the_same_weights(trained, tmp_
     assert project.weights() == trained.weights()
     assert project.only_run().info.status == "FINISHED"
     assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_train_killed_while_a_server_held_its_points_has_each_of_them_once(trained, tmp_path):
+    project = trained.untrained_copy(tmp_path / "project")
+    project.edit("params.yaml", "train.checkpoint_every", 200)  # so that all held steps are taken again
+    store = f"sqlite:///{tmp_path}/server.db"
+    with mlflow_server(store, str(tmp_path / "served"), {}) as server, HoldingProxy(server) as proxy:
+        client = MlflowClient(server)
+        with project.started("python", "-m", "pipeline.train", MLFLOW_TRACKING_URI=proxy.uri) as training:
+            project.wait_for(lambda: proxy.held, "request with metrics")
+            training.kill()
+            training.wait()
+        proxy.holds = False
+        with project.started("python", "-m", "pipeline.train", MLFLOW_TRACKING_URI=proxy.uri) as training:
+            (run,) = client.search_runs([client.get_experiment_by_name("transformer").experiment_id])
+            run_id = run.info.run_id
+            project.wait_for(lambda: client.get_metric_history(run_id, "train_loss"), "point of the successor")
+            proxy.release()
+            assert training.wait(PATIENCE_S) == 0, project.log()
+        for name in client.get_run(run_id).data.metrics:
+            steps = [point.step for point in client.get_metric_history(run_id, name)]
+            assert sorted(steps) == sorted(set(steps)), name
+        losses = [(point.step, point.value) for point in client.get_metric_history(run_id, "train_loss")]
+        assert sorted(losses) == trained.curve("train_loss")
 
 
 def test_train_with_two_workers_replaces_a_killed_one(trained, tmp_path):

@@ -54,3 +54,19 @@ def test_run_worker_without_the_drivers_storage_names_the_setting(out_of_memory,
 def test_run_worker_among_others_dies_of_small_memory_for_they_wait(out_of_memory):
     with pytest.raises(torch.OutOfMemoryError):
         out_of_memory(2)
+
+
+def test_reports_hold_back_what_is_measured_until_a_checkpoint_has_it(tmp_path, monkeypatch):
+    logged: list[tuple[dict[str, float], int]] = []
+    writer = SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)), close=lambda patience_s: True)
+    monkeypatch.setattr("pipeline.tracking.metric_writer.MetricWriter", lambda uri, run_id: writer)
+    settings = load_settings(Path(__file__).parents[3])
+    workspace = Workspace(tmp_path, tmp_path, None, "")
+    reports = ray_worker._Reports(WorkerConfig(settings, workspace, tmp_path, "", 1, False, None), num_ranks=1)
+    reports.log_metrics({"train_loss": 3.0, "tokens_per_second": 700.0}, 7)
+    assert logged == [({"train_loss": 3.0}, 7)]
+    reports.saved()
+    assert logged[1:] == [({"tokens_per_second": 700.0}, 7)]
+    reports.saved()
+    reports.close(0)
+    assert len(logged) == 2

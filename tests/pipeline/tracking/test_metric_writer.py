@@ -62,6 +62,31 @@ def test_metric_writer_does_not_double_a_point_after_a_lost_answer(
     assert curve(uri, run_id, "train_loss") == [(1, 3.0), (2, 2.0)]
 
 
+def test_metric_writer_does_not_double_points_that_a_slow_server_held_over_a_kill(
+    uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server writes what a killed worker sent after its successor has asked what it has."""
+    log_batch, held = MlflowClient.log_batch, []
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *arguments, **named: held.append((arguments, named)))
+        killed = MetricWriter(uri, run_id)
+        for step in range(1, 56):
+            killed.log({"train_loss": 1 / step}, step)
+        assert killed.close()
+    assert curve(uri, run_id, "train_loss") == []
+    time.sleep(0.01)
+
+    successor = MetricWriter(uri, run_id)  # the checkpoint's curve, and the steps after it again
+    successor.log({"train_loss": 1}, 1)
+    successor._deliver()
+    for arguments, named in held:
+        log_batch(*arguments, **named)
+    for step in range(2, 91):
+        successor.log({"train_loss": 1 / step}, step)
+    assert successor.close()
+    assert curve(uri, run_id, "train_loss") == [(step, 1 / step) for step in range(1, 91)]
+
+
 def test_metric_writer_warns_once_of_a_deleted_run(
     uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
