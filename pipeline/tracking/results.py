@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlflow.pyfunc
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, RunTag
 
 from pipeline.common.atomic_io import SUMS, csv_text, sha256_of
 from pipeline.common.settings import Settings
@@ -117,27 +117,52 @@ def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -
     """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
 
     `model` is the folder that the train stage has written, `search` the beam, alpha and max_extra to translate with.
-    The model carries the code it needs and exact versions of the
-    packages; nothing in it is pickled. The same weights are logged once only.
+    The model carries the code it needs and exact versions of the packages; nothing in it is pickled. The same weights
+    are logged once only: what a killed evaluation has begun is completed.
     """
     await_server(uri, patience_s=600)
     client = connect(uri)
     run = client.get_run(run_id)
-    weights = model / "weights.safetensors"
-    digest = sha256_of(weights)
+    digest = sha256_of(model / "weights.safetensors")
     if run.data.tags.get("run.weights_sha256") == digest:
         return f"models:/{run.data.tags['run.model_id']}"
-    code = Path(__file__).parents[1]
     # By way of the client, as mlflow.pyfunc.log_model works on the process's one global store and active run.
-    logged = client.create_logged_model(
-        run.info.experiment_id, "transformer", source_run_id=run_id, params=run.data.params
+    logged = _begun_model(client, run, digest) or client.create_logged_model(
+        run.info.experiment_id,
+        "transformer",
+        source_run_id=run_id,
+        params=run.data.params,
+        tags={"run.weights_sha256": digest},
     )
+    if logged.status != LoggedModelStatus.READY:
+        _upload_model(client, logged.model_id, model, search)
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in {output.model_id for output in outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.log_batch(run_id, tags=[RunTag("run.model_id", logged.model_id), RunTag("run.weights_sha256", digest)])
+    return f"models:/{logged.model_id}"
+
+
+def _begun_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:
+    """The model of these weights that a killed evaluation of the run has left. Such ones of other weights, which
+    nobody will complete, are ended."""
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    for logged in found:
+        if logged.tags.get("run.weights_sha256") == digest and logged.status != LoggedModelStatus.FAILED:
+            return logged
+        if logged.status == LoggedModelStatus.PENDING:
+            client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+    return None
+
+
+def _upload_model(client: MlflowClient, model_id: str, model: Path, search: Mapping[str, float]) -> None:
+    code = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         mlflow.pyfunc.save_model(
             f"{folder}/model",
             python_model=str(code / "inference" / "serving.py"),
             artifacts={
-                "weights": str(weights),
+                "weights": str(model / "weights.safetensors"),
                 "config": str(model / "config.json"),
                 "tokenizer": str(model / "spm.model"),
                 "checksums": str(model / SUMS),
@@ -146,11 +171,8 @@ def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -
             code_paths=[str(code), str(code.parent / "model")],
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in SERVED_WITH],
         )
-        client.log_model_artifacts(logged.model_id, f"{folder}/model")
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    client.log_batch(run_id, tags=[RunTag("run.model_id", logged.model_id), RunTag("run.weights_sha256", digest)])
-    return f"models:/{logged.model_id}"
+        client.log_model_artifacts(model_id, f"{folder}/model")
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
 @refusal_as_connection_error

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 
 from pipeline.common.settings import Settings
-from pipeline.tracking.results import find_training_run, log_comparison, log_evaluation, log_report
+from pipeline.tracking.results import find_training_run, log_comparison, log_evaluation, log_model, log_report
 from pipeline.tracking.runs import finish_run
 
 
@@ -132,3 +133,62 @@ def test_log_comparison_without_a_comparison_is_a_verdict_alone(uri: str, run_id
     data = MlflowClient(uri).get_run(run_id).data
     assert (data.tags["verdict"], data.metrics) == ("base", {})
     log_comparison(uri, "nobody", {}, "base")
+
+
+@pytest.fixture
+def final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose files MLflow need not understand."""
+
+    def save_model(path: str, **named: object) -> None:
+        Path(path).mkdir()
+        (Path(path) / "MLmodel").write_text("a model")
+
+    monkeypatch.setattr("mlflow.pyfunc.save_model", save_model)
+    folder = tmp_path / "final"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_text("weights")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "killed_in", ["log_model_artifacts", "finalize_logged_model", "log_outputs", "log_batch", None]
+)
+def test_log_model_completes_what_a_killed_evaluation_has_begun(
+    uri: str, run_id: str, final: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str | None
+) -> None:
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    if killed_in:
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, killed_in, killed)
+            with pytest.raises(KeyboardInterrupt):
+                log_model(uri, run_id, final, {})
+    for _ in range(2):
+        address = log_model(uri, run_id, final, {})
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert (f"models:/{model.model_id}", model.status) == (address, LoggedModelStatus.READY)
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert model.source_run_id == run_id
+
+
+def test_log_model_ends_what_was_begun_with_other_weights(
+    uri: str, run_id: str, final: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_model_artifacts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log_model(uri, run_id, final, {})
+    (final / "weights.safetensors").write_text("other weights")
+    address = log_model(uri, run_id, final, {})
+    client = MlflowClient(uri)
+    models = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    statuses = {f"models:/{model.model_id}": model.status for model in models}
+    assert len(statuses) == 2
+    assert statuses.pop(address) == LoggedModelStatus.READY
+    assert [*statuses.values()] == [LoggedModelStatus.FAILED]
