@@ -47,8 +47,10 @@ class CTranslate2Engine:
     int8 rounds what the model computes, so that others may be more probable.
     """
 
-    def __init__(self, model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate) -> None:
-        self._model, self._settings = model, settings
+    def __init__(
+        self, model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate, num_best: int = 1
+    ) -> None:
+        self._model, self._settings, self._num_best = model, settings, num_best
         self._pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.get_piece_size())]
         self._tokens = {piece: token for token, piece in enumerate(self._pieces)}
         self._penalties = length_penalty(torch.arange(model.config.max_length + 1), settings.alpha).tolist()
@@ -67,25 +69,25 @@ class CTranslate2Engine:
     def workers(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._num_workers)
 
-    def search(self, sources: list[np.ndarray]) -> list[Hypothesis]:
+    def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
         """`sources` have one length."""
         length = len(sources[0])
         if length == 0:
             return [self._of_empty_source] * len(sources)
         limit = min(length + self._settings.max_extra, self._model.config.max_length - 1)  # of an output, without EOS
         found = self._translate(sources, limit + 1)
-        cut = [i for i, best in enumerate(found) if not best.finished]  # it has a token too many, where EOS could be
+        cut = [i for i, best in enumerate(found) if not best[0].finished]  # a token too many, where EOS could be
         for i, best in zip(cut, self._translate([sources[i] for i in cut], limit), strict=True):
             found[i] = best
         return found
 
     @cached_property
-    def _of_empty_source(self) -> Hypothesis:
+    def _of_empty_source(self) -> list[Hypothesis]:
         """By the other engine: CTranslate2 does not ask the model for one."""
-        [best] = TorchEngine(self._model, self._settings).search([np.empty(0, np.int64)])
+        [best] = TorchEngine(self._model, self._settings, self._num_best).search([np.empty(0, np.int64)])
         return best
 
-    def _translate(self, sources: list[np.ndarray], max_tokens: int) -> list[Hypothesis]:
+    def _translate(self, sources: list[np.ndarray], max_tokens: int) -> list[list[Hypothesis]]:
         beam = self._settings.beam
         results = self._translator.translate_batch(
             [[self._pieces[token] for token in source] for source in sources],
@@ -100,10 +102,12 @@ class CTranslate2Engine:
             return_end_token=True,
             return_scores=True,
         )
-        return [
-            max(map(self._hypothesis, result.hypotheses, result.scores), key=lambda best: (best.finished, best.score))
-            for result in results
-        ]
+        return [self._ranked(list(map(self._hypothesis, result.hypotheses, result.scores))) for result in results]
+
+    def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
+        """The best, as model.decoding.beam_search ranks them: what is cut off counts if all is."""
+        finished = [hypothesis for hypothesis in found if hypothesis.finished]
+        return sorted(finished or found, key=lambda best: best.score, reverse=True)[: self._num_best]
 
     def _hypothesis(self, output: list[str], score: float) -> Hypothesis:
         """`score` is log_prob / |Y|^alpha."""

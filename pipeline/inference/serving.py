@@ -8,6 +8,7 @@ MLflow runs this file to get the object that it calls (`set_model` below), which
 import, and why this file imports mlflow, as only pipeline/tracking/ does otherwise.
 """
 
+import logging
 import threading
 from pathlib import Path
 
@@ -15,26 +16,29 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from pipeline.common.settings import Evaluate
+from pipeline.inference.lines import BATCH_TOKENS, LineTranslator
 from pipeline.inference.trained_model import load_trained
-from pipeline.inference.translate import translate
 
-BATCH_TOKENS = 8192
-"""Source tokens (padding counted) that are decoded together; changes memory and speed, no translation."""
+logger = logging.getLogger(__name__)
 
 
 class Translator(PythonModel):
-    """Beam search with the beam, alpha and max_extra that the model was evaluated with."""
+    """Beam search with the beam, alpha and max_extra that the model was evaluated with. What is too long for it is
+    translated in parts or cut, and the log has it; an empty sentence stays empty."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model, self.tokenizer = load_trained(Path(context.artifacts["weights"]).parent)
+        model, tokenizer = load_trained(Path(context.artifacts["weights"]).parent)
+        settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
+        self.translate = LineTranslator(model, tokenizer, settings)
         self.search = threading.Lock()
-        self.settings = Evaluate(**context.model_config, engine="torch", batch_tokens=BATCH_TOKENS, num_samples=0)
 
     def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
-        sources = self.tokenizer.encode(model_input)
+        def say(index: int, fate: str) -> None:
+            logger.warning("sentence %d of %d %s", index + 1, len(model_input), fate)
+
         with self.search:  # it has all cores, and changes the number of torch's threads, which others would take over
-            outputs = translate(self.model, self.tokenizer, sources, self.settings, progress=False)
-        return [output.text for output in outputs]
+            found = self.translate(model_input, say)
+        return [best[0].text if best else "" for best in found]
 
 
 set_model(Translator())

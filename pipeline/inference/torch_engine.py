@@ -25,8 +25,8 @@ class TorchEngine:
     thread to itself: two at work on one batch would wait for one another at every operator.
     """
 
-    def __init__(self, model: Transformer, settings: Evaluate) -> None:
-        self._model, self._settings = model, settings
+    def __init__(self, model: Transformer, settings: Evaluate, num_best: int = 1) -> None:
+        self._model, self._settings, self._num_best = model, settings, num_best
         self._device = model.embedding.weight.device
         self._num_workers = torch.get_num_threads() if self._device.type == "cpu" else 1
 
@@ -49,7 +49,7 @@ class TorchEngine:
         finally:
             torch.set_num_threads(threads)  # other threads may have followed the workers
 
-    def search(self, sources: list[np.ndarray]) -> list[Hypothesis]:
+    def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
         lengths = np.array([len(source) for source in sources])
         src = pad(np.concatenate(sources), lengths)  # [sentences, longest + 1]
         max_lengths = torch.from_numpy(lengths + self._settings.max_extra).clamp(
@@ -57,11 +57,10 @@ class TorchEngine:
         )
         with torch.inference_mode():
             decoder = BeamKVCache(self._model, src.to(self._device))
-        found = beam_search(
+        return beam_search(
             decoder,
             max_lengths.to(self._device),
             beam=self._settings.beam,
             alpha=self._settings.alpha,
-            num_best=1,
+            num_best=self._num_best,
         )
-        return [best for [best] in found]

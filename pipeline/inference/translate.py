@@ -1,7 +1,7 @@
 """Tokens to text by beam search (section 6.1), in batches: what evaluation and a served model share.
 
 `translate` is the whole way: cut sources, group them by length, let an engine search each group, decode. An engine
-is pipeline/inference/torch_engine.py or ctranslate2_engine.py.
+is pipeline/inference/torch_engine.py or ctranslate2_engine.py. Text to text is pipeline/inference/lines.py.
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ class Engine(Protocol):
     def workers(self) -> AbstractContextManager[ThreadPoolExecutor]:
         """The threads that search batches at the same time."""
 
-    def search(self, sources: list[np.ndarray]) -> list[Hypothesis]:
-        """The best output for each source of a batch; called by the workers."""
+    def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
+        """The best outputs for each source of a batch, best first, at least one; called by the workers."""
 
 
 def translate(
@@ -58,31 +58,45 @@ def translate(
     An output has at most max_extra tokens more than its source, and never more than max_length - 1; a source longer
     than max_length - 1 is cut. Sentences of similar length are decoded together; with whom changes no translation.
     """
-    engine = _engine(model, tokenizer, settings)
     longest = model.config.max_length - 1
     cut = [np.asarray(sources[i][:longest], dtype=np.int64) for i in range(len(sources))]
-    batches = engine.batches(np.array([len(source) for source in cut], dtype=np.int64))
-    translations: list[Translation | None] = [None] * len(cut)
+    found = search_all(engine_of(model, tokenizer, settings), tokenizer, cut, progress, title)
+    return [best for [best] in found]
+
+
+def search_all(
+    engine: Engine,
+    tokenizer: "SentencePieceProcessor",
+    sources: Sequence[np.ndarray],
+    progress: bool = True,
+    title: str = "translating",
+) -> list[list[Translation]]:
+    """The best outputs for each source, as many as the engine gives, best first."""
+    batches = engine.batches(np.array([len(source) for source in sources], dtype=np.int64))
+    translations: list[list[Translation]] = [[] for _ in sources]
     with (
-        tqdm(total=len(cut), desc=title, unit=" sentences", disable=not progress) as bar,
+        tqdm(total=len(sources), desc=title, unit=" sentences", disable=not progress) as bar,
         engine.workers() as pool,
     ):
-        outputs = pool.map(engine.search, [[cut[i] for i in indices] for indices in batches])
-        for indices, best in zip(batches, outputs, strict=True):
-            for i, hypothesis in zip(indices, best, strict=True):
-                translations[i] = _as_text(tokenizer, hypothesis)
+        outputs = pool.map(engine.search, [[sources[i] for i in indices] for indices in batches])
+        for indices, found in zip(batches, outputs, strict=True):
+            for i, best in zip(indices, found, strict=True):
+                translations[i] = [_as_text(tokenizer, hypothesis) for hypothesis in best]
             bar.update(len(indices))
-    return [translation for translation in translations if translation is not None]
+    return translations
 
 
-def _engine(model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate) -> Engine:
+def engine_of(
+    model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate, num_best: int = 1
+) -> Engine:
+    """The engine of the settings, which gives the `num_best` best outputs, fewer if a search finds fewer."""
     if settings.engine == "torch":
-        return TorchEngine(model, settings)
+        return TorchEngine(model, settings, num_best)
     from pipeline.inference.ctranslate2_engine import (
         CTranslate2Engine,  # here: a served model does without CTranslate2
     )
 
-    return CTranslate2Engine(model, tokenizer, settings)
+    return CTranslate2Engine(model, tokenizer, settings, num_best)
 
 
 def _as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_logged_model_translates_without_this_repository(logged, root: Path, tmp
     model, tokenizer = load_trained(root / "final")
     evaluate = Evaluate(**SEARCH, engine="torch", batch_tokens=64, num_samples=0)
     ours = translate(model, tokenizer, tokenizer.encode(SENTENCES), evaluate, progress=False)
-    assert json.loads(output[0]) == [translation.text for translation in ours]
+    assert json.loads(output[0]) == [ours[0].text, "", ours[2].text]
     assert ours[0].text
     assert ours[0].text != ours[2].text
     assert all("/code/" in path for path in output[1].split())
@@ -164,19 +165,30 @@ def test_translator_refuses_a_damaged_model(logged, tmp_path: Path, name: str) -
         serve(folder)
 
 
-def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads, monkeypatch) -> None:
+def test_translator_logs_what_is_too_long_and_leaves_what_is_empty(root: Path, caplog) -> None:
+    served = serve(root / "final")
+    long = "The dog sees a cat. " * 5
+    found = served.predict(["", "The dog sees a cat.", long, "\u200b \u2060"])
+    assert found[0] == found[3] == ""
+    assert found[2] == " ".join([found[1]] * 5)
+    [message] = caplog.messages
+    assert re.fullmatch(r"sentence 3 of 4 has \d+ pieces, more than the model's 30: translated in 5 parts", message)
+
+
+def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads) -> None:
     torch.set_num_threads(3)
     served = serve(root / "final")
     expected = served.predict(SENTENCES)
     threads: list[int] = []
+    translate = served.translate
 
-    def slow(*arguments, **options):
+    def slow(*arguments):
         threads.append(torch.get_num_threads())
-        found = translate(*arguments, **options)
+        found = translate(*arguments)
         time.sleep(0.05)
         return found
 
-    monkeypatch.setattr(serving, "translate", slow)
+    served.translate = slow
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(served.predict, [SENTENCES] * 8)) == [expected] * 8
     assert threads == [3] * 8

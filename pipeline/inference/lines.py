@@ -1,0 +1,103 @@
+"""Text to text, line by line: what the command `translate` and a served model share."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.transformer import Transformer
+from pipeline.common.settings import Evaluate
+from pipeline.common.text import is_blank
+from pipeline.inference.translate import Translation, engine_of, search_all
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+BATCH_TOKENS = 8192
+"""Source tokens (padding counted) that are decoded together; changes memory and speed, no translation."""
+SENTENCE_END = re.compile(
+    r"(?<![.!?…])[.!?…]++[\"'”“’‘»«)\]]*+\s++(?=\S)|(?<![。！？])[。！？]++[」』”’]*+\s*+(?=\S)"
+)
+"""Where a line that is too long is split, unless a small letter follows, as after an abbreviation."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a line that is translated as a sentence: its tokens, and what separates it from the next."""
+
+    tokens: np.ndarray
+    behind: str
+
+
+class LineTranslator:
+    """Beam search with these settings for lines of text, each of which gives its `num_best` best translations.
+
+    A line without a visible character has no translation. One with more pieces than the model takes is split
+    at ends of sentences; a sentence that is still too long is cut. Then the translations are put together, best with
+    best and so on, and their scores added up.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate, num_best: int = 1
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._engine = engine_of(model, tokenizer, settings, num_best)
+        self._longest = model.config.max_length - 1
+
+    def __call__(self, lines: Sequence[str], say: Callable[[int, str], object]) -> list[list[Translation]]:
+        """For each line its translations, best first. `say` gets index and fate of each line that is too long."""
+        parts = [self._parts(line, partial(say, index)) for index, line in enumerate(lines)]
+        found = iter(
+            search_all(self._engine, self._tokenizer, [part.tokens for of_line in parts for part in of_line], False)
+        )
+        return [_together([(part, next(found)) for part in of_line]) for of_line in parts]
+
+    def _parts(self, line: str, say: Callable[[str], object]) -> list[Part]:
+        if is_blank(line):
+            return []
+        tokens = self._tokenizer.encode(line)
+        if len(tokens) <= self._longest:
+            return [Part(np.array(tokens, np.int64), "")]
+        sentences = _sentences(line)
+        encoded = [self._tokenizer.encode(sentence) for sentence, _ in sentences]
+        left_out = sum(max(0, len(tokens) - self._longest) for tokens in encoded)
+        fate = f"has {len(tokens)} pieces, more than the model's {self._longest}: "
+        fate += f"translated in {len(sentences)} parts" if len(sentences) > 1 else "cut"
+        if left_out:
+            fate += f", {left_out} pieces are left out"
+        say(fate)
+        return [
+            Part(np.array(tokens[: self._longest], np.int64), behind)
+            for tokens, (_, behind) in zip(encoded, sentences, strict=True)
+        ]
+
+
+def _sentences(line: str) -> list[tuple[str, str]]:
+    """Each sentence with what separates translations: a space where white space follows it."""
+    found, start = [], 0
+    for end in SENTENCE_END.finditer(line):
+        if not line[end.end()].islower():
+            found.append((line[start : end.end()].rstrip(), " " if end.group()[-1].isspace() else ""))
+            start = end.end()
+    return [*found, (line[start:], "")]
+
+
+def _together(parts: list[tuple[Part, list[Translation]]]) -> list[Translation]:
+    """Of a part that has fewer translations, the last stands in for further ones."""
+    if not parts:
+        return []
+    if len(parts) == 1:
+        return parts[0][1]
+    together = []
+    for rank in range(max(len(found) for _, found in parts)):
+        chosen = [found[min(rank, len(found) - 1)] for _, found in parts]
+        text = "".join(best.text + part.behind for best, (part, _) in zip(chosen, parts, strict=True))
+        together.append(
+            Translation(
+                " ".join(text.split()), sum(best.score for best in chosen), all(best.finished for best in chosen)
+            )
+        )
+    return together
