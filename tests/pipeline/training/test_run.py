@@ -27,6 +27,7 @@ DECIDES_NO_WEIGHTS = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
     "pipeline/common/checksums.py": "refuses damaged data, and changes none",
+    "pipeline/common/cli.py": "how a command ends",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/presets.py": "lends names",
     "pipeline/common/retry.py": "when a store is asked again",
