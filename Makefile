@@ -11,7 +11,11 @@ export DVC_NO_ANALYTICS := 1
 DEFAULT_TESTS := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 RUN_MODULE := python -m
 
-.PHONY: help repro test test-all mutate bench lint ui clean
+# DVC keeps pickles there. Its own place for them is a folder that every user of the machine may write to. It takes the
+# path as it is, without `~`, and relative to where it is called, so that .dvc/config cannot have one for all.
+SITE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/attention-pipeline/dvc
+
+.PHONY: help repro test test-all mutate bench lint ui clean site-cache
 
 help:
 	@echo "make repro     run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
@@ -23,7 +27,7 @@ help:
 	@echo "make ui        open the MLflow UI on http://127.0.0.1:5000"
 	@echo "make clean     delete what runs have made (not DVC's cache), and .venv"
 
-repro: .venv/installed
+repro: .venv/installed site-cache
 	dvc repro
 	@echo
 	@echo "Scores:        dvc metrics show          (all: reports/evaluation.json)"
@@ -34,6 +38,11 @@ repro: .venv/installed
 	@echo "MLflow:        make ui, then open http://127.0.0.1:5000, or a view of it:"
 	@python -m pipeline.views
 	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
+
+site-cache:
+	@mkdir -p "$(SITE_CACHE)" && chmod 700 "$(SITE_CACHE)" || \
+		{ echo "Set XDG_CACHE_HOME to a folder that you may write to."; exit 1; }
+	@dvc config --quiet --local core.site_cache_dir "$(SITE_CACHE)"
 
 test: .venv/installed-dev
 	$(RUN_MODULE) $(DEFAULT_TESTS)
@@ -70,6 +79,7 @@ clean:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt torch==2.13.0
 	.venv/bin/python -m pip install --progress-bar off --constraint constraints.txt --editable .
+	@$(MAKE) --no-print-directory site-cache
 	@touch $@
 
 .venv/installed-dev: .venv/installed

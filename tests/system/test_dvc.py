@@ -1,12 +1,13 @@
 """What DVC's users type by habit: experiments, grids in a queue, comparisons, a corpus of one's own, a remote."""
 
 import json
+import shutil
 
 import pytest
 from mlflow import MlflowClient
 
 from pipeline.data import grammar
-from tests.system.conftest import Project
+from tests.system.conftest import ROOT, Project
 
 pytestmark = pytest.mark.slow
 
@@ -15,8 +16,12 @@ PARAMS = "params.yaml"
 
 @pytest.fixture
 def project(trained, tmp_path) -> Project:
-    """`trained`, with its checkpoints; its MLflow store stays behind."""
-    return trained.copy(tmp_path / "project", without=())
+    """`trained`, with its checkpoints, and DVC's pickles where `make` puts them; its MLflow store stays behind."""
+    project = trained.copy(tmp_path / "project", without=())
+    shutil.copy(ROOT / "Makefile", project.root)
+    project.run("make", "site-cache", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    (project.root / "Makefile").unlink()
+    return project
 
 
 def runs_of(project: Project) -> list:
@@ -48,7 +53,7 @@ def test_params_diff_shows_what_a_preset_has_changed(project):
     assert "evaluate.beam" not in diff
 
 
-def test_queued_grid_runs_every_value_and_its_runs_stay_in_mlflow(project):
+def test_queued_grid_runs_every_value_and_its_runs_stay_in_mlflow(project, tmp_path):
     project.run("dvc", "exp", "run", "--set-param", "evaluate.beam=1,3", "--queue", "evaluate")
     settings = (project.root / PARAMS).read_text()
     project.run("dvc", "queue", "start")
@@ -57,6 +62,7 @@ def test_queued_grid_runs_every_value_and_its_runs_stay_in_mlflow(project):
     beams = {params["evaluate"]["beam"] for params in project.experiments().values()}
     assert beams == {1, 2, 3}
     assert {run.data.params["beam"] for run in runs_of(project)} >= {"1", "3"}
+    assert len(list((tmp_path / "cache/attention-pipeline/dvc/repo").iterdir())) == 3  # of the project and two copies
 
 
 def test_experiment_in_a_copy_goes_by_the_checkpoints_of_the_project(project):
