@@ -3,7 +3,7 @@
     python -m pipeline.submit train
     python -m pipeline.submit sweep --env OMP_NUM_THREADS=4
 
-It is `ray job submit`, filled in: the job gets this folder without what .rayignore and .gitignore name, RUN_STORAGE
+It is `ray job submit`, filled in: the job gets this folder's code and settings, which .rayignore lists, RUN_STORAGE
 and MLFLOW_TRACKING_URI as they are here or as options name them, and the Git commit. It runs
 `python -m pipeline.train` or `python -m sweeps.run` on the cluster's head. Its log is shown here until it ends;
 Ctrl-C ends the log, not the job. Submitted again, it goes on from where it was. Afterwards the same command without
