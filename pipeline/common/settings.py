@@ -4,6 +4,7 @@ Presets (presets.py) are only starting points: `python -m pipeline.preset` write
 nothing else reads a setting from anywhere else. Every command checks all sections before it does anything.
 """
 
+import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -30,6 +31,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]  # a text: what the error line names
 Workers = Annotated[int | list[int], "a whole number >= 1 or [least, most]"]
 
+MAX_NUMBERS = 10**11
+"""Of a model: 500 times as many as the paper's big one has."""
 RowName = Literal[
     "A", "B", "C", "D", "E", "big", "heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing",
     "positions", "norm",
@@ -39,7 +42,17 @@ RowName = Literal[
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+        raise ValueError(f"{key} must be {allowed}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Its repr, cut where it is long: a line for people."""
+    return _SHOWN.repr(value)
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 3, 10, 10
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 100
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -120,6 +133,10 @@ class Model:
             self.config(vocab_size=1_000)  # for its checks
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
+        layer = 6 * self.d_model * self.num_heads * (self.d_k + self.d_v) + 4 * self.d_model * self.d_ff
+        numbers = self.num_layers * layer + self.max_length * self.d_model  # of encoder, decoder and positions
+        if numbers > MAX_NUMBERS:
+            raise ValueError(f"model has {numbers:.0e} parameters and positions: {MAX_NUMBERS:.0e} at most")
 
     def config(self, vocab_size: int) -> TransformerConfig:
         return TransformerConfig(vocab_size=vocab_size, **asdict(self))
@@ -288,15 +305,17 @@ def load_settings(root: Path = Path(), **presets: str) -> Settings:
 def make_section(name: str, values: Any) -> Any:
     """The section of these values, checked. Raises ValueError, one line without the file's name."""
     if not isinstance(values, dict):
-        kind = next((kind for kind, sections in PRESETS.items() if name in sections), None)
-        advice = f"; for a preset's values, run python -m pipeline.preset {kind}={values}"
-        raise ValueError(
-            f"{name} must be a section of `key: value` lines, got {values!r}"
-            f"{advice if kind and isinstance(values, str) else ''}"
-        )
+        advice = ""
+        if isinstance(values, str) and (kinds := [kind for kind, sections in PRESETS.items() if name in sections]):
+            advice = f"; for a preset's values, run python -m pipeline.preset {kinds[0]}={values[:100]}"
+        raise ValueError(f"{name} must be a section of `key: value` lines, got {shown(values)}{advice}")
     cls = SECTIONS[name]
     _check_keys(f"{name}.", values, [f.name for f in fields(cls)], optional_keys(name))
-    return cls(**values)
+    section = cls(**values)
+    for key, value in values.items():
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+        require(all(abs(number) < 2**63 for number in numbers), f"{name}.{key}", value, "below 2^63")
+    return section
 
 
 def optional_keys(section: str) -> set[str]:
@@ -324,7 +343,7 @@ def _check_grid(key: str, values: list[Any]) -> None:
             TypeAdapter(kind, config=STRICT).validate_python(value)
         except ValidationError as error:
             ranges = error.errors()[0]["type"] in RANGE_ERRORS
-            raise ValueError(f"sweep.grid.{key} must be {_allowed(kind, ranges)}, got {value!r}") from None
+            raise ValueError(f"sweep.grid.{key} must be {_allowed(kind, ranges)}, got {shown(value)}") from None
 
 
 RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
@@ -345,7 +364,7 @@ def _line(cls: Any, values: Mapping[str, Any], error: ValidationError) -> str:
             break
         kind = get_args(_bare(kind))[-1]
         key, value = (key, value[int(place)]) if isinstance(value, list) else (f"{key}.{place}", value[place])
-    return f"{key} must be {_allowed(kind, first['type'] in RANGE_ERRORS)}, got {value!r}"
+    return f"{key} must be {_allowed(kind, first['type'] in RANGE_ERRORS)}, got {shown(value)}"
 
 
 def _allowed(kind: Any, ranges: bool = False) -> str:

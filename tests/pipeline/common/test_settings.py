@@ -176,6 +176,20 @@ def test_load_settings_names_a_section_that_is_unknown_missing_or_none(root, sec
         load_settings(root)
 
 
+def test_load_settings_cuts_a_value_that_would_fill_the_terminal(root):
+    """A long text, and the list of 9^40 elements that YAML's aliases make of 41 short ones."""
+    set_value(root, "", "model", "x" * 9999)
+    with pytest.raises(ValueError, match=r"got 'xxx.*\.\.\..*xxx'") as caught:
+        load_settings(root)
+    assert len(str(caught.value)) < 500
+    lists = ["&l0 [ha]", *(f"&l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 41))]
+    set_value(root, "", "model", "LISTS")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace("LISTS", f"[{', '.join(lists)}]"))
+    with pytest.raises(ValueError, match=r"got \[.*, \.\.\.\]$") as caught:
+        load_settings(root)
+    assert len(str(caught.value)) < 10_000
+
+
 def test_load_settings_names_the_command_where_a_section_is_a_presets_name(root):
     set_value(root, "", "model", "tiny")
     refused(
@@ -221,6 +235,8 @@ IMPOSSIBLE = [
             "average_checkpoints",
         )
     ],
+    ("train", "max_steps", 2**63, "below 2^63"),
+    ("hardware", "num_workers", [1, 2**63], "below 2^63"),
     ("train", "lr_scale", 0.0, "> 0"),
     ("train", "eps", 0, "> 0"),
     ("train", "max_grad_norm", -1.0, FROM_0),
@@ -262,6 +278,8 @@ def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, secti
     [
         ("d_model", 7, "model.d_model is 7: sinusoidal positions need an even number"),
         ("positions", "rotary", "model.d_k is 5: rotary positions need an even number"),
+        ("num_layers", 10**9, "model has 2e+14 parameters and positions: 1e+11 at most"),
+        ("max_length", 10**12, "model has 1e+14 parameters and positions: 1e+11 at most"),
     ],
 )
 def test_load_settings_names_sizes_that_do_not_go_together(root, key, value, fault):
@@ -307,6 +325,12 @@ def test_load_settings_refuses_the_grammars_keys_for_another_corpus(root):
         (b"tracking: {experiment: \xff}", "is not valid YAML: "),
         (b"", " must hold sections of `key: value` lines"),
         (b"- 3", " must hold sections of `key: value` lines"),
+        (b"data: {corpus: own, corpus: grammar}", "is not valid YAML: while constructing a mapping"),
+        (b"data: {}\ndata: {}", "is not valid YAML: while constructing a mapping"),
+        (b"data: " + b"[" * 800, "is not valid YAML: lists or sections are nested too deeply"),
+        (b"data: " + b"9" * 5000, "is not valid YAML: Exceeds the limit"),
+        (b"data: 2026-13-01", "is not valid YAML: month must be in 1..12"),
+        (b"#" * 300_000, "has 300,000 bytes: settings have 262,144 at most"),
     ],
 )
 def test_load_settings_names_a_file_that_is_no_settings_file(root, content, message):
