@@ -28,6 +28,7 @@ help:
 	@echo "make clean     delete what runs have made (not DVC's cache), and .venv"
 
 repro: .venv/installed site-cache
+	@python -m pipeline.check
 	dvc repro
 	@echo
 	@echo "Scores:        dvc metrics show          (all: reports/evaluation.json)"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.dvc_lock import read_lock
 from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, run_storage, tracking_uri
 from pipeline.data.published import ensure_local_data, fetch
@@ -28,7 +29,8 @@ class Workspace:
 
 def open_workspace(settings: Settings, root: Path) -> Workspace:
     """The workspace of the project in `root`, whose data/ is linked to the published corpus if need be. Raises
-    ValueError or OSError, as `run_storage` and `ensure_local_data`."""
+    ValueError or OSError, as `read_lock`, `run_storage` and `ensure_local_data`."""
     root = root.resolve()
+    read_lock(root)  # a run is tagged with its hashes: no hours before a fault in it is found
     storage = run_storage(root)
     return Workspace(root, storage, ensure_local_data(settings, root, storage), tracking_uri(root))

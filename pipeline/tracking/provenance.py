@@ -4,8 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-import yaml
-
+from pipeline.common.dvc_lock import read_lock
 from pipeline.common.environment import GIT_COMMIT_ENV, GIT_DIRTY_ENV
 from pipeline.common.paths import CLEAN, TOKENIZER
 
@@ -32,10 +31,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 def dvc_hashes(root: Path) -> dict[str, str]:
     """{"data": DVC's hash of the checked texts, "tokenizer": of the tokenizer}, as far as dvc.lock has them."""
-    try:
-        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    except FileNotFoundError:
-        return {}
-    hashes = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    outs = [out for stage in read_lock(root).values() for out in stage.get("outs", [])]
+    hashes = {out["path"]: out["md5"] for out in outs if out.get("md5")}
     places = {"data": CLEAN, "tokenizer": TOKENIZER}
     return {name: hashes[str(path)] for name, path in places.items() if str(path) in hashes}

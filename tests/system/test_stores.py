@@ -86,7 +86,7 @@ def store(postgres: Postgres, s3: S3, tmp_path: Path) -> Iterator[Store]:
     name = f"store-{time.time_ns()}"
     s3.make_bucket(name)
     hashes = "[{path: data/clean, md5: 0123.dir}, {path: data/tokenizer, md5: 4567.dir}]"
-    (tmp_path / "dvc.lock").write_text(f"stages:\n  validate:\n    outs: {hashes}\n")
+    (tmp_path / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  validate:\n    cmd: x\n    outs: {hashes}\n")
     with mlflow_server(postgres.make_database(name), f"s3://{name}/mlflow", s3.environment) as uri:
         yield Store(uri, s3, name, tmp_path)
 

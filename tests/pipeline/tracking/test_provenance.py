@@ -39,5 +39,6 @@ def test_git_tags_without_a_repository_are_those_of_the_environment(
 
 def test_dvc_hashes_are_those_of_the_lock_as_far_as_it_has_them(tmp_path: Path) -> None:
     assert dvc_hashes(tmp_path) == {}
-    (tmp_path / "dvc.lock").write_text("stages:\n  validate:\n    outs:\n    - {path: data/clean, md5: 77.dir}\n")
+    stage = "  validate:\n    cmd: x\n    outs:\n    - {path: data/clean, md5: 77.dir}\n"
+    (tmp_path / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{stage}")
     assert dvc_hashes(tmp_path) == {"data": "77.dir"}

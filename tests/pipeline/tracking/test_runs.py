@@ -42,10 +42,10 @@ def test_open_run_logs_name_parameters_tags_settings_and_dataset(
     (root / "dvc.lock").write_text(
         "schema: '2.0'\n"
         "stages:\n"
-        "  validate:\n    outs:\n"
+        "  validate:\n    cmd: x\n    outs:\n"
         "    - {path: data/clean, hash: md5, md5: 0123456789abcdef0123456789abcdef.dir}\n"
         "    - {path: reports/validation.json, hash: md5, md5: ffff}\n"
-        "  tokenize:\n    outs:\n    - {path: data/tokenizer, hash: md5, md5: aaaa.dir}\n"
+        "  tokenize:\n    cmd: x\n    outs:\n    - {path: data/tokenizer, hash: md5, md5: aaaa.dir}\n"
     )
     run_id = open_run(uri, settings, "key", {"num_workers": "2"}, root)
 
