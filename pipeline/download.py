@@ -15,7 +15,10 @@ every file.
 
 import gzip
 import os
+import signal
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -34,8 +37,14 @@ from pipeline.data.catalog import CORPORA, RemoteFile
 
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = (10, 30)  # to connect, and between two pieces of an answer
+MIN_BYTES, WINDOW_S = 30_000, 30.0  # a server that sends less in so long is too slow
 RETRY_PAUSES_S = (1, 2, 4, 8)
+PACKED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh9": "bzip2"}
 BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be another one in a moment
+
+
+class SlowError(Exception):
+    """A server sends next to nothing, but often enough that no timeout ends it."""
 
 
 def download(settings: Data, mirror: str | None = None) -> None:
@@ -85,7 +94,7 @@ def _generate(settings: Data) -> None:
 
 
 def _own_files(names: list[str]) -> dict[str, Path]:
-    found = {name: [path for path in (OWN / name, OWN / f"{name}.gz") if path.exists()] for name in names}
+    found = {name: [path for path in (OWN / name, OWN / f"{name}.gz") if os.path.lexists(path)] for name in names}
     missing = [name for name, paths in found.items() if not paths]
     if missing:
         raise ValueError(
@@ -94,12 +103,15 @@ def _own_files(names: list[str]) -> dict[str, Path]:
     for paths in found.values():
         if len(paths) > 1:
             raise ValueError(f"both {paths[0]} and {paths[1]} exist: remove one")
+        if not paths[0].is_file():
+            raise ValueError(f"{paths[0]} is no file, nor a link to one: put the text itself there")
     return {name: paths[0] for name, paths in found.items()}
 
 
 def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path]:
     """Where each file lies on this machine, complete and verified."""
-    folder = None if mirror is None or mirror.startswith(("http://", "https://")) else Path(mirror).expanduser()
+    address = mirror is not None and mirror.lower().startswith(("http://", "https://"))
+    folder = None if mirror is None or address else Path(mirror).expanduser()
     if folder is not None and not folder.is_dir():
         raise ValueError(f"CORPUS_MIRROR must be a folder or an http(s) address, got {mirror!r}")
     total = sum(file.num_bytes for file in remote.values())
@@ -139,7 +151,7 @@ def _part(target: Path) -> Path:
 
 
 def _bytes_there(target: Path) -> int:
-    return next((path.stat().st_size for path in (target, _part(target)) if path.exists()), 0)
+    return next((path.stat().st_size for path in (target, _part(target)) if path.is_file()), 0)
 
 
 # pooch verifies and shows progress, but starts a broken file again from its first byte; mtdata verifies no checksum;
@@ -148,13 +160,15 @@ def _bytes_there(target: Path) -> int:
 
 def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
     """Leave the verified file at `target`, or continue what an earlier run began there."""
-    if target.exists():
+    if target.is_file():
         if _problem(target, file) is None:
             return
         bar.update(-target.stat().st_size)
-        target.unlink()
+    target.unlink(missing_ok=True)
     part = _part(target)
     part.parent.mkdir(parents=True, exist_ok=True)
+    if part.is_symlink() or not part.is_file():  # a pipe would block, a link be written through
+        part.unlink(missing_ok=True)
     continued = part.exists()
     _fetch_part(url, file, part, bar)
     problem = _problem(part, file)
@@ -179,7 +193,7 @@ def _fetch_part(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
 
     try:
         retry(request, RETRY_PAUSES_S, _may_pass, log)
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, SlowError) as error:
         have = part.stat().st_size if part.exists() else 0
         raise ValueError(
             f"{url} cannot be fetched: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
@@ -195,8 +209,12 @@ def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
     headers = {"Accept-Encoding": "identity"}  # the file's own bytes: a Range counts these
     if have:
         headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        if answer.status_code == requests.codes.requested_range_not_satisfiable:
+    received = 0
+    with (
+        _no_slower(lambda: received),
+        requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer,
+    ):
+        if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
             return  # the server's file ends where ours does: too short, as the check will say
         answer.raise_for_status()
         if have and answer.status_code != requests.codes.partial_content:  # this server knows no Range
@@ -204,7 +222,8 @@ def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
             have = 0
         with name_enospc(part), part.open("ab" if have else "wb") as out:
             # Not iter_content: that would unpack a .gz which the server labels Content-Encoding: gzip.
-            for chunk in answer.raw.stream(CHUNK_BYTES, decode_content=False):
+            while chunk := answer.raw.read1(CHUNK_BYTES, decode_content=False):
+                received += len(chunk)
                 out.write(chunk)
                 out.flush()  # for the next run, should this one be killed
                 bar.update(len(chunk))
@@ -214,10 +233,31 @@ def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
         raise urllib3.exceptions.ProtocolError("the answer was complete, the file is not")
 
 
+@contextmanager
+def _no_slower(received: Callable[[], int]) -> Iterator[None]:
+    """Raise SlowError in the block, be it in the headers or in the body of an answer, as soon as `received` grows by
+    less than MIN_BYTES in WINDOW_S seconds."""
+    before = 0
+
+    def check(*_: object) -> None:
+        nonlocal before
+        if (now := received()) - before < MIN_BYTES:
+            raise SlowError(f"the server sends less than {MIN_BYTES / WINDOW_S:,.0f} bytes a second")
+        before = now
+
+    handler = signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, WINDOW_S, WINDOW_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
 def _may_pass(error: Exception) -> bool:
     if (answer := getattr(error, "response", None)) is not None:
         return answer.status_code in BUSY
-    return isinstance(error, requests.ConnectionError | requests.Timeout | urllib3.exceptions.HTTPError)
+    return isinstance(error, requests.ConnectionError | requests.Timeout | urllib3.exceptions.HTTPError | SlowError)
 
 
 def _reason(error: Exception) -> str:
@@ -241,10 +281,18 @@ def _unpack(settings: Data, sources: dict[str, Path], origin: dict[str, dict], l
                 text = cast(BinaryIO, gzip.GzipFile(fileobj=packed)) if path.suffix == ".gz" else packed
                 before = 0
                 while chunk := _read(text, path):
+                    if not before:
+                        _refuse_packed(chunk, path)
                     out.write(chunk)
                     bar.update(packed.tell() - before)
                     before = packed.tell()
         _describe(folder, settings, origin, licence)
+
+
+def _refuse_packed(start: bytes, path: Path) -> None:
+    if kind := next((PACKED[mark] for mark in PACKED if start.startswith(mark)), None):
+        way_out = f"name it {path.name}.gz" if kind == "gzip" and path.suffix != ".gz" else "unpack it"
+        raise ValueError(f"{path} holds what {kind} has packed, not text: {way_out}")
 
 
 def _read(text: BinaryIO, path: Path) -> bytes:

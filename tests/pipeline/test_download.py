@@ -40,6 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files = dict(PACKED)
         self.faults = []
         self.hold = None
+        self.drip = None  # "body" or "head": what comes a byte at a time
         self.knows_ranges = True
         self.requests = []  # (path, first byte)
         self.released = threading.Event()
@@ -56,13 +57,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first = int(asked[1]) if asked else 0
         server.requests.append((self.path, first))
         fault = server.faults.pop(0) if server.faults else None
-        if fault in (404, 503) or self.path not in server.files:
+        if fault in (404, 416, 503) or self.path not in server.files:
             return self.send_error(fault or 404)
         content = server.files[self.path]
         if not server.knows_ranges:
             first = 0
         elif first >= len(content):
             return self.send_error(416)
+        if server.drip == "head":
+            return self.drip_bytes(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 80)
         self.send_response(206 if first else 200)
         self.send_header("Content-Length", str(len(content) - first))
         self.send_header("Content-Encoding", "gzip")  # as some servers label every .gz
@@ -70,8 +73,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.hold is not None:
             self.wfile.write(content[first : server.hold])
             server.released.wait(20)
+        elif server.drip == "body":
+            self.drip_bytes(content[first:])
         else:
             self.wfile.write(content[first:][:fault])
+
+    def drip_bytes(self, content):
+        for place in range(len(content)):
+            self.wfile.write(content[place : place + 1])
+            if self.server.released.wait(0.02):
+                return
 
     def log_message(self, *_):
         pass
@@ -274,11 +285,67 @@ def test_download_reports_a_silent_host(monkeypatch):
             download(SETTINGS, address)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_download_reports_a_full_disk_with_the_file(server):
+@pytest.mark.parametrize("what", ["head", "body"])
+def test_download_gives_up_a_server_that_drips(server, monkeypatch, what):
+    monkeypatch.setattr("pipeline.download.WINDOW_S", 0.2)
+    server.drip = what
+    started = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"fetched: the server sends less than [\d,]+ bytes a second; \d+ of [\d,]+ b"
+    ):
+        download(SETTINGS, server.address)
+    assert time.monotonic() - started < 5  # three tries
+    assert len(server.requests) == 3
+
+
+def test_download_continues_after_a_drip(server, monkeypatch):
+    monkeypatch.setattr("pipeline.download.WINDOW_S", 0.2)
+    monkeypatch.setattr("pipeline.download.RETRY_PAUSES_S", (0.1,))
+    server.drip = "body"
+    threading.Timer(0.25, setattr, (server, "drip", None)).start()
+    download(SETTINGS, server.address)
+    assert server.requests[1][1] > 0
+    assert_whole()
+
+
+def test_download_reports_a_server_that_answers_416_for_ever(server):
+    server.faults = [701, 416]
+    with pytest.raises(ValueError, match=r"is truncated: 701 of [\d,]+ bytes; what came was removed"):
+        download(SETTINGS, server.address)
+    server.faults = [416] * 9
+    with pytest.raises(ValueError, match=r"fetched: the server answers 416 .*; 0 of [\d,]+ bytes are here"):
+        download(SETTINGS, server.address)
+
+
+def test_download_takes_an_address_in_any_case(server):
+    download(SETTINGS, server.address.replace("http", "HTTP"))
+    assert_whole()
+
+
+@pytest.mark.parametrize("name", ["train.en.gz", "train.en.gz.part"])
+def test_download_replaces_a_pipe_or_a_link_where_its_own_file_belongs(server, name):
+    file, outside = Path("data/downloads/toy", name), Path("outside")
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    download(SETTINGS, server.address)
+    assert_whole()
+    shutil.rmtree("data")
+    file.parent.mkdir(parents=True)
+    outside.write_bytes(b"not to be touched")
+    file.symlink_to(outside.resolve())
+    download(SETTINGS, server.address)
+    assert_whole()
+    assert outside.read_bytes() == b"not to be touched"
+
+
+def test_download_reports_a_full_disk_with_the_file(server, monkeypatch):
     part = Path("data/downloads/toy/train.en.gz.part")
-    part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
+    path_open = Path.open
+
+    def full(path, *arguments):
+        return path_open(Path("/dev/full") if path == part else path, *arguments)
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="free some space and run again") as caught:
         download(SETTINGS, server.address)
     assert caught.value.filename == str(part)
@@ -330,6 +397,35 @@ def test_download_reports_own_files_missing_double_or_broken():
     with pytest.raises(ValueError, match=r"data/own has no valid\.en, test\.de \(plain or \.gz\)"):
         download(settings)
     assert not Path("data/raw").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_download_refuses_own_files_that_are_none(make):
+    write_own_files()
+    Path("data/own/train.en").unlink()
+    make("data/own/train.en")
+    with pytest.raises(ValueError, match=r"data/own/train\.en is no file, nor a link to one"):
+        download(Data(corpus="own", src="en", tgt="de"))
+
+
+def test_download_takes_a_link_to_an_own_file():
+    write_own_files()
+    shutil.move("data/own/train.en", "elsewhere")
+    Path("data/own/train.en").symlink_to(Path("elsewhere").resolve())
+    download(Data(corpus="own", src="en", tgt="de"))
+    assert_whole()
+
+
+def test_download_refuses_packed_files_under_the_name_of_text():
+    settings, path = Data(corpus="own", src="en", tgt="de"), Path("data/own/train.en")
+    write_own_files()
+    path.write_bytes(PACKED[TRAIN])
+    with pytest.raises(ValueError, match=r"train\.en holds what gzip has packed, not text: name it train\.en\.gz"):
+        download(settings)
+    path.unlink()
+    path.with_name("train.en.gz").write_bytes(gzip.compress(PACKED[TRAIN]))
+    with pytest.raises(ValueError, match=r"train\.en\.gz holds what gzip has packed, not text: unpack it"):
+        download(settings)
 
 
 def write_own_files():
