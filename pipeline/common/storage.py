@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from pipeline.common.environment import (
     DVC_ROOT_ENV,
@@ -37,13 +37,19 @@ CHUNK_BYTES = 8 << 20
 MAX_SOCKET_PATH_BYTES = 103  # 107 on Linux
 PATIENCE_S = 600
 """How long a store may be away."""
+UNFIT = {
+    "memory": "forgets all when a process ends",
+    "http": "cannot be written to",
+    "https": "cannot be written to",
+}
+"""Kinds of stores that fsspec knows and no run can be kept in."""
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
 """Libraries below fsspec, some of whose errors it lets through."""
 
 
 def run_storage(root: Path) -> AnyPath:
     """The folder that RUN_STORAGE names, else `home`. Raises ValueError for a relative path, and for a kind of store
-    that no installed library can read."""
+    that no installed library can read, or that does not keep what is written."""
     uri = os.environ.get(RUN_STORAGE_ENV)
     if not uri:
         return home(root)
@@ -54,6 +60,16 @@ def run_storage(root: Path) -> AnyPath:
         )
     if "://" not in uri:
         return Path(uri)
+    kind = uri.partition("://")[0].lower()
+    if kind == "file":
+        place = urlsplit(uri)
+        if place.netloc not in ("", "localhost"):
+            raise ValueError(f"{RUN_STORAGE_ENV} is {shown!r}: a path after file:// begins with a slash, file:///...")
+        return Path(unquote(place.path))
+    if kind in UNFIT:
+        raise ValueError(
+            f"{RUN_STORAGE_ENV} is {shown!r}: such a store {UNFIT[kind]}; a folder or s3://... is needed"
+        )
     from upath import UPath  # here, so that training on this machine's own disk does without
 
     try:

@@ -32,6 +32,12 @@ def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
     for uri, fault in (
         ("runs", r"must be an absolute path or a URI such as s3://bucket/runs, got 'runs'"),
         ("nowhere://runs", r"is 'nowhere://runs': Unsupported filesystem"),
+        ("memory://runs", r"is 'memory://runs': such a store forgets all when a process ends; a folder or s3://"),
+        (
+            "https://us:secret@host/runs",
+            r"is 'https://host/runs': such a store cannot be written to; a folder or s3://",
+        ),
+        ("file://srv/runs", r"is 'file://srv/runs': a path after file:// begins with a slash"),
     ):
         monkeypatch.setenv("RUN_STORAGE", uri)
         with pytest.raises(ValueError, match=f"^RUN_STORAGE {fault}"):
@@ -50,6 +56,12 @@ def test_run_storage_shows_no_password_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_STORAGE", "nowhere://us:secret@runs")
     with pytest.raises(ValueError, match=r"^RUN_STORAGE is 'nowhere://runs'"):
         run_storage(tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["file:///srv/the%20runs", "FILE:///srv/the%20runs", "file://localhost/srv/the runs"])
+def test_run_storage_by_a_files_uri_is_its_path(tmp_path, monkeypatch, uri):
+    monkeypatch.setenv("RUN_STORAGE", uri)
+    assert run_storage(tmp_path) == Path("/srv/the runs")
 
 
 def test_run_storage_is_the_project_itself_if_nothing_is_set(tmp_path, monkeypatch):

@@ -143,8 +143,8 @@ def test_run_key_changes_with_the_corpus(root):
 def test_run_folder_is_in_the_run_storage_and_named_after_the_run(root, monkeypatch):
     name = f"{SETTINGS.data_name}-{SETTINGS.model_name}-{SETTINGS.seed}-the key"
     assert run_folder(SETTINGS, root, "the key") == root / "checkpoints" / name
-    monkeypatch.setenv("RUN_STORAGE", "memory://runs")
-    assert str(run_folder(SETTINGS, root, "the key")) == str(UPath("memory://runs") / "checkpoints" / name)
+    monkeypatch.setenv("RUN_STORAGE", "s3://bucket/runs")
+    assert str(run_folder(SETTINGS, root, "the key")) == str(UPath("s3://bucket/runs") / "checkpoints" / name)
 
 
 # --- checkpoints of a run
