@@ -26,6 +26,7 @@ from model.config import UNK
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
 from pipeline.common.checksums import write_sums
+from pipeline.common.languages import num_words
 from pipeline.common.paths import CLEAN, ENCODED, REPORTS, TOKENIZER
 from pipeline.common.settings import load_settings
 from pipeline.data.dataset import SIDES, SPLITS, CorpusInfo, Side, encoded_paths, load_tokenizer
@@ -51,7 +52,8 @@ def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, 
             for side, code in zip(SIDES, (src, tgt), strict=True):
                 text = clean / f"{split}.{code}"
                 of_text = hashlib.sha256()
-                counts[split][side] = _encode_text(text, tokenizer, partial, split, side, (digest, of_text))
+                digests = (digest, of_text)
+                counts[split][side] = _encode_text(text, code, tokenizer, partial, split, side, digests)
                 texts[text.name] = of_text.hexdigest()
             num_src, num_tgt = (counts[split][side]["sentences"] for side in SIDES)
             if num_src != num_tgt:
@@ -84,6 +86,7 @@ def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, 
 
 def _encode_text(
     path: Path,
+    language: str,
     tokenizer: SentencePieceProcessor,
     folder: Path,
     split: str,
@@ -116,7 +119,7 @@ def _encode_text(
             tokens_file.append(tokens)
             offsets_file.append(count["pieces"] + np.cumsum(lengths))
             count["sentences"] += len(sentences)
-            count["words"] += sum(len(sentence.split()) for sentence in sentences)
+            count["words"] += sum(num_words(sentence, language) for sentence in sentences)
             count["pieces"] += len(tokens)
             count["longest"] = max(count["longest"], int(lengths.max()))
             count["byte_pieces"] += int(is_byte[tokens].sum())

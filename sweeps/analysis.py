@@ -134,7 +134,7 @@ def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> lis
     for row in tqdm(sweep["rows"], desc="comparing with base", unit=" rows", disable=not progress):
         result, ours = _row_result(row, trials[row["id"]], base_row["published"]), by_seed(trials[row["id"]])
         if ours and row is not base_row:
-            result = _compared(result, ours, base, folder, sweep["references"])
+            result = _compared(result, ours, base, folder, sweep["references"], sweep["base"]["data.tgt"])
         results.append(result)
     corrected = iter(holm([result.comparison.p_holm for result in results if result.comparison]))
     for index, result in enumerate(results):
@@ -197,7 +197,12 @@ def _paper(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> Paper:
 
 
 def _compared(
-    result: RowResult, ours: dict[int, dict], base: dict[int, dict], folder: Path, references: list[str]
+    result: RowResult,
+    ours: dict[int, dict],
+    base: dict[int, dict],
+    folder: Path,
+    references: list[str],
+    language: str,
 ) -> RowResult:
     """`ours` and `base` are finished trials by seed. p is not corrected yet."""
     seeds = sorted(ours.keys() & base.keys())
@@ -214,8 +219,12 @@ def _compared(
         return [_translations(folder / trials[seed]["translations"], references) for seed in seeds]
 
     bleu, systems = differences(BLEU), (translations(base), translations(ours))
-    interval = seed_interval(bleu) if len(seeds) > 1 else sentence_interval(systems[0][0], systems[1][0], references)
-    p = paired_p(*systems, references)
+    interval = (
+        seed_interval(bleu)
+        if len(seeds) > 1
+        else sentence_interval(systems[0][0], systems[1][0], references, language)
+    )
+    p = paired_p(*systems, references, language)
     comparison = Comparison(fmean(bleu), interval, p, fmean(differences(PPL)))
     return replace(result, comparison=comparison)
 

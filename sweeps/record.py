@@ -82,7 +82,7 @@ class _Sweep(_Strict):
     price_per_device_hour: float
     bleu_signature: str
     mlflow_parent: str
-    base: dict[str, Any] = {}
+    base: dict[str, Any]
     rows: list[_Row] = Field(min_length=1)
     trials: list[_Trial]
 
@@ -91,6 +91,8 @@ class _Sweep(_Strict):
         ids = [row.id for row in self.rows]
         if len(set(ids)) < len(ids):
             raise ValueError("two rows have one id")
+        if not isinstance(self.base.get("data.tgt"), str):
+            raise ValueError("base has no data.tgt, the language that BLEU is of")
         for trial in self.trials:
             if trial.row not in ids:
                 raise ValueError(f"{trial.name} is of row {trial.row!r}, which there is not")

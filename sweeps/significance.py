@@ -14,6 +14,8 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
+from pipeline.inference.metrics import bleu_tokenizer
+
 LEVEL = 0.05
 """Intervals hold 1 - LEVEL; a p value below LEVEL is significant."""
 
@@ -51,12 +53,14 @@ def seed_interval(differences: Sequence[float]) -> Interval:
     return Interval(mean - half, mean + half, "seeds")
 
 
-def sentence_interval(base: Sequence[str], system: Sequence[str], references: Sequence[str]) -> Interval:
+def sentence_interval(
+    base: Sequence[str], system: Sequence[str], references: Sequence[str], language: str
+) -> Interval:
     """Percentile interval of BLEU(system) - BLEU(base) by paired bootstrap over the sentences (Koehn 2004).
 
     Both systems are scored on the same resamples, from sacreBLEU's sufficient statistics of each sentence.
     """
-    systems = [sentence_statistics(translations, references) for translations in (base, system)]
+    systems = [sentence_statistics(translations, references, language) for translations in (base, system)]
     draw = np.random.default_rng(seed=1)
     differences = []
     for _ in range(RESAMPLES):
@@ -67,10 +71,11 @@ def sentence_interval(base: Sequence[str], system: Sequence[str], references: Se
     return Interval(float(low), float(high), "sentences")
 
 
-def sentence_statistics(translations: Sequence[str], references: Sequence[str]) -> np.ndarray:
+def sentence_statistics(translations: Sequence[str], references: Sequence[str], language: str) -> np.ndarray:
     """What adds up to the BLEU of a corpus, a row for each sentence: length, reference's length, matches of 1- to
     4-grams, their totals."""
-    metric = BLEU(effective_order=True)  # as is proper for a sentence; it changes no count
+    # effective_order is proper for a sentence; it changes no count
+    metric = BLEU(tokenize=bleu_tokenizer(language), effective_order=True)
     scores = [metric.sentence_score(text, [ref]) for text, ref in zip(translations, references, strict=True)]
     return np.array([[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in scores])
 
@@ -93,7 +98,9 @@ class BleuOverSeeds(BLEU):
         return np.sum([super(BleuOverSeeds, self)._extract_corpus_statistics(s, references) for s in seeds], axis=0)
 
 
-def paired_p(base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], references: Sequence[str]) -> float:
+def paired_p(
+    base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], references: Sequence[str], language: str
+) -> float:
     """Two-sided p of a difference in BLEU: sacreBLEU's PairedTest, approximate randomization.
 
     `base` and `system` have the translations of all sentences for each seed. Of a sentence, those of all seeds are
@@ -104,7 +111,7 @@ def paired_p(base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], ref
     ways to swap k sentences that score differently, the real one and its mirror image always tie: p is at least
     2 / 2^k. The seed is sacreBLEU's own (12345, or SACREBLEU_SEED).
     """
-    metric = BleuOverSeeds(force=True)
+    metric = BleuOverSeeds(tokenize=bleu_tokenizer(language), force=True)
     systems: list[tuple[str, Sequence[str]]] = [
         (name, ["\n".join(texts) for texts in zip(*by_seed, strict=True)])
         for name, by_seed in (("base", base), ("system", system))
@@ -113,7 +120,8 @@ def paired_p(base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], ref
     _, scores = test()
     result: Any = scores["BLEU"][1]
     base_sums, system_sums = (
-        np.sum([sentence_statistics(texts, references) for texts in by_seed], axis=0) for by_seed in (base, system)
+        np.sum([sentence_statistics(texts, references, language) for texts in by_seed], axis=0)
+        for by_seed in (base, system)
     )
     num_different = int((base_sums != system_sums).any(axis=1).sum())
     return min(1.0, max(result.p_value, 2.0 ** (1 - num_different)))

@@ -20,6 +20,7 @@ from sweeps.table3 import Row
 EVALUATION_CODE = (
     "model/decoding.py",
     "model/kv_cache.py",
+    "pipeline/common/languages.py",
     "pipeline/inference/ctranslate2_engine.py",
     "pipeline/inference/ctranslate2_export.py",
     "pipeline/inference/evaluation.py",

@@ -14,11 +14,20 @@ from tqdm import tqdm
 from model.perplexity import cross_entropy, perplexity
 from model.transformer import Transformer
 from pipeline.common.checksums import verify
+from pipeline.common.languages import num_words
 from pipeline.common.paths import FINAL, REPORTS, TOKENIZER
 from pipeline.common.settings import Evaluate, Settings
 from pipeline.data.batching import MicroBatch, batches_to_read, collate
 from pipeline.data.dataset import load_tokenizer
-from pipeline.inference.metrics import bleu_by_length, chrf, length_ratio, lowercase_bleu, paper_bleu, sacre_bleu
+from pipeline.inference.metrics import (
+    bleu_by_length,
+    chrf,
+    length_ratio,
+    lowercase_bleu,
+    moses_knows,
+    paper_bleu,
+    sacre_bleu,
+)
 from pipeline.inference.reports import Evaluation, Translated, log_to_mlflow, write_reports
 from pipeline.inference.split import Split, read_split
 from pipeline.inference.trained_model import load_trained
@@ -51,7 +60,10 @@ def evaluate_run(
         tqdm.write(f"evaluate: {warning}", file=sys.stderr)
     if torch.cuda.is_available():
         model = model.cuda()
-    evaluation = evaluate_model(model, tokenizer, test, valid, settings.data.tgt, settings.evaluate, progress)
+    if not moses_knows(settings.data.tgt):
+        line = f"Moses' tokenizer has no rules for {settings.data.tgt!r}: the BLEUs on its tokens are left out"
+        tqdm.write(f"evaluate: {line}", file=sys.stderr)
+    evaluation = evaluate_model(model, tokenizer, test, valid, settings.evaluate, progress)
     files = write_reports(evaluation, root / reports)
     log_to_mlflow(evaluation, files, settings, trained_on, root, root / final)
     return evaluation
@@ -62,11 +74,10 @@ def evaluate_model(
     tokenizer: "SentencePieceProcessor",
     test: Split,
     valid: Split,
-    tgt: str,
     settings: Evaluate,
     progress: bool = True,
 ) -> Evaluation:
-    """Translate and score both splits, whose target language is `tgt`, and compute their perplexities."""
+    """Translate and score both splits, and compute their perplexities."""
     started = time.perf_counter()
     translations = {
         split.name: translate(model, tokenizer, split.tokens.src, settings, progress, f"translate, {split.name}")
@@ -75,15 +86,15 @@ def evaluate_model(
     seconds = time.perf_counter() - started
     test_ppl, test_ppl_word = perplexities(model, test, settings.batch_tokens, progress)
     valid_ppl, valid_ppl_word = perplexities(model, valid, settings.batch_tokens, progress)
-    of_valid = _scores(valid, translations["valid"], tgt) | {"ppl": valid_ppl, "ppl_word": valid_ppl_word}
+    of_valid = _scores(valid, translations["valid"]) | {"ppl": valid_ppl, "ppl_word": valid_ppl_word}
     metrics = {
-        "test": _scores(test, translations["test"], tgt) | {"ppl": test_ppl, "ppl_word": test_ppl_word},
+        "test": _scores(test, translations["test"]) | {"ppl": test_ppl, "ppl_word": test_ppl_word},
         # of the final weights, an average: train.json has the perplexity of the last step's
         "valid": {f"averaged_{name}": value for name, value in of_valid.items()},
         "sentences_per_second": sum(map(len, translations.values())) / seconds,
     }
     outputs = [translation.text for translation in translations["test"]]
-    by_length = bleu_by_length(test.sources, outputs, test.references)
+    by_length = bleu_by_length(test.sources, outputs, test.references, test.src, test.tgt)
     return Evaluation(
         metrics,
         by_length,
@@ -92,33 +103,32 @@ def evaluate_model(
     )
 
 
-def _scores(split: Split, translations: list[Translation], tgt: str) -> dict[str, Any]:
-    """Each score and its signature."""
+def _scores(split: Split, translations: list[Translation]) -> dict[str, Any]:
+    """Each score and its signature; those on Moses tokens where Moses knows the language."""
     outputs = [translation.text for translation in translations]
-    found = {
-        "bleu": sacre_bleu(outputs, split.references),
-        "bleu_paper": paper_bleu(outputs, split.references, tgt),
-        "bleu_lowercase": lowercase_bleu(outputs, split.references, tgt),
-        "chrf": chrf(outputs, split.references),
-    }
+    found = {"bleu": sacre_bleu(outputs, split.references, split.tgt)}
+    if moses_knows(split.tgt):
+        found["bleu_paper"] = paper_bleu(outputs, split.references, split.tgt)
+        found["bleu_lowercase"] = lowercase_bleu(outputs, split.references, split.tgt)
+    found["chrf"] = chrf(outputs, split.references)
     metrics: dict[str, Any] = {"sentences": len(outputs)}
     for name, score in found.items():
         metrics |= {name: score.value, f"{name}_signature": score.signature}
     cut_off = sum(not translation.finished for translation in translations)
-    return metrics | {"length_ratio": length_ratio(outputs, split.references), "cut_off": cut_off}
+    return metrics | {"length_ratio": length_ratio(outputs, split.references, split.tgt), "cut_off": cut_off}
 
 
 def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: bool = True) -> tuple[float, float]:
     """exp of the mean of -ln p, without smoothing, per token (EOS is one) and per word of the reference.
 
-    Words are what white space separates. The second figure has the same numerator, EOS and all, so it compares
+    Words are as `num_words` counts them. The second figure has the same numerator, EOS and all, so it compares
     models of different vocabularies. Pairs longer than max_length are left out.
     """
     longest = model.config.max_length
     src, tgt = split.tokens.src.lengths, split.tokens.tgt.lengths
     budget = max(batch_tokens, longest)
     batches = batches_to_read(src, tgt, micro_batch_tokens=budget, max_length=longest)
-    num_words = sum(len(split.references[i].split()) for indices in batches for i in indices)
+    words = sum(num_words(split.references[i], split.tgt) for indices in batches for i in indices)
     label = f"perplexity, {split.name}"
 
     def collated() -> Iterator[MicroBatch]:
@@ -130,7 +140,7 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
     total, num_tokens = cross_entropy(model, collated())
     if not math.isfinite(total):
         raise ValueError(f"{label}: the model's loss is {total}; train it anew with a lower train.lr_scale")
-    return perplexity(total, num_tokens), perplexity(total, max(1, num_words))
+    return perplexity(total, num_tokens), perplexity(total, max(1, words))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def shown_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """What `dvc metrics show` prints of an evaluation, on one screen: BLEU and perplexity of the test split."""
     test = metrics["test"]
     names = {"bleu": "bleu", "bleu_paper": "bleu_paper", "bleu_lc": "bleu_lowercase", "ppl": "ppl"}
-    return {short: round(test[name], 3) for short, name in names.items()}
+    return {short: round(test[name], 3) for short, name in names.items() if name in test}
 
 
 def log_to_mlflow(
@@ -113,7 +113,8 @@ def format_scores(metrics: dict[str, Any]) -> str:
         return f"  {label:58}{test[name]:{form}}{valid[f'averaged_{name}']:{form}}"
 
     for name, label in SCORE_LABELS.items():
-        lines += [line(label, name, "7.2f"), f"      {test[f'{name}_signature']}"]
+        if name in test:
+            lines += [line(label, name, "7.2f"), f"      {test[f'{name}_signature']}"]
     return "\n".join(
         [
             *lines,

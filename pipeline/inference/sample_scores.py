@@ -29,6 +29,7 @@ class SampleScorer:
         order = np.random.default_rng(SAMPLE_SEED).permutation(len(split.references))
         sample = sorted(order[: settings.train.bleu_sentences].tolist())
         self._sources = [np.array(split.tokens.src[i]) for i in sample]
+        self._tgt = split.tgt
         self._references = [split.references[i] for i in sample]
         self._search = replace(settings.evaluate, beam=1, engine="torch")
 
@@ -41,6 +42,6 @@ class SampleScorer:
         model.train(training)
         outputs = [translation.text for translation in translations]
         return {
-            "valid_bleu": sacre_bleu(outputs, self._references).value,
+            "valid_bleu": sacre_bleu(outputs, self._references, self._tgt).value,
             "valid_chrf": chrf(outputs, self._references).value,
         }

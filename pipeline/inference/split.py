@@ -10,9 +10,11 @@ from pipeline.data.dataset import CorpusInfo, EncodedSplit
 
 @dataclass(frozen=True)
 class Split:
-    """Sentence pairs as tokens and as text."""
+    """Sentence pairs as tokens and as text. `src` and `tgt` are their languages."""
 
     name: str
+    src: str
+    tgt: str
     tokens: EncodedSplit
     sources: list[str]
     references: list[str]
@@ -32,4 +34,4 @@ def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
                 "the stages up to tokenize again (dvc repro --force tokenize)"
             )
         texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-    return Split(name, tokens, *texts)
+    return Split(name, src, tgt, tokens, *texts)

@@ -20,7 +20,7 @@ from pipeline.data.dataset import EncodedSplit, EncodedText, load_tokenizer
 from pipeline.encode import encode_corpus
 from pipeline.evaluate import main
 from pipeline.inference.evaluation import Split, evaluate_model, evaluate_run, perplexities, read_split
-from pipeline.inference.reports import format_scores
+from pipeline.inference.reports import format_scores, shown_metrics
 from pipeline.inference.translate import Translation, translate
 from pipeline.train_tokenizer import train_tokenizer
 from pipeline.training.checkpoint import load_model, save_model
@@ -142,9 +142,9 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     outputs = {1: [output], len(valid.references): [Translation(text, -1.0, True) for text in valid.references]}
     monkeypatch.setattr("pipeline.inference.evaluation.translate", lambda m, t, sources, *more: outputs[len(sources)])
     one = EncodedText(np.array([7, 5, 9, 300], dtype=np.uint16), np.array([0, 4]))
-    test = Split("test", EncodedSplit(one, one), ["one two three four five six seven"], [reference])
+    test = Split("test", "en", "de", EncodedSplit(one, one), ["one two three four five six seven"], [reference])
     model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
-    found = evaluate_model(model, tokenizer, test, valid, "de", settings.evaluate, progress=False)
+    found = evaluate_model(model, tokenizer, test, valid, settings.evaluate, progress=False)
 
     metrics = found.metrics["test"]
     shorter = math.exp(1 - 9 / 8)  # brevity penalty: 8 tokens for 9
@@ -168,6 +168,18 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     assert found_ppl == perplexities(model, valid, 4096, progress=False)
     assert of_valid["averaged_bleu"] == pytest.approx(100)  # the references themselves
     assert (of_valid["averaged_chrf"], of_valid["averaged_cut_off"]) == (pytest.approx(100), 0)
+
+
+def test_scores_on_moses_tokens_are_left_out_where_moses_has_no_such_language(project: Path, settings, monkeypatch):
+    valid = replace(read_split("valid", "en", "de", project), tgt="ja")
+    outputs = [Translation(text, -1.0, True) for text in valid.references]
+    monkeypatch.setattr("pipeline.inference.evaluation.translate", lambda *_: outputs)
+    model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
+    found = evaluate_model(model, tokenizer, replace(valid, name="test"), valid, settings.evaluate, progress=False)
+    assert not {"bleu_paper", "bleu_lowercase"} & found.metrics["test"].keys()
+    assert "|tok:char|" in found.metrics["test"]["bleu_signature"]
+    assert shown_metrics(found.metrics).keys() == {"bleu", "ppl"}
+    assert "Moses" not in format_scores(found.metrics)
 
 
 def test_translate_searches_by_the_engine_of_the_settings(project: Path, settings: Settings):

@@ -81,7 +81,8 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
         "date": "2026-11-28", "commit": "commit 0123456789 with changes", "machine": "2 cores of a processor",
         "price_per_device_hour": 0.0, "bleu_signature": "nrefs:1|case:mixed", "mlflow_parent": "parent",
         "seeds": seeds, "rows": rows, "trials": trials,
-        "base": {"model.num_heads": 4, "model.d_k": 16, "model.dropout": 0.1, "model.positions": "sinusoidal"},
+        "base": {"data.tgt": "en", "model.num_heads": 4, "model.d_k": 16,
+                 "model.dropout": 0.1, "model.positions": "sinusoidal"},
     }  # fmt: skip
     change(sweep)
     (folder / "trials.json").write_text(json.dumps(sweep), encoding="utf-8")
@@ -200,7 +201,7 @@ def test_write_report_prices_all_device_hours(damaged: tuple[Path, Path]):
 def test_assess_corrects_sacrebleus_p_over_all_seeds_by_holm(whole: tuple[Path, Path]):
     sweep, reports = whole
     references = (sweep / "references.txt").read_text().split("\n")[:-1]
-    raw = [paired_p(texts(sweep, "base"), texts(sweep, row[0]), references) for row in ROWS[1:]]
+    raw = [paired_p(texts(sweep, "base"), texts(sweep, row[0]), references, "en") for row in ROWS[1:]]
     found = [float(row["p_holm"]) for row in list(sheet(reports).values())[1:]]
     assert found == pytest.approx(holm(raw))
     assert found != pytest.approx(raw)
@@ -257,7 +258,7 @@ def test_assess_takes_the_interval_over_sentences_with_one_seed(tmp_path: Path):
     write_report(sweep, tmp_path, progress=False)
     row, said = sheet(tmp_path)["A-h1"], (tmp_path / "table3.md").read_text(encoding="utf-8")
     references = (sweep / "references.txt").read_text().split("\n")[:-1]
-    expected = sentence_interval(texts(sweep, "base")[0], texts(sweep, "A-h1")[0], references)
+    expected = sentence_interval(texts(sweep, "base")[0], texts(sweep, "A-h1")[0], references, "en")
     assert (float(row["interval_low"]), float(row["interval_high"])) == (expected.low, expected.high)
     assert (row["interval_covers"], row["bleu_sd"], row["num_seeds"]) == ("sentences", "", "1")
     assert "- 95% interval over sentences: paired bootstrap" in said

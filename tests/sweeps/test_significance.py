@@ -71,11 +71,20 @@ def test_interval_excludes_zero_if_both_ends_have_one_sign(low: float, high: flo
     assert Interval(low, high, "seeds").excludes_zero is expected
 
 
+def test_significance_of_text_without_spaces_is_by_its_languages_tokenizer():
+    references = ["老国王在花园里睡觉。"] * 7
+    translations = ["老国王在花园里吃饭。"] * 7
+    found = corpus_bleu(sentence_statistics(translations, references, "zh"))
+    assert found == BLEU(tokenize="zh").corpus_score(translations, [references]).score
+    assert paired_p([references], [translations], references, "zh") < 0.05
+    assert sentence_interval(references, translations, references, "zh").high < -30
+
+
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
 def test_corpus_bleu_of_sentence_statistics_is_sacrebleus(share: float):
     references = corpus(31, seed=1)
     translations = [*spoilt(references, share, seed=2)[:-1], ""]
-    assert corpus_bleu(sentence_statistics(translations, references)) == bleu(translations, references)
+    assert corpus_bleu(sentence_statistics(translations, references, "en")) == bleu(translations, references)
 
 
 def test_sentence_interval_is_that_of_scoring_resampled_texts():
@@ -88,7 +97,7 @@ def test_sentence_interval_is_that_of_scoring_resampled_texts():
         sides = [[side[i] for i in chosen] for side in (base, system, references)]
         differences.append(bleu(sides[1], sides[2]) - bleu(sides[0], sides[2]))
     low, high = np.percentile(differences, [2.5, 97.5])
-    found = sentence_interval(base, system, references)
+    found = sentence_interval(base, system, references, "en")
     assert found.covers == "sentences"
     assert found.low < bleu(system, references) - bleu(base, references) < found.high
     assert [found.low, found.high] == pytest.approx([low, high], abs=0.05 * (high - low))
@@ -97,7 +106,7 @@ def test_sentence_interval_is_that_of_scoring_resampled_texts():
 def test_sentence_interval_of_identical_systems_is_zero():
     references = corpus(17, seed=1)
     system = spoilt(references, 0.2, seed=2)
-    assert sentence_interval(system, system, references) == Interval(0.0, 0.0, "sentences")
+    assert sentence_interval(system, system, references, "en") == Interval(0.0, 0.0, "sentences")
 
 
 def test_paired_p_is_the_share_of_all_swaps_that_differ_more():
@@ -113,7 +122,7 @@ def test_paired_p_is_the_share_of_all_swaps_that_differ_more():
         more += abs(bleu(one, references) - bleu(other, references)) > real + 1e-9
     exact = more / 2 ** len(references)
     assert 0.03 < exact < 0.9
-    assert paired_p([base], [system], references) == pytest.approx(exact, abs=0.015)
+    assert paired_p([base], [system], references, "en") == pytest.approx(exact, abs=0.015)
 
 
 def test_paired_p_of_several_seeds_swaps_whole_sentences():
@@ -134,43 +143,43 @@ def test_paired_p_of_several_seeds_swaps_whole_sentences():
     more = sum(difference(swaps) > real for swaps in itertools.product([False, True], repeat=len(references)))
     exact = more / 2 ** len(references)
     assert 0.03 < exact < 0.9
-    assert paired_p(*sides, references) == pytest.approx(exact, abs=0.015)
+    assert paired_p(*sides, references, "en") == pytest.approx(exact, abs=0.015)
 
 
 def test_paired_p_of_the_same_models_three_times_is_that_of_once():
     references = corpus(43, seed=1)
     base, system = spoilt(references, 0.1, seed=2), spoilt(references, 0.13, seed=3)
-    once = paired_p([base], [system], references)
+    once = paired_p([base], [system], references, "en")
     assert 0.01 < once < 0.9
-    assert paired_p([base] * 3, [system] * 3, references) == pytest.approx(once, abs=0.01)
+    assert paired_p([base] * 3, [system] * 3, references, "en") == pytest.approx(once, abs=0.01)
 
 
 def test_paired_p_of_identical_systems_is_1():
     references = corpus(13, seed=1)
     system = spoilt(references, 0.2, seed=2)
-    assert paired_p([system], [system], references) == 1
+    assert paired_p([system], [system], references, "en") == 1
 
 
 @pytest.mark.parametrize(("num_differing", "least"), [(1, 1), (2, 1 / 2), (3, 1 / 4), (5, 1 / 16)])
 def test_paired_p_of_a_few_different_sentences_is_never_significant(num_differing: int, least: float):
     references = corpus(101, seed=1)
     system = ["x y z x y z"] * num_differing + references[num_differing:]
-    assert paired_p([references], [system], references) >= least
+    assert paired_p([references], [system], references, "en") >= least
 
 
 def test_paired_p_and_sentence_interval_find_a_clearly_worse_system():
     references = corpus(101, seed=1)
     base, system = spoilt(references, 0.05, seed=2), spoilt(references, 0.3, seed=3)
-    assert paired_p([base], [system], references) == pytest.approx(1 / 10_001)
-    assert sentence_interval(base, system, references).high < 0
-    assert sentence_interval(system, base, references).low > 0
+    assert paired_p([base], [system], references, "en") == pytest.approx(1 / 10_001)
+    assert sentence_interval(base, system, references, "en").high < 0
+    assert sentence_interval(system, base, references, "en").low > 0
 
 
 def test_paired_p_and_sentence_interval_are_the_same_every_time():
     references = corpus(23, seed=1)
     sides = spoilt(references, 0.1, seed=2), spoilt(references, 0.15, seed=3)
-    assert paired_p(sides[:1], sides[1:], references) == paired_p(sides[:1], sides[1:], references)
-    assert sentence_interval(*sides, references) == sentence_interval(*sides, references)
+    assert paired_p(sides[:1], sides[1:], references, "en") == paired_p(sides[:1], sides[1:], references, "en")
+    assert sentence_interval(*sides, references, "en") == sentence_interval(*sides, references, "en")
 
 
 def test_paired_p_and_sentence_interval_print_and_log_nothing(
@@ -179,8 +188,8 @@ def test_paired_p_and_sentence_interval_print_and_log_nothing(
     references = [f"{line} ." for line in corpus(127, seed=1)]  # of which sacreBLEU would warn: is this detokenised?
     sides = references, [f"{line} ." for line in spoilt(references, 0.1, seed=2)]
     with caplog.at_level(logging.WARNING):
-        paired_p(sides[:1], sides[1:], references)
-        sentence_interval(*sides, references)
+        paired_p(sides[:1], sides[1:], references, "en")
+        sentence_interval(*sides, references, "en")
     assert not caplog.records
     assert capsys.readouterr() == ("", "")
 
@@ -205,4 +214,4 @@ def test_paired_p_is_at_least_the_share_of_swaps_that_tie(num_different, least):
     references = corpus(23, seed=3)
     system = [*spoilt(references[:num_different], 1.0, seed=4), *references[num_different:]]
     assert sum(a != b for a, b in zip(references, system, strict=True)) == num_different
-    assert paired_p([references], [system], references) == least
+    assert paired_p([references], [system], references, "en") == least

@@ -200,6 +200,7 @@ DECIDES_NO_SCORES = {
     "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
     "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/cli.py": "how a command ends",
+    "pipeline/common/dvc_lock.py": "what MLflow shows",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/paths.py": "where files are",
     "pipeline/common/presets.py": "lends names",
