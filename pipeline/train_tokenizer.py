@@ -24,6 +24,8 @@ from pipeline.common.settings import load_settings
 
 MAX_PAIRS = 1_000_000
 """The most pairs that are read: more teach the encoding nothing, and memory stops growing here."""
+MAX_LINE_BYTES = 1 << 16
+"""Longer lines are left out. SentencePiece's own limit is 4,192, which a page without line ends exceeds."""
 
 
 def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowercase: bool = False) -> None:
@@ -33,7 +35,7 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
 
     `vocab_size` counts all pieces: the reserved ones too, and 256 bytes that spell characters which are none of the
     pieces, so that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
-    distances. The same texts give the same bytes.
+    distances, and of these the lines of at most MAX_LINE_BYTES. The same texts give the same bytes.
 
     Raises ValueError if a file is missing, both are empty or they differ in length; or if vocab_size is too
     small or too large for the text, with the number that would do.
@@ -57,6 +59,7 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
             normalizer=_lowercase() if lowercase else SentencePieceNormalizer(rule_name="nfkc"),
             character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
             byte_fallback=True,
+            max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,  # more are hardly faster, and the model file records their number
             minloglevel=2,
         )
@@ -73,12 +76,18 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
 
 
 def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:
-    num_taken = min(num_pairs, MAX_PAIRS)
+    num_taken, num_long = min(num_pairs, MAX_PAIRS), 0
     with open(src, encoding="utf-8", newline="\n") as src_file, open(tgt, encoding="utf-8", newline="\n") as tgt_file:
         pairs = tqdm(zip(src_file, tgt_file, strict=True), "reading", num_pairs, unit=" pairs", unit_scale=True)
         for index, pair in enumerate(pairs):
             if (index + 1) * num_taken // num_pairs > index * num_taken // num_pairs:
-                yield from (line.removesuffix("\n") for line in pair)
+                for line in (line.removesuffix("\n") for line in pair):
+                    if len(line) * 4 > MAX_LINE_BYTES and len(line.encode()) > MAX_LINE_BYTES:
+                        num_long += 1
+                    else:
+                        yield line
+    if num_long:
+        print(f"{num_long} lines of more than {MAX_LINE_BYTES:,} bytes teach the encoding nothing", file=sys.stderr)
     print("learning the encoding ...", file=sys.stderr)
 
 

@@ -38,11 +38,14 @@ from tqdm import tqdm
 
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json
+from pipeline.common.languages import WORD_CHARACTERS, language_of
 from pipeline.common.paths import CLEAN, RAW, REPORTS
 from pipeline.common.settings import Data, Validate, load_settings
 from pipeline.common.text import VISIBLE
 
 CHUNK_PAIRS = 100_000
+LONG_WORD = 10
+"""Characters: a sentence of longer words on average (URLs, base64) counts a word for each so many."""
 OTHER_SCRIPT_SHARE = 0.5  # of a sentence's letters; names and quotations stay below
 
 REASONS = (
@@ -88,7 +91,7 @@ def validate(languages: Data, limits: Validate) -> dict[str, dict[str, Any]]:
     with replace_folder(CLEAN) as folder, _create(folder / "faults.tsv") as listing:
         listing.write("split\tline\treason\tfate\tsrc\ttgt\n")
         for split in paths:
-            pairs = read_pairs(split, paths[split], mark(split, hashes))
+            pairs = read_pairs(split, paths[split], {"src": src, "tgt": tgt}, mark(split, hashes))
             counts, faults = _clean(split, paths[split], pairs, schema, folder, listing)
             check_share(paths[split]["src"], counts["pairs_in"], faults, limits.max_dropped_share)
             if not counts["pairs"]:
@@ -137,8 +140,11 @@ def read_hashes(split: str, paths: dict[str, Path]) -> pl.DataFrame:
     return pl.concat(sides[:2], how="horizontal")
 
 
-def read_pairs(split: str, paths: dict[str, Path], marks: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Chunks of one row a pair: index; src, tgt and trees (if there are); words; whether spaces changed; `marks`.
+def read_pairs(
+    split: str, paths: dict[str, Path], languages: dict[str, str], marks: pl.DataFrame
+) -> Iterator[pl.DataFrame]:
+    """Chunks of one row a pair: index; src, tgt and trees (if there are); words and length; whether spaces changed;
+    `marks`.
 
     Every run of white space becomes one space, and none stays at the edges.
     """
@@ -148,8 +154,9 @@ def read_pairs(split: str, paths: dict[str, Path], marks: pl.DataFrame) -> Itera
             lines = pl.DataFrame(dict(zip(paths, texts, strict=True))).with_row_index(offset=start)
             respaced = {side: _respaced(side) for side in ("src", "tgt")}
             changed = [(text != pl.col(side)).alias(f"{side}_respaced") for side, text in respaced.items()]
-            words = [_num_words(side).alias(f"{side}_words") for side in respaced]
-            chunk = lines.with_columns(*respaced.values(), *changed).with_columns(words)
+            words = [_num_words(side, code).alias(f"{side}_words") for side, code in languages.items()]
+            lengths = [_length(side).alias(f"{side}_length") for side in respaced]
+            chunk = lines.with_columns(*respaced.values(), *changed).with_columns(words).with_columns(lengths)
             yield pl.concat([chunk, marks.slice(start, len(chunk))], how="horizontal")
             start += len(chunk)
 
@@ -159,9 +166,18 @@ def _respaced(side: str) -> pl.Expr:
     return pl.col(side).str.replace_all(r"[\s--[ ]]\s*| \s+", " ").str.strip_chars(" \ufeff")  # that mark is no text
 
 
-def _num_words(side: str) -> pl.Expr:
-    """Of respaced text."""
+def _num_words(side: str, language: str) -> pl.Expr:
+    """Of respaced text; as `num_words` of pipeline/common/languages.py counts them."""
+    if characters := WORD_CHARACTERS.get(language_of(language)):
+        return (
+            pl.col(side).str.len_chars() - pl.col(side).str.count_matches(" ", literal=True) + (characters - 1)
+        ) // characters
     return pl.col(side).str.count_matches(" ", literal=True) + (pl.col(side) != "")
+
+
+def _length(side: str) -> pl.Expr:
+    """In words, but of LONG_WORD characters at most on average: what the limits are about."""
+    return pl.max_horizontal(f"{side}_words", (pl.col(side).str.len_chars() + (LONG_WORD - 1)) // LONG_WORD)
 
 
 def _read_lines(path: Path, bar: tqdm) -> Iterator[pl.Series]:
@@ -209,12 +225,12 @@ def mark(split: str, hashes: dict[str, pl.DataFrame]) -> pl.DataFrame:
 def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
     """A sound pair: one check for each of REASONS, named after it, copies only if they are to be dropped.
 
-    The length ratio is (longer side + 3) / (shorter side + 3), in words: in a short sentence a few words more
-    are no fault.
+    The length ratio is (longer side + 3) / (shorter side + 3), in words (see `_length`): in a short sentence a few
+    words more are no fault.
     """
     sides = pl.col("src", "tgt")
-    shorter = pl.min_horizontal("src_words", "tgt_words") + 3
-    longer = pl.max_horizontal("src_words", "tgt_words") + 3
+    shorter = pl.min_horizontal("src_length", "tgt_length") + 3
+    longer = pl.max_horizontal("src_length", "tgt_length") + 3
     sound = {
         "empty": pl.all_horizontal(sides.str.contains(VISIBLE)),
         "broken_character": ~pl.any_horizontal(sides.str.contains("\ufffd", literal=True)),
@@ -230,7 +246,7 @@ def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
             "index": pa.Column(pl.UInt32),
             **{side: pa.Column(pl.String) for side in ("src", "tgt")},
             **{f"{side}_respaced": pa.Column(pl.Boolean) for side in ("src", "tgt")},
-            **{f"{side}_words": pa.Column(pl.UInt32) for side in ("src", "tgt")},
+            **{f"{side}_{count}": pa.Column(pl.UInt32) for side in ("src", "tgt") for count in ("words", "length")},
             "trees": pa.Column(pl.String, required=False),
             **{reason: pa.Column(pl.Boolean) for reason in ONLY_IN_TRAIN},
         },

@@ -1,6 +1,7 @@
 """One rank of a training run: data, model, validation and checkpoints around the loop. No Ray, no MLflow."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from model.perplexity import cross_entropy, perplexity
 from model.schedule import learning_rate
 from model.transformer import Transformer
+from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings
 from pipeline.common.storage import AnyPath, retry_unreachable
 from pipeline.data.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
@@ -112,14 +114,24 @@ def rate_of_step(settings: Settings) -> Callable[[int], float]:
 
 def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
     """The micro-batches of every step, the same on all ranks."""
-    return BatchPlan(
-        split.src.lengths,
-        split.tgt.lengths,
-        batch_tokens=settings.train.batch_tokens,
-        micro_batch_tokens=settings.hardware.micro_batch_tokens,
-        max_length=settings.model.max_length,
-        seed=settings.seed,
-    )
+    with _naming("train"):
+        return BatchPlan(
+            split.src.lengths,
+            split.tgt.lengths,
+            batch_tokens=settings.train.batch_tokens,
+            micro_batch_tokens=settings.hardware.micro_batch_tokens,
+            max_length=settings.model.max_length,
+            seed=settings.seed,
+        )
+
+
+@contextmanager
+def _naming(split: str) -> Iterator[None]:
+    """Add the split to an error that names a line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{split}: {error}") from None
 
 
 def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
@@ -141,15 +153,20 @@ def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
 
 def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
     """Micro-batches of the validation split. Raises ValueError for a pair that is too long: none is left out."""
-    longest = settings.model.max_length
-    num_skipped = int((np.maximum(split.src.lengths, split.tgt.lengths) >= longest).sum())
-    if num_skipped:
+    allowed = settings.model.max_length
+    lengths = np.stack([split.src.lengths, split.tgt.lengths]) + 1  # end of sentence counted
+    side, pair = np.unravel_index(lengths.argmax(), lengths.shape)
+    if (longest := int(lengths[side, pair])) > allowed:
+        text = CLEAN / f"valid.{(settings.data.src, settings.data.tgt)[side]}"
+        others = int((lengths.max(axis=0) > allowed).sum()) - 1
         raise ValueError(
-            f"{num_skipped} validation pairs have more than {longest} pieces on one side: "
-            "raise model.max_length, or drop them with a smaller validate.max_words"
+            f"{text}, line {pair + 1}, has {longest} pieces, more than model.max_length ({allowed})"
+            f"{f', and {others} more pairs are too long' if others else ''}: set model.max_length to {longest}, or "
+            "drop such pairs by a lower validate.max_words"
         )
     budget = settings.hardware.micro_batch_tokens
-    return batches_to_read(split.src.lengths, split.tgt.lengths, micro_batch_tokens=budget, max_length=longest)
+    with _naming("valid"):
+        return batches_to_read(split.src.lengths, split.tgt.lengths, micro_batch_tokens=budget, max_length=allowed)
 
 
 def _global_batches(

@@ -76,6 +76,19 @@ def test_train_tokenizer_lowercase_is_as_if_the_text_were_lower_case(tmp_path):
     assert ours.decode(ours.encode("Große ÄPFEL")) == "große äpfel"
 
 
+def test_train_tokenizer_learns_from_long_lines_and_counts_those_that_are_too_long(tmp_path, capsys):
+    """A character that only a line of 9,000 bytes has becomes a piece; one of a line beyond the limit does not."""
+    paths = write_corpus(tmp_path)
+    for path, text in zip(paths, ("ждёт " * 1000, "ॐ " * 40_000), strict=True):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{text.strip()}\n")
+    train_tokenizer(*paths, tmp_path / "tokenizer", 503)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert not any(tokenizer.is_byte(piece) for piece in tokenizer.encode("ждёт"))
+    assert any(tokenizer.is_byte(piece) for piece in tokenizer.encode("ॐ"))
+    assert "1 lines of more than 65,536 bytes teach the encoding nothing\n" in capsys.readouterr().err
+
+
 def test_train_tokenizer_takes_max_pairs_at_even_distances(tmp_path, monkeypatch):
     src, tgt = write_corpus(tmp_path, num_pairs=107)
     lines = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in (src, tgt)]

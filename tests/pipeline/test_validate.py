@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.common.languages import num_words
 from pipeline.common.settings import Data, Validate
 from pipeline.download import download
 from pipeline.preset import write_presets
@@ -82,6 +84,32 @@ def test_validate_drops_a_training_pair_for_its_reason(src, tgt, reason):
     assert faults(report, "train") == ({reason: 1} if reason else {})
     assert len(clean("train")) == len(SOUND) + (reason is None)
     assert clean("train")[: len(SOUND)] == SOUND
+
+
+@pytest.mark.parametrize(
+    ("src", "tgt", "reason"),
+    [
+        ("see http://example.org/" + "a" * 99, "siehe da", "too_long"),
+        ("aGVsbG8gd29ybGQ" * 8, "aGVsbG8gd29ybGQ" * 8, "too_long"),
+        ("unbelievable extraordinarily characteristics", "ja", "length_ratio"),  # 44 characters: 5 words; (5 + 3) / 4
+        ("elegant http://example.org/a", "elegant http://example.org/a", None),
+    ],
+)
+def test_validate_counts_long_words_by_their_characters(src, tgt, reason):
+    write_raw([*SOUND, (src, tgt)])
+    limits = replace(LIMITS, max_length_ratio=1.99)
+    assert faults(validate(LANGUAGES, limits), "train") == ({reason: 1} if reason else {})
+
+
+@pytest.mark.parametrize(("length", "reason"), [(22, None), (23, "too_long")])
+def test_validate_counts_chinese_by_its_characters(length, reason):
+    write_raw([*SOUND, ("a sentence of six words here .", "王" * length)], VALID, TEST)
+    for path in Path("data/raw").glob("*.de"):
+        text = path.read_text() if path.name == "train.de" else "王\n"
+        path.with_suffix(".zh").write_text(re.sub("[A-Za-z]+", "王", text))
+    report = validate(replace(LANGUAGES, tgt="zh"), LIMITS)
+    assert faults(report, "train") == ({reason: 1} if reason else {})
+    assert report["test"]["mean_tgt_words"] == 1
 
 
 @pytest.mark.parametrize("chunk_pairs", [1, 3, 100])
@@ -302,7 +330,10 @@ def test_respaced_and_num_words_are_those_of_simple_expressions(sentences):
     respaced = raw.select(_respaced("src"))
     simple = raw.select(pl.col("src").str.replace_all(r"\s+", " ").str.strip_chars(" \ufeff"))
     assert respaced.equals(simple)
-    assert respaced.select(_num_words("src")).equals(simple.select(pl.col("src").str.count_matches(r"\S+")))
+    assert respaced.select(_num_words("src", "en")).equals(simple.select(pl.col("src").str.count_matches(r"\S+")))
+    for language in ("zh-Hans", "th"):
+        counts = respaced.select(_num_words("src", language))["src"].to_list()
+        assert counts == [num_words(text, language) for text in respaced["src"]]
 
 
 @settings(deadline=None)

@@ -29,6 +29,7 @@ DECIDES_NO_WEIGHTS = {
     "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/cli.py": "how a command ends",
     "pipeline/common/environment.py": "names of environment variables",
+    "pipeline/common/paths.py": "where files are",
     "pipeline/common/presets.py": "lends names",
     "pipeline/common/retry.py": "when a store is asked again",
     "pipeline/common/settings.py": "its values are in the key",

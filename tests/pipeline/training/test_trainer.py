@@ -302,11 +302,25 @@ def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
 
 def test_train_rank_refuses_validation_pairs_that_are_too_long(data, tmp_path):
     settings = make_settings()
-    with pytest.raises(
-        ValueError, match=r"^\d+ validation pairs have more than 7 pieces on one side: raise model\.m"
-    ):
+    lengths = np.stack([np.diff(np.load(encoded_paths(data, "valid", side)[1])) + 1 for side in SIDES])
+    longest, others = int(lengths.max()), int((lengths.max(axis=0) > 7).sum()) - 1
+    side, pair = np.unravel_index(lengths.argmax(), lengths.shape)
+    message = (
+        rf"^data/clean/valid\.{('en', 'de')[side]}, line {pair + 1}, has {longest} pieces, more than "
+        rf"model\.max_length \(7\), and {others} more pairs are too long: set model\.max_length to {longest}, or"
+    )
+    with pytest.raises(ValueError, match=message):
         run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=7)))
     assert not (tmp_path / "run").exists()
+
+
+def test_train_rank_names_the_split_of_a_pair_that_no_micro_batch_holds(data, tmp_path):
+    settings = make_settings()
+    small = replace(settings, hardware=replace(settings.hardware, micro_batch_tokens=7))
+    with pytest.raises(
+        ValueError, match=r"^train: the pair of line \d+ has \d+ pieces on one side, more than hardware"
+    ):
+        run(data, tmp_path / "run", small)
 
 
 def as_rank(rank: int, num_ranks: int, folder: str) -> None:
