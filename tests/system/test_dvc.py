@@ -106,3 +106,23 @@ def test_own_corpus_goes_through_a_remote_to_a_clone_where_nothing_is_left_to_do
         text.write("one more sentence\n")
         other.write("noch ein Satz\n")
     assert "download" in clone.run("dvc", "status")
+
+
+def test_a_lock_that_a_kill_has_cut_is_named_with_a_way_out_that_works(project):
+    lock, whole = project.root / "dvc.lock", (project.root / "dvc.lock").read_text()
+    for left in ("", whole[: len(whole) // 2].rpartition("\n")[0] + "\n    outs:"):
+        lock.write_text(left)
+        for command in ("check", "train"):
+            said = project.run("python", "-m", f"pipeline.{command}", code=1)
+            assert f"{command}: dvc.lock is " in said.replace(f"{project.root}/", "")
+            assert "git restore dvc.lock" in said
+            assert "Traceback" not in said
+    project.run("git", "restore", "dvc.lock")
+    assert "up to date" in project.run("dvc", "repro", "evaluate")
+    project.run("git", "rm", "--quiet", "--cached", "dvc.lock")
+    lock.write_text("")
+    assert "rm dvc.lock; dvc repro then finds" in project.run("python", "-m", "pipeline.check", code=1)
+    lock.unlink()
+    output = project.run("dvc", "repro", "evaluate")
+    assert "Running" not in output
+    assert lock.read_text() == whole
