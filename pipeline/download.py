@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -112,8 +113,14 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
     """Where each file lies on this machine, complete and verified."""
     address = mirror is not None and mirror.lower().startswith(("http://", "https://"))
     folder = None if mirror is None or address else Path(mirror).expanduser()
+    shown = (mirror or "").rpartition("@")[2]  # without name and password
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"CORPUS_MIRROR must be a folder or an http(s) address, got {mirror!r}")
+        raise ValueError(f"CORPUS_MIRROR must be a folder or an http(s) address, got {shown!r}")
+    if address and not _is_sound(cast(str, mirror)):
+        raise ValueError(
+            f"CORPUS_MIRROR is no address of a host, it ends with {shown!r}: in a name or password, write "
+            "%2F for /, %40 for @ and so on"
+        )
     total = sum(file.num_bytes for file in remote.values())
     have = 0 if folder else sum(_bytes_there(DOWNLOADS / file.path) for file in remote.values())
     paths = {}
@@ -129,6 +136,14 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
                 paths[name] = DOWNLOADS / file.path
                 _fetch(url, file, paths[name], bar)
     return paths
+
+
+def _is_sound(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def _check_mirrored(path: Path, file: RemoteFile) -> None:

@@ -357,6 +357,41 @@ def test_download_reports_a_mirror_that_is_no_folder():
         download(SETTINGS, "nowhere")
 
 
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "us:secret@host",
+        "ftp://us:secret@host/x",
+        "http://us:sec/ret@host",
+        "http://us:secret@:80/x",
+        "http://us:secret@[::bad/x",
+        "http://us:secret@host:port/x",
+    ],
+)
+def test_download_shows_no_password_of_an_address_that_is_none(mirror):
+    with pytest.raises(ValueError, match=r"^CORPUS_MIRROR (must be a folder|is no address)") as caught:
+        download(SETTINGS, mirror)
+    assert not re.search("us:|sec", str(caught.value))
+
+
+def test_download_shows_no_password_of_a_server_that_refuses(server, project):
+    """By the command, whose line leaves it out."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, name)
+    shutil.copytree(ROOT / "conf", "conf")
+    write_presets(["data=multi30k"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    mirror = server.address.replace("//", "//us:sec%40ret@")
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline.download"],
+        env=environment | {"CORPUS_MIRROR": mirror},
+        capture_output=True,
+        text=True,
+    )
+    assert "404" in result.stderr
+    assert not re.search("us:|sec", result.stdout + result.stderr)
+
+
 def test_download_reports_faults_of_a_mirror_with_the_file(mirror):
     file = mirror / "toy" / "test.de.gz"
     file.write_bytes(PACKED["/toy/test.de.gz"][:-1])
