@@ -20,22 +20,24 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
 
 
 def verify(folder: Path, names: Iterable[str] | None, stage: str) -> None:
-    """Check that these files of the folder (None: all that SHA256SUMS names) are what `stage` has written.
+    """Check that these files of the folder (None: all that it has and should have) are what `stage` has written.
 
     Raises ValueError that names the first that is missing or has other bytes. A process reads a file once, unless it
     has changed since, by its size and time stamps.
     """
     again = f"run the {stage} stage again (dvc repro --force --single-item {stage})"
     names = None if names is None else list(names)
-    for path in (folder / name for name in (*(names or ()), SUMS)):
-        if not path.is_file():  # a pipe could be waited for without end
-            what = "is no file" if path.exists() else "does not exist"
-            raise ValueError(f"{path} {what}: run the {stage} stage first (dvc repro {stage})")
+    for name in (*(names or ()), SUMS):
+        _require_file(folder / name, stage)
     try:
         sums = read_sums(folder)
     except ValueError:
         raise ValueError(f"{folder / SUMS} is damaged: {again}") from None
-    paths = [folder / name for name in (sums if names is None else names)]
+    if names is None:
+        names = sorted({*sums, *(path.name for path in folder.iterdir())} - {SUMS})
+    paths = [folder / name for name in names]
+    for path in paths:
+        _require_file(path, stage)
     with ThreadPoolExecutor(2) as threads:  # hashing is most of what opening a large corpus takes
         for path, found in zip(paths, threads.map(_sum, paths), strict=True):
             if found != sums.get(path.name):
@@ -49,6 +51,12 @@ def copy_with_sums(source: Path, target: Path, names: Iterable[str], stage: str)
     for name in names:
         shutil.copyfile(source / name, target / name)
     write_sums(target, names)
+
+
+def _require_file(path: Path, stage: str) -> None:
+    if not path.is_file():  # a pipe could be waited for without end
+        what = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}: run the {stage} stage first (dvc repro {stage})")
 
 
 def _sum(path: Path) -> str:
