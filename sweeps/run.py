@@ -92,7 +92,8 @@ def run_sweep(root: Path) -> None:
             NOTE: f"**{title}**, by `python -m sweeps.run`; its table comes here with `python -m sweeps.report`.",
             "row": "all",
         }
-        parent = open_run(uri, sweep.base, sweep.run_key, tags, root, max(signs, default=None))
+        folder = workspace.storage / CHECKPOINTS.name
+        parent = open_run(uri, sweep.base, sweep.run_key, tags, root, folder, max(signs, default=None))
         with run_guard(uri, parent):
             end_children(uri, experiment, parent)  # of a driver that was killed
             if to_run:

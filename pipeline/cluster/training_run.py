@@ -68,7 +68,7 @@ def training_run(
         last_sign_at = total_usage(folder).last_sign_at
     elif show:
         log(f"trained already, to step {state.step}; to train again, delete {all_of_trajectory(folder)}")
-    run_id = open_run(uri, settings, key, all_tags, workspace.root, last_sign_at)
+    run_id = open_run(uri, settings, key, all_tags, workspace.root, folder, last_sign_at)
     with run_guard(uri, run_id):
         if state is None:
             config = WorkerConfig(settings, workspace, folder, run_id, cpus, gpu, on_validation)

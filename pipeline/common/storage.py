@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, Union
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
+
 from pipeline.common.environment import (
     DVC_ROOT_ENV,
     DVC_STAGE_ENV,
@@ -43,6 +45,7 @@ UNFIT = {
     "https": "cannot be written to",
 }
 """Kinds of stores that fsspec knows and no run can be kept in."""
+LOCK_S = 60
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
 """Libraries below fsspec, some of whose errors it lets through."""
 
@@ -205,6 +208,39 @@ def link_or_copy(source: AnyPath, target: AnyPath) -> None:
         with suppress(OSError):
             return target.hardlink_to(source)
     copy_file(source, target)
+
+
+@contextmanager
+def one_at_a_time(folder: AnyPath) -> Iterator[None]:
+    """Of all processes that see the folder only one is in this block, which takes seconds at most; others wait. In a
+    store, what a killed one left holds for LOCK_S seconds. Raises OSError after twice that."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=2 * LOCK_S):
+            yield
+        return
+    lock = folder / "lock"
+    with as_os_error(folder):
+        retry(lambda: _create(lock), every(0.5, 2 * LOCK_S), lambda error: isinstance(error, FileExistsError))
+    try:
+        yield
+    finally:
+        with as_os_error(folder):
+            lock.unlink(missing_ok=True)
+
+
+def _create(lock: "UPath") -> None:
+    """Write the file. Raises FileExistsError if there is one that is younger than LOCK_S."""
+    try:
+        lock.fs.pipe_file(lock.path, repr(time.time()).encode(), mode="create")
+    except FileExistsError:
+        with suppress(FileNotFoundError, ValueError):
+            if time.time() - float(lock.read_text(encoding="utf-8")) > LOCK_S:
+                lock.unlink(missing_ok=True)
+                return _create(lock)
+        raise FileExistsError(
+            f"{lock} is held by another process: wait for it; if there is none, remove it"
+        ) from None
 
 
 def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[str], object]) -> T:

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings, flatten
+from pipeline.common.storage import AnyPath, one_at_a_time
 from pipeline.tracking.names import changes_text, run_name
 from pipeline.tracking.notes import NOTE, describe_run
 from pipeline.tracking.provenance import dvc_hashes, git_tags
@@ -43,6 +44,7 @@ def open_run(
     run_key: str,
     tags: Mapping[str, str],
     root: Path = Path(),
+    folder: AnyPath | None = None,
     last_sign_at: float | None = None,
 ) -> str:
     """The id of the run of `run_key`, RUNNING and owned by this process; made if there is none.
@@ -53,7 +55,8 @@ def open_run(
     tag `change` is a parameter too: where MLflow compares runs it shows no tags, and of the parameters the first
     three in the alphabet. Tags that only programs read begin with "run.", so that MLflow's page shows them together.
 
-    `last_sign_at` is when the run was last heard of in its folder (seconds since the epoch).
+    A lock in `folder`, that of the run, decides between processes that ask at the same moment. `last_sign_at` is when
+    the run was last heard of there (seconds since the epoch).
 
     Raises ConnectionError when the server does not answer, ValueError when another process of this machine is at
     work on the same run, or one elsewhere was LONG_SILENCE_S seconds ago.
@@ -61,11 +64,6 @@ def open_run(
     await_server(uri, patience_s=10)
     client = connect(uri)
     experiment_id = open_experiment(client, settings.tracking.experiment, root)
-    run = find_run(client, experiment_id, run_key)
-    if run is not None:
-        _refuse_if_running_here(run)
-    if run is not None and last_sign_at is not None:
-        _refuse_if_elsewhere(run, last_sign_at)
     hashes = dvc_hashes(root)
     all_tags = {
         "mlflow.runName": run_name(settings),
@@ -78,18 +76,23 @@ def open_run(
         **_owner_tags(),
         **tags,
     }
-    if run is None:
-        run = client.create_run(experiment_id, tags=all_tags)
-    run_id = run.info.run_id
     params = run_params(settings) | {"change": all_tags["change"]}
-    missing = {key: value for key, value in params.items() if key not in run.data.params}
-    name = all_tags.pop("mlflow.runName")  # in log_batch it takes four of the 15 connections that a server has
-    client.log_batch(
-        run_id,
-        params=[Param(key, value) for key, value in missing.items()],
-        tags=[RunTag(key, str(value)) for key, value in all_tags.items()],
-    )
-    client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
+    with one_at_a_time(folder) if folder else contextlib.nullcontext():
+        run = find_run(client, experiment_id, run_key)
+        if run is None:
+            run = client.create_run(experiment_id, tags=all_tags)
+        else:
+            _refuse_if_running_here(run)
+            _refuse_if_elsewhere(run, last_sign_at)
+        run_id = run.info.run_id
+        missing = {key: value for key, value in params.items() if key not in run.data.params}
+        name = all_tags.pop("mlflow.runName")  # in log_batch it takes four of the 15 connections that a server has
+        client.log_batch(
+            run_id,
+            params=[Param(key, value) for key, value in missing.items()],
+            tags=[RunTag(key, str(value)) for key, value in all_tags.items()],
+        )
+        client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
         _log_dataset(client, run_id, settings.data.corpus, hashes["data"], root)
@@ -120,10 +123,11 @@ def _refuse_if_running_here(run: Run) -> None:
         time.sleep(0.1)
 
 
-def _refuse_if_elsewhere(run: Run, last_sign_at: float) -> None:
-    """Judge by the last sign of life, because another machine's processes cannot be asked."""
+def _refuse_if_elsewhere(run: Run, last_sign_at: float | None) -> None:
+    """Judge by the last sign of life, because another machine's processes cannot be asked. The first sign is that it
+    took the run."""
     host = run.data.tags.get("run.owner_host")
-    silence_s = time.time() - last_sign_at
+    silence_s = time.time() - max(last_sign_at or 0, float(run.data.tags.get("run.owner_since", 0)))
     if run.info.status == "RUNNING" and host != socket.gethostname() and silence_s < LONG_SILENCE_S:
         raise ValueError(
             f"{host} is at work on this (MLflow run {run.info.run_id}, heard of {max(0, silence_s):.0f} s ago): wait "
@@ -222,6 +226,7 @@ def _owner_tags() -> dict[str, str]:
         "run.owner_host": socket.gethostname(),
         "run.owner_pid": str(me.pid),
         "run.owner_started": f"{me.create_time():.0f}",
+        "run.owner_since": f"{time.time():.0f}",
     }
 
 

@@ -3,10 +3,14 @@
 import os
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+from upath import UPath
 
+from pipeline.common.storage import one_at_a_time
 from pipeline.training import checkpoint
 from tests.support.stores import S3
 
@@ -44,6 +48,27 @@ def test_train_killed_with_run_storage_on_s3_ends_with_the_same_weights(trained,
     assert not (project.root / "checkpoints").exists()
     assert project.only_run().info.status == "FINISHED"
     assert project.curve("train_loss") == trained.curve("train_loss")
+
+
+def test_one_at_a_time_on_s3_lets_one_into_the_block(s3, monkeypatch):
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    folder = UPath("s3://bucket/one at a time", use_listings_cache=False)
+    inside, most = [], []
+
+    def enter() -> None:
+        with one_at_a_time(folder):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
 
 
 def test_sweep_with_run_storage_on_s3_ends_and_again_starts_no_ray(trained, s3, tmp_path):

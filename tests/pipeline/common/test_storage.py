@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from upath import UPath
 from pipeline.common import storage
 from pipeline.common.storage import (
     cache,
+    one_at_a_time,
     retry_unreachable,
     run_storage,
     socket_folder,
@@ -190,6 +192,40 @@ def test_retry_unreachable_raises_a_disks_error_at_once(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         retry_unreachable(action, tmp_path, pytest.fail)
+
+
+@pytest.mark.parametrize("place", ["{}", "memory://runs{}"])
+def test_one_at_a_time_lets_one_into_the_block(tmp_path, place):
+    folder = UPath(place.format(tmp_path)) if "://" in place else tmp_path
+    inside, most = [], []
+
+    def enter() -> None:
+        with one_at_a_time(folder):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+def test_one_at_a_time_takes_the_lock_of_a_killed_process_after_a_while(tmp_path, monkeypatch):
+    folder = UPath(f"memory://killed{tmp_path}")
+    monkeypatch.setattr(storage, "LOCK_S", 0.2)
+    (folder / "lock").write_text(f"{time.time()}")
+    with one_at_a_time(folder):
+        assert time.time() - float((folder / "lock").read_text()) < 0.2
+    assert not (folder / "lock").exists()
+    monkeypatch.setattr(storage, "LOCK_S", 60)
+    monkeypatch.setattr(storage, "every", lambda pause_s, for_s: [0.1])
+    (folder / "lock").write_text(f"{time.time()}")
+    with pytest.raises(FileExistsError, match="lock is held by another process: wait for it"), one_at_a_time(folder):
+        pytest.fail("two are inside")
 
 
 def test_home_in_a_copy_that_dvc_makes_for_an_experiment_is_where_the_experiment_was_started(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs in a real store: opened, continued, refused, ended."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -124,6 +125,41 @@ def test_open_run_waits_for_a_process_that_is_ending(
         assert 0.5 < time.monotonic() - started < ENDING_S
 
 
+def test_open_run_refuses_what_another_machine_has_just_begun(uri: str, settings: Settings, root: Path) -> None:
+    open_run(uri, settings, "shared", {"run.owner_host": "worker7"}, root)
+    with pytest.raises(ValueError, match=r"^worker7 is at work on this .* heard of [0-9] s ago"):
+        open_run(uri, settings, "shared", {}, root, last_sign_at=None)
+
+
+def test_open_run_of_two_drivers_at_the_same_moment_gives_the_run_to_one(
+    uri: str, root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.runs.ENDING_S", 0.2)
+    fork = multiprocessing.get_context("fork")
+    together, said = fork.Barrier(3), fork.Queue()
+
+    def drive() -> None:
+        together.wait()
+        try:
+            said.put(open_run(uri, settings, "key", {}, root, root / "checkpoints" / "run"))
+        except ValueError as error:
+            said.put(str(error))
+        together.wait()
+
+    drivers = [fork.Process(target=drive) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    together.wait()
+    answers = [said.get(timeout=30), said.get(timeout=30)]
+    together.wait()
+    for driver in drivers:
+        driver.join()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    answers.remove(run.info.run_id)
+    assert answers[0].startswith("the same training is running already")
+
+
 def test_open_run_refuses_a_deleted_experiment_with_advice(
     uri: str, root: Path, settings: Settings, run_id: str
 ) -> None:
@@ -143,7 +179,7 @@ def test_open_run_refuses_a_server_that_does_not_answer(
 
 
 def test_open_run_takes_over_from_another_machine_after_its_silence(uri: str, settings: Settings, root: Path) -> None:
-    elsewhere = {"run.owner_host": "worker7.example.org"}
+    elsewhere = {"run.owner_host": "worker7.example.org", "run.owner_since": "1"}
     run_id = open_run(uri, settings, "shared", elsewhere, root)
     with pytest.raises(ValueError, match=r"^worker7\.example\.org is at work on this .* heard of [5-9] s ago"):
         open_run(uri, settings, "shared", {}, root, last_sign_at=time.time() - 5)
