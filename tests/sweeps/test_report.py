@@ -567,10 +567,10 @@ def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     monkeypatch.setattr(report, "log_report", lambda *arguments: told.append(arguments))
     monkeypatch.setattr(report, "log_comparison", lambda uri, run, *found: compared.update({run: found}))
     monkeypatch.setattr(report, "share_sweep_view", lambda *arguments: f"a view of {arguments}")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://x:5000")
     report_sweep(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
     [(uri, run_id, files, metrics, note)] = told
-    assert (uri, run_id) == ("sqlite:///x.db", "parent")
+    assert (uri, run_id) == ("http://x:5000", "parent")
     assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
     assert all(file.is_file() for file in files)
     assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (3, 2)
@@ -585,7 +585,7 @@ def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     assert "A: 1 head (failed)" in printed
     axes = ["num_heads", "d_k", "dropout", "positions"]
     assert (
-        f"a view of {('sqlite:///x.db', 'parent', axes, ('valid_averaged_bleu', 'test_bleu', 'valid_averaged_ppl'))}"
+        f"a view of {('http://x:5000', 'parent', axes, ('valid_averaged_bleu', 'test_bleu', 'valid_averaged_ppl'))}"
         in printed
     )
 
