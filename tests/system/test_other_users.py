@@ -48,7 +48,7 @@ def project() -> Iterator[Project]:
     folder.chmod(0o755)
     (folder / "marks").mkdir()
     (folder / "marks").chmod(0o777)
-    project = make_project(folder / "project", folder / "ray")
+    project = make_project(folder / "project")
     shutil.copy(ROOT / "Makefile", project.root)
     yield project
     shutil.rmtree(folder)
