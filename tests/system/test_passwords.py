@@ -43,5 +43,5 @@ def test_no_file_and_no_line_of_a_run_has_the_password_of_an_address(new_project
         printed += project.run("python", "-m", "pipeline.download", code=1, CORPUS_MIRROR=mirror)
     assert printed.count("127.0.0.1") >= 4
     assert SECRET not in printed
-    assert files_with(run["mlflow_run_id"], project.root, project.ray, store)
-    assert files_with(SECRET, project.root, project.ray, store) == []
+    assert files_with(run["mlflow_run_id"], project.root, store)
+    assert files_with(SECRET, project.root, store) == []
