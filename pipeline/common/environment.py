@@ -23,6 +23,7 @@ DVC_STAGE_ENV = "DVC_STAGE"  # DVC sets it in the commands of a stage
 DVC_ROOT_ENV = "DVC_ROOT"  # and this, to the project that `dvc repro` or `dvc exp run` was started in
 GIT_COMMIT_ENV = "GIT_COMMIT"  # the commit, where there is no repository: in an image or a job
 GIT_DIRTY_ENV = "GIT_DIRTY"  # "true" if code or settings differ from that commit
+COMPILE_CACHE_ENV = "TORCHINDUCTOR_CACHE_DIR"  # torch.compile's pickles and code; torch reads it
 MATMUL_ENV = "MODEL_CPU_MATMUL"  # mkl or onednn; model/cpu/library.py reads it, and measures where it is not set
 
 # Set where the user has set nothing else.

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from model.perplexity import cross_entropy, perplexity
 from model.schedule import learning_rate
 from model.transformer import Transformer
+from pipeline.common.environment import COMPILE_CACHE_ENV, set_defaults
 from pipeline.common.paths import CLEAN
 from pipeline.common.settings import Settings
-from pipeline.common.storage import AnyPath, retry_unreachable
+from pipeline.common.storage import AnyPath, cache, retry_unreachable
 from pipeline.data.batching import BatchPlan, MicroBatch, Position, batches_to_read, collate, easily_shared
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training import checkpoint
@@ -43,6 +44,8 @@ def train_rank(
     each validation `score` adds metrics of the model. Raises NotFiniteError, and ValueError for data that does not
     fit the settings.
     """
+    # torch's own folder, which Adam makes, is one that any user of the machine can make first.
+    set_defaults({COMPILE_CACHE_ENV: str(cache() / "inductor")})
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
     info = CorpusInfo.open(data)
     torch.manual_seed(settings.seed)

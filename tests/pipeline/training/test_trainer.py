@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from model.config import BOS, EOS
 from model.transformer import Transformer
 from pipeline.common.settings import Settings, load_settings
+from pipeline.common.storage import cache
 from pipeline.data.batching import BatchPlan
 from pipeline.data.dataset import SIDES, EncodedSplit, encoded_paths
 from pipeline.training import checkpoint, loop
@@ -321,6 +323,16 @@ def test_train_rank_names_the_split_of_a_pair_that_no_micro_batch_holds(data, tm
         ValueError, match=r"^train: the pair of line \d+ has \d+ pieces on one side, more than hardware"
     ):
         run(data, tmp_path / "run", small)
+
+
+def test_train_rank_has_torch_keep_compiled_code_where_others_cannot_write(tmp_path, monkeypatch):
+    """Settled before the first Adam: torch chooses a folder when it makes one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    with pytest.raises(ValueError, match="run the tokenize stage"):
+        run(tmp_path / "no corpus", tmp_path / "run")
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == cache() / "inductor"
+    assert cache().stat().st_mode & 0o077 == 0
 
 
 def as_rank(rank: int, num_ranks: int, folder: str) -> None:
