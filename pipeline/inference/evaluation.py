@@ -31,7 +31,7 @@ from pipeline.inference.metrics import (
 from pipeline.inference.reports import Evaluation, Translated, log_to_mlflow, write_reports
 from pipeline.inference.split import Split, read_split
 from pipeline.inference.trained_model import load_trained
-from pipeline.inference.translate import Translation, translate
+from pipeline.inference.translate import Translation, engine_of, translate
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -79,8 +79,11 @@ def evaluate_model(
 ) -> Evaluation:
     """Translate and score both splits, and compute their perplexities."""
     started = time.perf_counter()
+    engine = engine_of(model, tokenizer, settings)
     translations = {
-        split.name: translate(model, tokenizer, split.tokens.src, settings, progress, f"translate, {split.name}")
+        split.name: translate(
+            model, tokenizer, split.tokens.src, settings, progress, f"translate, {split.name}", engine
+        )
         for split in (test, valid)
     }
     seconds = time.perf_counter() - started

@@ -52,15 +52,17 @@ def translate(
     settings: Evaluate,
     progress: bool = True,
     title: str = "translating",
+    engine: Engine | None = None,
 ) -> list[Translation]:
     """The best output for each sentence (its tokens, without EOS), in their order, by the engine of the settings.
 
     An output has at most max_extra tokens more than its source, and never more than max_length - 1; a source longer
     than max_length - 1 is cut. Sentences of similar length are decoded together; with whom changes no translation.
+    `engine` is one that `engine_of` has made of the same, for several calls.
     """
     longest = model.config.max_length - 1
     cut = [np.asarray(sources[i][:longest], dtype=np.int64) for i in range(len(sources))]
-    found = search_all(engine_of(model, tokenizer, settings), tokenizer, cut, progress, title)
+    found = search_all(engine or engine_of(model, tokenizer, settings), tokenizer, cut, progress, title)
     return [best for [best] in found]
 
 

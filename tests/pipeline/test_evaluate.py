@@ -19,6 +19,7 @@ from pipeline.common.settings import Settings, load_settings
 from pipeline.data.dataset import EncodedSplit, EncodedText, load_tokenizer
 from pipeline.encode import encode_corpus
 from pipeline.evaluate import main
+from pipeline.inference.ctranslate2_export import write_export
 from pipeline.inference.evaluation import Split, evaluate_model, evaluate_run, perplexities, read_split
 from pipeline.inference.reports import format_scores, shown_metrics
 from pipeline.inference.translate import Translation, translate
@@ -191,6 +192,16 @@ def test_translate_searches_by_the_engine_of_the_settings(project: Path, setting
         found = translate(model, tokenizer, sources, chosen, progress=False)
         scores.add(tuple(best.score for best in found))
     assert len(scores) == 3  # PAD and BOS in the softmax or not; rounded or not
+
+
+def test_evaluate_exports_the_model_once_for_both_splits(
+    project: Path, settings: Settings, mlflow: dict, monkeypatch: pytest.MonkeyPatch
+):
+    module = "pipeline.inference.ctranslate2_engine.write_export"
+    exports = []
+    monkeypatch.setattr(module, lambda *arguments: exports.append(arguments) or write_export(*arguments))
+    evaluate_run(replace(settings, evaluate=replace(settings.evaluate, engine="ctranslate2")), project)
+    assert len(exports) == 1
 
 
 def test_evaluate_run_writes_reports_and_logs_to_mlflow(project: Path, settings: Settings, mlflow: dict):
