@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import secrets
+import shlex
 import signal
 import socket
 import sys
@@ -120,7 +121,9 @@ def _line_if_slow(address: str | None) -> Iterator[None]:
 
 
 def _options_to_start(hardware: Hardware, dashboard: bool, folder: Path) -> dict[str, Any]:
+    quoted = shlex.quote(sys.executable)  # Ray makes a line of Bash of it
     return {
+        "runtime_env": {"py_executable": quoted} if quoted != sys.executable else None,
         "address": "local",  # never the cluster that somebody started with `ray start` on this machine
         "num_cpus": max(len(os.sched_getaffinity(0)), hardware.max_workers),
         "include_dashboard": dashboard,
