@@ -246,11 +246,12 @@ def test_open_run_of_eight_drivers_makes_one_experiment_and_dataset(store: Store
 
 def test_log_model_stores_its_files_byte_for_byte(store: Store, tmp_path: Path) -> None:
     files = {"weights.safetensors": bytes(range(256)) * 5000, "config.json": b"{}", "spm.model": b"pieces"}
+    files["SHA256SUMS"] = b"their checksums"
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     run_id = open_parent(store)
     search = {"beam": 3, "alpha": 0.6, "max_extra": 5}
-    model_uri = log_model(store.uri, run_id, tmp_path, tmp_path / "spm.model", search)
+    model_uri = log_model(store.uri, run_id, tmp_path, search)
     below = f"mlflow/{store.experiment_id()}/models/{model_uri.removeprefix('models:/')}/artifacts/artifacts/"
     assert store.s3.sizes(store.bucket, below) == {name: len(content) for name, content in files.items()}
     place = store.client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
