@@ -1,7 +1,9 @@
-"""A project in a path with a space."""
+"""Projects in a path with a space, and on a disk that is read-only."""
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,23 @@ def test_project_and_environment_in_a_path_with_a_space_train_and_sweep(trained,
     assert [trial["status"] for trial in project.json("data/sweep/trials.json")["trials"]] == ["finished"] * 2
     assert (folder / "mlflow.db").stat().st_size > 0
     assert not [file.name for file in tmp_path.iterdir() if file != folder]
+
+
+@pytest.mark.host
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
+def test_project_on_a_read_only_disk_gets_a_line_from_every_stage(trained, tmp_path):
+    """MLflow would try to make its database for minutes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], check=True)
+    try:
+        project = trained.copy(disk / "project", without=())
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for command in ("download", "validate", "train_tokenizer", "encode", "train", "evaluate"):
+            started = time.monotonic()
+            output = project.run("python", "-m", f"pipeline.{command}", code=1, PYTHONDONTWRITEBYTECODE="1")
+            assert "Read-only file system" in output.splitlines()[-1], command
+            assert "Traceback" not in output
+            assert time.monotonic() - started < 60
+    finally:
+        subprocess.run(["umount", disk], check=True)
