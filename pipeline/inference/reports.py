@@ -107,20 +107,23 @@ def format_scores(metrics: dict[str, Any]) -> str:
     """The metrics for people; each score with its signature below it."""
     test, valid = metrics["test"], metrics["valid"]
     counts = f"{test['sentences']} test and {valid['averaged_sentences']} validation sentences"
-    lines = [f"{counts}, {metrics['sentences_per_second']:.1f} translated a second", f"  {'':58}   test  valid"]
+    lines = [
+        f"{counts}, {metrics['sentences_per_second']:.1f} translated a second",
+        f"  {'':56}{'test':>11}{'valid':>11}",
+    ]
 
     def line(label: str, name: str, form: str) -> str:
-        return f"  {label:58}{test[name]:{form}}{valid[f'averaged_{name}']:{form}}"
+        return f"  {label:56}{test[name]:{form}}{valid[f'averaged_{name}']:{form}}"
 
     for name, label in SCORE_LABELS.items():
         if name in test:
-            lines += [line(label, name, "7.2f"), f"      {test[f'{name}_signature']}"]
+            lines += [line(label, name, "11.2f"), f"      {test[f'{name}_signature']}"]
     return "\n".join(
         [
             *lines,
-            line("length of the output / length of the reference", "length_ratio", "7.3f"),
-            line("outputs cut off before they ended", "cut_off", "7"),
-            line("perplexity per token", "ppl", "7.3f"),
-            line("perplexity per word", "ppl_word", "7.3f"),
+            line("length of the output / length of the reference", "length_ratio", "11.3f"),
+            line("outputs cut off before they ended", "cut_off", "11"),
+            line("perplexity per token", "ppl", "11.4g"),
+            line("perplexity per word", "ppl_word", "11.4g"),
         ]
     )
