@@ -8,6 +8,8 @@ A preset is a file of conf/. Writes its values over those of params.yaml, where 
 changed. `data=own` also makes data/own a dependency of the download stage in dvc.yaml; other corpora take that back.
 """
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +131,19 @@ def main() -> None:
         if options.list:
             for kind in PRESETS:
                 for name, path in preset_files(Path(), kind).items():
-                    print(f"{kind + '=' + name:20} {describe(path)}")
+                    first, other = f"{kind + '=' + name:20} ", " " * 21
+                    width = shutil.get_terminal_size().columns
+                    print(textwrap.fill(describe(path), width, initial_indent=first, subsequent_indent=other))
         elif options.show:
             for kind, name in map(_kind_and_name, options.presets):
                 print(find_preset(Path(), kind, name).read_text(encoding="utf-8"), end="")
         else:
             lines = write_presets(options.presets)
             print("\n".join(lines) if lines else "params.yaml has these values already")
-            load_settings()
+            try:
+                load_settings()
+            except ValueError as error:  # which was there before, or comes of presets that do not fit each other
+                raise ValueError(f"the values are written, but {error}") from None
 
 
 if __name__ == "__main__":

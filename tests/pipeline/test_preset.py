@@ -104,6 +104,7 @@ def test_command_prints_what_changed(root):
 def test_command_lists_and_shows_all(root):
     before = text(root)
     listed = run(root, "--list")
+    assert max(map(len, listed.splitlines())) <= 80
     for kind in ("data", "model", "hardware"):
         for name in preset_files(root, kind):
             assert f"{kind}={name} " in listed
@@ -123,3 +124,11 @@ def test_command_lists_and_shows_all(root):
 )
 def test_command_names_what_it_does_not_know(root, arguments, message):
     assert run(root, *arguments, code=1) == message
+
+
+def test_command_says_that_it_has_written_where_other_values_are_bad(root):
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("  - heads\n", "  - headz\n"))
+    printed = run(root, "model=tiny", code=1)
+    assert "preset: the values are written, but params.yaml: sweep.rows" in printed.replace(f"{root}/", "")
+    assert "d_model: 128" in path.read_text()
