@@ -25,7 +25,9 @@ from pipeline.tracking.store import (
 
 SEARCH_SETTINGS = ("beam", "alpha", "max_extra", "engine")
 """The settings of `evaluate` that change a translation."""
-SERVED_WITH = ("mlflow", "numpy", "pyyaml", "safetensors", "sentencepiece", "torch", "tqdm")
+SERVED_WITH = (
+    "filelock", "mlflow", "numpy", "pydantic", "ruamel.yaml", "safetensors", "sentencepiece", "torch", "tqdm",
+)  # fmt: skip
 """What inference/serving.py and what it imports need."""
 
 

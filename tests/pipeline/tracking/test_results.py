@@ -1,5 +1,6 @@
 """Scores, reports and models of training, added to its run."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,24 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
 from pipeline.common.settings import Settings
-from pipeline.tracking.results import find_training_run, log_comparison, log_evaluation, log_model, log_report
+from pipeline.tracking.results import (
+    SERVED_WITH,
+    find_training_run,
+    log_comparison,
+    log_evaluation,
+    log_model,
+    log_report,
+)
 from pipeline.tracking.runs import finish_run
+from tests.support.imports import REPOSITORY, packages, reached
+
+
+def test_a_served_model_brings_all_packages_that_it_imports() -> None:
+    files = reached(["pipeline/inference/serving.py"])
+    found = set().union(*(packages(REPOSITORY / file) for file in files)) - set(sys.stdlib_module_names)
+    for_others = {"ctranslate2", "upath"}  # imported by another engine, and for a store, alone
+    needed = {"ruamel.yaml" if name == "ruamel" else name for name in found - for_others - {"model", "pipeline"}}
+    assert set(SERVED_WITH) == needed
 
 
 def curve(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
