@@ -3,15 +3,13 @@
 import os
 import re
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 from upath import UPath
 
-from pipeline.common.storage import one_at_a_time
 from pipeline.training import checkpoint
+from tests.support.locks import most_inside
 from tests.support.stores import S3
 
 pytestmark = pytest.mark.host
@@ -54,21 +52,7 @@ def test_one_at_a_time_on_s3_lets_one_into_the_block(s3, monkeypatch):
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     folder = UPath("s3://bucket/one at a time", use_listings_cache=False)
-    inside, most = [], []
-
-    def enter() -> None:
-        with one_at_a_time(folder):
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.1)
-            inside.pop()
-
-    threads = [threading.Thread(target=enter) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1, 1, 1, 1]
+    assert most_inside(folder, 4, seconds=0.1) == [1, 1, 1, 1]
 
 
 def test_sweep_with_run_storage_on_s3_ends_and_again_starts_no_ray(trained, s3, tmp_path):

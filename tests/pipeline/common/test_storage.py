@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pipeline.common.storage import (
     temporary_folder,
     tracking_uri,
 )
+from tests.support.locks import most_inside
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -197,21 +197,7 @@ def test_retry_unreachable_raises_a_disks_error_at_once(tmp_path):
 @pytest.mark.parametrize("place", ["{}", "memory://runs{}"])
 def test_one_at_a_time_lets_one_into_the_block(tmp_path, place):
     folder = UPath(place.format(tmp_path)) if "://" in place else tmp_path
-    inside, most = [], []
-
-    def enter() -> None:
-        with one_at_a_time(folder):
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.01)
-            inside.pop()
-
-    threads = [threading.Thread(target=enter) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1, 1, 1]
+    assert most_inside(folder, 3, seconds=0.01) == [1, 1, 1]
 
 
 def test_one_at_a_time_takes_the_lock_of_a_killed_process_after_a_while(tmp_path, monkeypatch):
