@@ -34,7 +34,7 @@ LONG_SILENCE_S = 90
 """After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (accounting.py)."""
 
 ENDING_S = 15
-"""Longer than a process takes to end after its `dvc repro` was killed (cli.end_with_dvc): a user starts it again."""
+"""Longer than a process takes to end after its `dvc repro` was killed (cli.begin): a user starts it again."""
 
 
 @refusal_as_connection_error
