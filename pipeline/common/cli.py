@@ -9,24 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TypeVar
+
+import psutil
 
 from pipeline.common.environment import DVC_STAGE_ENV, without_passwords
 
 T = TypeVar("T")
+SHELLS = {"bash", "dash", "fish", "ksh", "sh", "zsh"}
 GRACE_S = 4.0
 """How long a command that is stopped may take to clean up."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(KeyboardInterrupt):
-    """The process was told to end, by Ctrl-C, SIGTERM or SIGHUP."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.code = 128 + signum
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
@@ -63,9 +58,9 @@ def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interru
             raise SystemExit(1) from None
         print(f"{name}: {_message(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         _stopping.tell()
-        raise SystemExit(error.code if isinstance(error, Stopped) else 128 + signal.SIGINT) from None
+        raise SystemExit(_stopping.code or 128 + signal.SIGINT) from None
 
 
 def interruptible(call: Callable[[], T]) -> T:
@@ -88,7 +83,8 @@ class _Stopping:
     def __init__(self) -> None:
         name = sys.orig_argv[-1] if len(sys.orig_argv) < 3 else sys.orig_argv[2]
         self.line = f"{name.rpartition('.')[2]}: interrupted"
-        self.signalled = self.told = False
+        self.told = False
+        self.code: int | None = None  # 128 + the signal that told this process to end
 
     def tell(self) -> None:
         """Print the line, once."""
@@ -96,38 +92,40 @@ class _Stopping:
             self.told = True
             print(self.line, file=sys.stderr, flush=True)
 
-    def exit(self, code: int) -> None:
+    def exit(self) -> None:
         self.tell()
-        os._exit(code)
+        os._exit(self.code or 128 + signal.SIGINT)
 
 
 _stopping = _Stopping()
 
 
 def _stop(signum: int, _: FrameType | None) -> None:
-    """Raise Stopped in the main thread; end the process when it is told so again, or has not ended after GRACE_S."""
-    stopped = Stopped(signum)
-    if _stopping.signalled:
-        _stopping.exit(stopped.code)
-    _stopping.signalled = True
-    timer = threading.Timer(GRACE_S, _stopping.exit, [stopped.code])
+    """Interrupt the main thread; end the process when it is told so again, or has not ended after GRACE_S."""
+    if _stopping.code:
+        _stopping.exit()
+    _stopping.code = 128 + signum  # what is raised may arrive as another: Ray, interrupted in C++, raises its own
+    timer = threading.Timer(GRACE_S, _stopping.exit)
     timer.daemon = True
     timer.start()
-    raise stopped
+    raise KeyboardInterrupt
 
 
 def _quiet_when_stopped(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """sys.excepthook: for what is stopped while it imports."""
-    if isinstance(error, Stopped):
-        _stopping.exit(error.code)
+    if _stopping.code and isinstance(error, KeyboardInterrupt):
+        _stopping.exit()
     sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with(parent: int) -> None:
     """Under DVC, end when it does. `kill -9` of `dvc repro` would otherwise leave training running unseen, in the
     way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    with suppress(psutil.NoSuchProcess):
+        shell = psutil.Process(parent) if psutil.Process(parent).name() in SHELLS else None
+        dvc = shell.ppid() if shell else parent  # most shells make way for the only command that they are given
+        while os.getppid() == parent and (not shell or shell.ppid() == dvc):
+            time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * GRACE_S)  # in a call that no signal interrupts
     os.kill(os.getpid(), signal.SIGKILL)

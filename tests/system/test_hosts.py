@@ -417,9 +417,11 @@ def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
 def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
     new_run.project.edit("params.yaml", "hardware.num_workers", 1)
     new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
+    new_run.project.edit("params.yaml", "train.max_steps", 10 * STEPS)  # the first still trains when the last begins
 
     def busy() -> bool:
-        return len(new_run.cluster.workers()) == 3 and len(list(new_run.storage.glob("checkpoints/*/step_*"))) > 5
+        begun = {step.parent for step in new_run.storage.glob("checkpoints/*/step_*")}
+        return len(new_run.cluster.workers()) == 3 and len(begun) == 3
 
     with new_run.submitted("sweep") as job:
         new_run.project.wait_for(busy, f"trial on each host: {new_run.project.log()}", PATIENCE_S)

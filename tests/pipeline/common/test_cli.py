@@ -115,6 +115,25 @@ def test_command_stopped_while_it_imports_ends_with_one_line(signum, code, tmp_p
     assert process.returncode == code
 
 
+REPLACED = """
+import time
+from pipeline.common.cli import exit_on_error
+with exit_on_error("evaluate"):
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # as Ray does, interrupted in C++
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), STOPS)
+def test_command_ends_with_the_code_of_the_signal_whatever_becomes_of_the_exception(signum, code, tmp_path):
+    with slow_command(tmp_path, "torch", REPLACED) as process:
+        process.send_signal(signum)
+        assert process.communicate(timeout=3)[1] == "evaluate: interrupted\n"
+    assert process.returncode == code
+
+
 SWALLOWED = """
 import time
 while True:
@@ -171,9 +190,13 @@ def test_command_started_by_nohup_outlives_its_terminal(tmp_path):
 
 
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", SWALLOWED])
-def test_stage_ends_when_dvc_was_killed_at_any_moment(code, tmp_path):
+@pytest.mark.parametrize("shell", ["", "/bin/sh", "/bin/bash"])
+def test_stage_ends_when_dvc_was_killed_at_any_moment(shell, code, tmp_path):
     (tmp_path / "torch.py").write_text(f"import os; open(f'begun-{{os.getpid()}}', 'w').close()\n{code}")
-    parent = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'pipeline.evaluate'])"
+    command = [sys.executable, "-m", "pipeline.evaluate"]
+    if shell:  # as DVC calls it; dash waits for its only command, bash becomes it
+        command = [shell, "-c", " ".join(command)]
+    parent = f"import subprocess; subprocess.run({command})"
     variables = os.environ | {"DVC_STAGE": "evaluate", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
     with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=variables) as process:
         while not (begun := list(tmp_path.glob("begun-*"))):
