@@ -78,8 +78,15 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
                 write_chart(image, curve, ("step", "steps"), CHARTS[name], points=name == "validation")
             if address := share_runs_view(workspace.tracking_uri, run.run_id, SHOWN_CURVES, tuple(SCORES)):
                 log(f"in MLflow (make ui): {address}")
-    log(f"done in {time.perf_counter() - started:.0f} s: {metrics['steps']} steps, {FINAL}/weights.safetensors")
+    log(end_line(time.perf_counter() - started, metrics["steps"], trained_before=finished is not None))
     return metrics
+
+
+def end_line(seconds: float, step: int, *, trained_before: bool) -> str:
+    """What the stage prints last. `step` is where training ended, now or, `trained_before`, by an earlier command."""
+    if trained_before:
+        return f"done in {seconds:.0f} s, without training: {FINAL}/weights.safetensors is of step {step}"
+    return f"done in {seconds:.0f} s: trained to step {step}, {FINAL}/weights.safetensors"
 
 
 @contextmanager
