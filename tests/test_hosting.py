@@ -1,11 +1,12 @@
-"""What package indexes and citation managers read about this project.
+"""What GitHub, package indexes, pre-commit and citation managers read about this project.
 
-No schema of CFF comes with an installed package, and tests use no network. So these are
-strict checks of our own: which keys there may be, which there have to be, and what has to agree.
+No schema of GitHub, pre-commit or CFF comes with an installed package, and tests use no network. So these are strict
+checks of our own: which keys there may be, which there have to be, and that what the files name exists.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,21 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.yaml_files import read_yaml
+from pipeline.common.yaml_files import read_yaml  # YAML 1.2, where the key `on` is a text and not true
 
 REPOSITORY = Path(__file__).parents[1]
 LICENSE_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """Of the Apache License 2.0 as the Apache Software Foundation publishes it."""
+WORKFLOW = read_yaml(REPOSITORY / ".github/workflows/tests.yml")
 
 
 def project() -> dict[str, Any]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def lint_commands() -> list[str]:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    return re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1].replace("\t", "").splitlines()
 
 
 def test_license_is_the_unchanged_apache_license():
@@ -61,3 +68,48 @@ def test_citation_is_valid_cff_and_agrees_with_the_project():
     assert (paper["title"], paper["year"]) == ("Attention Is All You Need", 2017)
     assert len(paper["authors"]) == 8
     assert all(set(author) == {"given-names", "family-names"} for author in paper["authors"])
+
+
+def test_workflow_has_the_structure_of_a_workflow_and_may_only_read():
+    assert set(WORKFLOW) == {"name", "on", "permissions", "concurrency", "jobs"}
+    assert set(WORKFLOW["on"]) == {"push", "pull_request"}
+    assert WORKFLOW["permissions"] == {"contents": "read"}
+    for job in WORKFLOW["jobs"].values():
+        assert set(job) <= {"env", "name", "runs-on", "steps", "strategy", "timeout-minutes"}
+        assert {"runs-on", "steps", "timeout-minutes"} <= set(job)
+        assert not job["runs-on"].endswith("-latest")
+        for step in job["steps"]:
+            assert len({"run", "uses"} & set(step)) == 1
+            assert set(step) <= {"name", "run", "uses", "with"}
+        named = set(re.findall(r"\$\{\{ *matrix\.(\w+) *\}\}", str(job)))
+        assert named == set(job["strategy"]["matrix"])
+
+
+def test_workflow_pins_actions_by_their_commit():
+    used = [step["uses"] for job in WORKFLOW["jobs"].values() for step in job["steps"] if "uses" in step]
+    assert used
+    assert [action for action in used if not re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action)] == []
+
+
+def test_workflow_runs_the_make_targets_of_a_laptop():
+    runs = [step["run"] for job in WORKFLOW["jobs"].values() for step in job["steps"] if "run" in step]
+    assert runs == ["make lint", "make test"]
+    for command in runs:
+        subprocess.run([*command.split(), "--dry-run"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_workflow_tests_the_pythons_that_the_project_names():
+    pythons = WORKFLOW["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    numbers = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(project()["classifiers"]))
+    assert pythons == numbers
+    assert project()["requires-python"] == f">={pythons[0]}"
+
+
+def test_pre_commit_runs_the_commands_of_make_lint():
+    (repo,) = read_yaml(REPOSITORY / ".pre-commit-config.yaml")["repos"]
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        assert set(hook) == {"id", "name", "entry", "language", "types", "pass_filenames"}
+        assert hook["language"] == "system"
+        assert hook["pass_filenames"] is False
+    assert [hook["entry"].removeprefix(".venv/bin/") for hook in repo["hooks"]] == lint_commands()
