@@ -20,7 +20,7 @@ from ruamel.yaml.tokens import CommentToken
 from pipeline.common import cli
 from pipeline.common.paths import OWN
 from pipeline.common.presets import PRESETS, find_preset, preset_files
-from pipeline.common.settings import load_settings, optional_keys
+from pipeline.common.settings import load_settings, optional_keys, shown
 from pipeline.common.yaml_files import read_with_comments, write_yaml
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
@@ -104,12 +104,14 @@ def _depend_on_own(root: Path, own: bool) -> list[str]:
     else:
         deps.remove(str(OWN))
     write_yaml(root / PIPELINE, pipeline)
-    return [f"dvc.yaml: the download stage depends on {OWN}{'' if own else ' no longer'}"]
+    lines = [f"dvc.yaml: the download stage depends on {OWN}{'' if own else ' no longer'}"]
+    missing = own and not (root / OWN).exists()
+    return lines + [f"{OWN} does not exist yet: put your texts there"] * missing
 
 
 def _line(key: str, old: Any, new: Any) -> str:
-    shown = ["(none)" if value is None else str(value) for value in (old, new)]
-    return f"{key:32} {shown[0]} -> {shown[1]}"
+    before, after = ("(none)" if value is None else shown(value).strip("'") for value in (old, new))
+    return f"{key:32} {before} -> {after}"
 
 
 def describe(path: Path) -> str:

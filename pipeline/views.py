@@ -16,8 +16,11 @@ def main() -> None:
     with cli.exit_on_error("views"):
         from pipeline.tracking.views import view_addresses  # here, because --help does not wait for MLflow
 
-        for experiment, address in view_addresses(tracking_uri(Path())).items():
+        addresses = view_addresses(tracking_uri(Path()))
+        for experiment, address in addresses.items():
             print(f"{experiment}: {address}")
+        if not addresses:
+            print("there is no run yet: dvc repro makes some")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def commands(stage: dict) -> list[str]:
 
 
 def test_stages_are_those_of_the_pipeline_and_run_its_commands():
-    assert list(stages()) == ["download", "validate", "tokenize", "train", "evaluate", "sweep", "report"]
+    assert list(stages()) == ["check", "download", "validate", "tokenize", "train", "evaluate", "sweep", "report"]
     assert {REPOSITORY / file for stage in stages().values() for file in commands(stage)} <= COMMANDS
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+CHECKED = Path("data/checked.txt")
+"""Written by the first stage once params.yaml is valid."""
 OWN = Path("data/own")
 """The user's own texts, for the corpus "own"."""
 DOWNLOADS = Path("data/downloads")

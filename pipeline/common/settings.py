@@ -4,6 +4,7 @@ Presets (presets.py) are only starting points: `python -m pipeline.preset` write
 nothing else reads a setting from anywhere else. Every command checks all sections before it does anything.
 """
 
+import difflib
 import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
@@ -46,11 +47,21 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def shown(value: object) -> str:
-    """Its repr, cut where it is long: a line for people."""
+    """As YAML has it, cut where it is long: a line for people."""
     return _SHOWN.repr(value)
 
 
-_SHOWN = reprlib.Repr()
+class _Repr(reprlib.Repr):
+    """reprlib calls repr_X for a value of type X."""
+
+    def repr_bool(self, value: bool, _: int) -> str:
+        return str(value).lower()
+
+    def repr_NoneType(self, _value: None, _: int) -> str:  # noqa: N802
+        return "null"
+
+
+_SHOWN = _Repr()
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 3, 10, 10
 _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 100
 
@@ -299,7 +310,8 @@ def load_settings(root: Path = Path(), **presets: str) -> Settings:
         model_name, of_model = nearest_preset(root, "model", values)
         return Settings(**sections, data_name=data_name, model_name=model_name, changes=of_data | of_model)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        shown_path = path.name if path.parent.resolve() == Path.cwd() else path
+        raise ValueError(f"{shown_path}: {error}") from None
 
 
 def make_section(name: str, values: Any) -> Any:
@@ -326,7 +338,9 @@ def optional_keys(section: str) -> set[str]:
 def _check_keys(prefix: str, given: Iterable[str], known: Collection[str], optional: Collection[str] = ()) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{prefix}{key} is unknown: it must be one of {', '.join(sorted(known))}")
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"it must be one of {', '.join(sorted(known))}"
+            raise ValueError(f"{prefix}{key} is unknown: {hint}")
     for key in known:
         if key not in given and key not in optional:
             raise ValueError(f"{prefix}{key} is missing")

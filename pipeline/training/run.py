@@ -98,7 +98,7 @@ def log_how_it_starts(folder: AnyPath, origin: Origin | None) -> None:
         others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
     ):
         last = max(others, key=lambda path: path.stat().st_mtime)
-        log(f"settings, data or code differ from those of {last.name}, the last run: a new run begins")
+        log(f"a new run: settings, data or code are not those of {last.name}, the last one")
 
 
 def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPath) -> dict[str, Any]:

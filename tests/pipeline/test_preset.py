@@ -72,7 +72,10 @@ def test_write_presets_of_a_corpus_and_back_changes_nothing(root, name):
 def test_write_presets_makes_data_own_a_dependency_only_where_it_is_used(root):
     before = text(root, "dvc.yaml")
     lines = write_presets(["data=own"], root)
-    assert lines[-1] == "dvc.yaml: the download stage depends on data/own"
+    assert lines[-2:] == [
+        "dvc.yaml: the download stage depends on data/own",
+        "data/own does not exist yet: put your texts there",
+    ]
     assert changed_lines(before, text(root, "dvc.yaml")) == ["- data/own"]
     assert yaml.safe_load(text(root, "dvc.yaml"))["stages"]["download"]["deps"][-1] == "data/own"
     assert write_presets(["data=own"], root) == []

@@ -20,6 +20,8 @@ def test_main_prints_a_line_for_each_experiment_with_a_view(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sys, "argv", ["views"])
+    views.main()
+    assert "there is no run yet" in capsys.readouterr().out
     uri = tracking_uri(Path())
     run_id = open_run(uri, load_settings(REPOSITORY), "key", {}, tmp_path)
     address = share_runs_view(uri, run_id, ["train_loss"], ["test_bleu"])

@@ -65,7 +65,7 @@ def test_status_is_empty_without_a_change(all_stages):
 def test_status_names_the_stages_that_read_a_changed_setting(all_stages, restored, key, value, stages):
     project = restored(all_stages)
     project.edit(PARAMS, key, value)
-    assert stages_to_run(project) == stages
+    assert stages_to_run(project) == stages | {"check"}
 
 
 @pytest.mark.parametrize("command", ["download", "validate", "train_tokenizer", "encode", "train", "evaluate"])
@@ -94,6 +94,13 @@ def test_exp_run_names_a_bad_value(new_project, override, message):
     output = new_project.run("dvc", "exp", "run", "--set-param", override, code=255)
     assert message in " ".join(output.split())
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("stage", [(), ("evaluate",)])
+def test_exp_run_names_a_section_that_no_stage_reads(all_stages, restored, stage):
+    project = restored(all_stages)
+    output = project.run("dvc", "exp", "run", "--set-param", "+modle.d_k=4", *stage, code=255)
+    assert "check: params.yaml: modle is unknown: did you mean model?" in " ".join(output.split())
 
 
 def test_exp_run_changes_the_one_line_that_it_is_asked_for(new_project):

@@ -52,7 +52,7 @@ GRAMMAR_KEYS = ("seed", "train_pairs", "valid_pairs", "test_pairs")
 def test_load_settings_names_a_missing_value(root, section, key, of_type):
     set_value(root, section, key)
     if section == "data" and key in GRAMMAR_KEYS:
-        refused(root, f"data.{key} must be a whole number >= 1 for the corpus grammar, got None")
+        refused(root, f"data.{key} must be a whole number >= 1 for the corpus grammar, got null")
     else:
         refused(root, f"{section}.{key} is missing")
 
@@ -84,11 +84,11 @@ WORDS = {
 def test_load_settings_names_a_value_of_the_wrong_type_and_what_it_must_be(root, name):
     section, key = name.split(".")
     own = read_yaml(root / "params.yaml")[section][key]
-    for value in (3.5, {"a": 1}, True, "x", [3.5]):
+    for value, printed in ((3.5, "3.5"), ({"a": 1}, "{'a': 1}"), (True, "true"), ("x", "'x'"), ([3.5], "[3.5]")):
         if type(value) is type(own) or (type(own) is float and type(value) is float) or name == "sweep.grid":
             continue
         set_value(root, section, key, value)
-        refused(root, f"{name} must be {WORDS[name]}, got {value!r}")
+        refused(root, f"{name} must be {WORDS[name]}, got {printed}")
 
 
 @pytest.mark.parametrize(("section", "key", "of_type"), FIELDS, ids=KEYS)
@@ -102,10 +102,10 @@ def test_load_settings_refuses_a_value_of_another_type_everywhere(root, section,
     ("key", "value", "fault"),
     [
         ("rows", ["heads", "Z"], f"sweep.rows must be one of {', '.join(get_args(RowName))}, got 'Z'"),
-        ("rows", [None], f"sweep.rows must be one of {', '.join(get_args(RowName))}, got None"),
+        ("rows", [None], f"sweep.rows must be one of {', '.join(get_args(RowName))}, got null"),
         ("seeds", [2, "3"], "sweep.seeds must be a list of different numbers in [0, 2^63), got [2, '3']"),
         ("seeds", [2, -1], "sweep.seeds must be a list of different numbers in [0, 2^63), got [2, -1]"),
-        ("seeds", [True], "sweep.seeds must be a list of different numbers in [0, 2^63), got [True]"),
+        ("seeds", [True], "sweep.seeds must be a list of different numbers in [0, 2^63), got [true]"),
         ("grid", {"model.d_ff": 64}, "sweep.grid.model.d_ff must be a list, got 64"),
         ("grid", {"model.d_ff": ["64"]}, "sweep.grid.model.d_ff must be a whole number >= 1, got '64'"),
         ("grid", {"model.d_ff": [64, 0]}, "sweep.grid.model.d_ff must be >= 1, got 0"),
@@ -173,6 +173,22 @@ def test_load_settings_names_a_section_that_is_unknown_missing_or_none(root, sec
     refused(root, f"{section} is missing")
     set_value(root, "", "colour", {})
     with pytest.raises(ValueError, match=re.escape("params.yaml: colour is unknown: it must be one of ")):
+        load_settings(root)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [("", "modle", "model"), ("train", "max_step", "train.max_steps"), ("model", "heads", "model.num_heads")],
+)
+def test_load_settings_guesses_which_key_was_meant(root, section, key, known):
+    set_value(root, section, key, 4)
+    refused(root, f"{section and section + '.'}{key} is unknown: did you mean {known}?")
+
+
+def test_load_settings_names_the_file_as_a_user_in_its_folder_does(root, monkeypatch):
+    set_value(root, "model", "dropout", False)
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match=r"^params\.yaml: model\.dropout must be a number in \[0, 1\), got false$"):
         load_settings(root)
 
 

@@ -175,7 +175,7 @@ def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, ca
     assert capsys.readouterr().err == "train: settings, data and code are those of first\n"
     (tmp_path / "newest, but no run").mkdir()
     log_how_it_starts(third, None)
-    assert "differ from those of second, the last run" in capsys.readouterr().err
+    assert "a new run: settings, data or code are not those of second" in capsys.readouterr().err
     log_how_it_starts(third, Origin(second, 3, 1.0))
     assert capsys.readouterr().err == (
         "train: third continues from second, trained to step 3: they differ only in where they end\n"

@@ -1,0 +1,57 @@
+"""The first stage: settings, dvc.lock, an own corpus."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import check
+from pipeline.preset import write_presets
+
+REPOSITORY = Path(__file__).parents[2]
+CHECKED = Path("data/checked.txt")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """The current folder, with the project's settings."""
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check"])
+
+
+def refused(capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit, match=r"^1$"):
+        check.main()
+    assert not CHECKED.exists()
+    return capsys.readouterr().err
+
+
+def test_main_writes_the_same_file_whatever_the_settings():
+    check.main()
+    before = CHECKED.read_bytes()
+    write_presets(["data=multi30k", "model=tiny"])
+    check.main()
+    assert CHECKED.read_bytes() == before
+
+
+def test_main_names_a_bad_setting(capsys):
+    with Path("params.yaml").open("a") as file:
+        file.write("modle:\n  d_k: 4\n")
+    assert refused(capsys) == "check: params.yaml: modle is unknown: did you mean model?\n"
+
+
+def test_main_names_a_lock_that_dvc_cannot_read(capsys):
+    Path("dvc.lock").write_text("")
+    assert refused(capsys).startswith("check: dvc.lock is empty, as a kill of dvc leaves it: ")
+
+
+def test_main_wants_an_own_corpus_or_what_pulls_it(capsys):
+    write_presets(["data=own"])
+    assert refused(capsys) == "check: data.corpus is own, and data/own does not exist: put the texts there\n"
+    Path("data/own.dvc").touch()
+    check.main()
