@@ -263,8 +263,8 @@ def _columns(kind: type, values: object | None, prefix: str = "") -> dict[str, A
 
 
 def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, float]:
-    """Counts and costs of all trials together, those that failed included; OVERHEAD is a mean over those that
-    finished at the first attempt."""
+    """Counts and costs of all trials together, those that failed included; OVERHEAD is a mean over those that ran
+    without a break, if there are any."""
 
     def spent(key: str) -> float:
         return sum(trial.get(key) or 0 for trial in sweep["trials"])
@@ -279,7 +279,7 @@ def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, flo
         "training_device_hours": spent("device_hours"),
         "evaluation_device_hours": spent("evaluation_device_hours"),
         "training_flops": spent("flops"),
-        **{key: fmean(trial[key] for trial in whole) if whole else 0.0 for key in OVERHEAD},
+        **{key: fmean(trial[key] for trial in whole) for key in OVERHEAD if whole},
     }
 
 

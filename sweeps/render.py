@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sweeps.analysis import RowResult, as_dict, covered, totals
+from sweeps.record import OVERHEAD
 from sweeps.significance import LEVEL, RESAMPLES, SHUFFLES
 
 
@@ -58,17 +59,27 @@ def _header(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
         f"Corpus: {sweep['data']}; scored on the {len(sweep['references']):,} sentences of its validation split, "
         "test BLEU beside it.",
         f"Base: {sweep['base_name']}. Updates: {span}.",
-        f"Seeds: {', '.join(map(str, sweep['seeds']))}; with the same seed, rows see the data in the same order.",
+        f"Seed{'s' * (len(sweep['seeds']) > 1)}: {', '.join(map(str, sweep['seeds']))}; with the same seed, rows see "
+        "the data in the same order.",
         f"BLEU: sacreBLEU, `{sweep['bleu_signature']}`.",
         f"Cost: {_amount(training)} device-hours ({sweep['device']}) of training, "
         f"{_amount(evaluation)} of evaluation; {_flops(sums['training_flops'])} FLOPs of training.",
-        f"Time of a trial: {sums['seconds']:.0f} s, {sums['seconds_to_first_step']:.0f} s of them until its first "
-        f"step; {sums['seconds_of_overhead']:.0f} s are neither training nor evaluation, but starts, Ray and MLflow.",
     ]
+    if "seconds" in sums:
+        seconds, to_first_step, overhead = (_seconds(sums[key]) for key in OVERHEAD)
+        points.append(
+            f"Time of a trial: {seconds}, {to_first_step} of them until its first step; {overhead} are neither "
+            "training nor evaluation, but starts, Ray and MLflow."
+        )
     price = sweep["price_per_device_hour"]
     if price > 0:
         points.append(f"Money: {(training + evaluation) * price:,.2f} at {price:,.2f} a device-hour.")
     return points
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def findings(rows: Sequence[RowResult]) -> list[str]:
@@ -117,6 +128,10 @@ def _millions(value: dict[str, Any]) -> str:
 def _amount(value: float | None) -> str:
     """Three significant digits."""
     return "" if value is None else format(value, ",.0f" if value >= 100 else ".3g")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
 
 
 def _flops(value: float | None) -> str:
@@ -192,8 +207,8 @@ def _bleu_legend(rows: Sequence[RowResult]) -> list[str]:
         "from base, over the seeds that both have. test BLEU: its mean on the test split, which decides nothing.",
         *(f"95% interval over {kind}: {COVERS[kind]}." for kind in covered(rows)),
         f"p: sacreBLEU's paired approximate randomization ({SHUFFLES:,} shuffles) on the translations, of a sentence "
-        f"those of all seeds together, with Holm's correction for {num_compared} rows. It asks about these models on "
-        "other sentences.",
+        f"those of all seeds together, with Holm's correction for {counted(num_compared, 'row')}. It asks about "
+        "these models on other sentences.",
         f"verdict: better or worse if p is below {LEVEL} and the interval leaves out zero. Not significant does not "
         "mean equal: this table cannot tell.",
         "paper, paper - base: Table 3 of the paper, on its validation split newstest2013, and another kind of BLEU: "

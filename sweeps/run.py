@@ -306,9 +306,9 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
     if asha and trial.row.group != "base":  # which has to come to its end: all others are compared with it
         on_validation = ray.tune.report if resources.in_process else ray.train.report
         callbacks = [] if resources.in_process else [TuneReportCallback()]
-    attempts = total_usage(trial.folder).attempts
     root = workspace.root
     continue_sibling(trial.folder, trial.settings.train, log)
+    is_new = not checkpoint.folders(trial.folder) and not total_usage(trial.folder).attempts
     finished = checkpoint.finished_state(trial.folder, trial.settings.train)
     with training_run(
         trial.settings,
@@ -343,7 +343,7 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
         "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
         "mlflow_run_id": run.run_id,
     }
-    if attempts == 0 and used.attempts == 1 and used.first_step_at:  # all of it was here and now
+    if is_new and used.attempts == 1 and used.first_step_at:  # all of it was now, without a break
         seconds = time.time() - started
         record |= {
             "seconds": seconds,

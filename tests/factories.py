@@ -15,6 +15,8 @@ from pipeline.common.atomic_io import read_sums
 from pipeline.common.checksums import write_sums
 from pipeline.common.settings import Model, Settings, Train, load_settings
 from pipeline.data.dataset import SIDES, SPLITS, encoded_paths
+from pipeline.training import checkpoint
+from pipeline.training.loop import TrainState, adam
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,6 +50,16 @@ def build(config: TransformerConfig = SMALL, seed: int = 1) -> Transformer:
     """A model with random weights, for evaluation."""
     torch.manual_seed(seed)
     return Transformer(config).eval()
+
+
+def save_checkpoint(run_folder: Path, state: TrainState) -> None:
+    """A checkpoint of a model that has taken one step, as if it were in this state."""
+    model = Transformer(config())
+    optimizer = adam(model, 0.9, 0.98, 1e-9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    checkpoint.save(run_folder, model, optimizer, state, {}, keep=100)
 
 
 def sentences(lengths: list[int], vocab_size: int = 23, seed: int = 2) -> Tensor:

@@ -23,6 +23,7 @@ HEARTBEAT_S = 20.0
 @dataclass(frozen=True)
 class Usage:
     """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
+    `attempts` counts those that died and the last; what goes on where a shorter run ended is no further one.
     `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
     (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of."""
 
@@ -83,8 +84,9 @@ def total_usage(run_folder: AnyPath) -> Usage:
         found = [(path, values) for path in _attempts(run_folder) if (values := _read(path))]
         paths, attempts = [path for path, _ in found], [values for _, values in found]
         before = _carried(run_folder)
+    goes_on = bool(before.attempts and attempts)  # its first attempt, as the other run's last one would have
     return Usage(
-        attempts=before.attempts + len(attempts),
+        attempts=before.attempts + len(attempts) - goes_on,
         device_seconds=before.device_seconds + sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
         steps=before.steps + sum(attempt["steps"] for attempt in attempts),
         first_step_at=attempts[-1].get("first_step_at") if attempts else None,

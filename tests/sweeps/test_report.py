@@ -20,6 +20,7 @@ from sacrebleu.metrics import BLEU
 from sweeps import report
 from sweeps.analysis import assess, read_sweep
 from sweeps.figure import draw_panel, title
+from sweeps.render import counted
 from sweeps.report import main, report_sweep, write_report
 from sweeps.significance import holm, paired_p, seed_interval, sentence_interval
 
@@ -188,6 +189,32 @@ def test_write_report_begins_with_what_ran_and_what_all_trials_cost(whole: tuple
     assert f"Cost: {hours:.3g} device-hours (cpu) of training, 0.18 of evaluation; 5.3e19 FLOPs" in head
     assert "Time of a trial: 74 s, 19 s of them until its first step; 17 s are neither training nor" in head
     assert "Money" not in head
+
+
+def test_write_report_shows_times_of_a_few_seconds_with_a_decimal(tmp_path: Path):
+    def hurry(sweep: dict) -> None:
+        for trial in sweep["trials"]:
+            trial |= {"seconds": 12.34, "seconds_to_first_step": 1.26, "seconds_of_overhead": 0.14}
+
+    write_report(write_sweep(tmp_path / "sweep", [1], hurry), tmp_path, progress=False)
+    said = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert "Time of a trial: 12 s, 1.3 s of them until its first step; 0.1 s are neither training nor" in said
+    assert "- Seed: 1; with the same seed" in said
+
+
+def test_write_report_leaves_out_times_if_no_trial_ran_as_a_whole(tmp_path: Path):
+    def continue_all(sweep: dict) -> None:
+        for trial in sweep["trials"]:
+            del trial["seconds"], trial["seconds_to_first_step"], trial["seconds_of_overhead"]
+
+    write_report(write_sweep(tmp_path / "sweep", [1], continue_all), tmp_path, progress=False)
+    assert "Time of a trial" not in (tmp_path / "table3.md").read_text(encoding="utf-8")
+    metrics = json.loads((tmp_path / "table3.json").read_text())
+    assert not {"seconds", "seconds_to_first_step", "seconds_of_overhead"} & metrics.keys()
+
+
+def test_counted_has_a_plural_for_all_but_one():
+    assert [counted(number, "row") for number in (0, 1, 2, 1500)] == ["0 rows", "1 row", "2 rows", "1,500 rows"]
 
 
 def test_write_report_prices_all_device_hours(damaged: tuple[Path, Path]):

@@ -1,19 +1,24 @@
 """What a trial takes of a cluster, and what it begins with. The sweep itself is run by tests/system/test_sweep.py."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from model.transformer import Transformer
+from pipeline.cluster.accounting import UsageRecorder
 from pipeline.data.workspace import Workspace
 from pipeline.training import checkpoint
-from pipeline.training.loop import TrainState, adam
+from pipeline.training.loop import TrainState
 from sweeps import run
 from sweeps.run import TrialResources
 from sweeps.table3 import Row
 from sweeps.trials import Trial
-from tests.factories import config, settings
+from tests.factories import save_checkpoint, settings
+
+ROW = Row("base", "base", "base", "base", {})
+IN_PROCESS = TrialResources(use_gpu=False, cpus_per_worker=1, num_workers=1, in_process=True)
 
 
 def test_num_devices_counts_gpus_or_the_cpus_of_all_workers():
@@ -24,12 +29,7 @@ def test_num_devices_counts_gpus_or_the_cpus_of_all_workers():
 @pytest.mark.parametrize(("max_steps", "finished"), [(5, True), (20, False)])
 def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path, monkeypatch, max_steps, finished):
     folders = {steps: tmp_path / f"checkpoints/grammar-mini-3-0123456789ab-{steps}" for steps in (5, 20)}
-    model = Transformer(config())
-    optimizer = adam(model, 0.9, 0.98, 1e-9)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    checkpoint.save(folders[5], model, optimizer, TrainState(step=5, finished=True), {}, keep=1)
+    save_checkpoint(folders[5], TrainState(step=5, finished=True))
     begun: list[Any] = []
 
     def training_run(*arguments: Any, **named: Any) -> None:
@@ -37,15 +37,36 @@ def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path
         raise InterruptedError
 
     monkeypatch.setattr(run, "training_run", training_run)
-    row = Row("base", "base", "base", "base", {})
-    trial = Trial(row, 3, settings(train={"max_steps": max_steps}), folders[max_steps], "key", "run key")
+    trial = Trial(ROW, 3, settings(train={"max_steps": max_steps}), folders[max_steps], "key", "run key")
     with pytest.raises(InterruptedError):
-        run._train_and_evaluate(
-            trial, TrialResources(False, 1, 1, True), Workspace(tmp_path, tmp_path, None, ""), "parent"
-        )
+        run._train_and_evaluate(trial, IN_PROCESS, Workspace(tmp_path, tmp_path, None, ""), "parent")
     assert [checkpoint.step_of(path) for path in checkpoint.folders(trial.folder)] == [5]
     assert begun[3] == trial.folder
     assert (begun[4] is not None) == finished
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_trial_has_times_if_it_ran_without_a_break(tmp_path, monkeypatch, continued):
+    parent = tmp_path / "checkpoints"
+    trial = Trial(ROW, 3, settings(train={"max_steps": 20}), parent / "grammar-mini-3-0123456789ab-20", "", "")
+    if continued:
+        save_checkpoint(parent / "grammar-mini-3-0123456789ab-5", TrainState(step=5, finished=True))
+
+    @contextmanager
+    def training_run(*_: Any, **named: Any) -> Iterator[SimpleNamespace]:
+        recorder = UsageRecorder(trial.folder, devices=1)
+        recorder.count_step()
+        recorder.close()
+        yield SimpleNamespace(run_id="run")
+
+    trained = dict.fromkeys(("parameters", "steps", "tokens", "tokens_per_second", "valid_ppl"), 1)
+    monkeypatch.setattr(run, "training_run", training_run)
+    monkeypatch.setattr(run, "write_model", lambda *_: trained)
+    monkeypatch.setattr(run, "_evaluate", lambda *_: ({}, 0.0))
+    monkeypatch.setattr(run, "flops_per_step", lambda *_: 1.0)
+    record = run._train_and_evaluate(trial, IN_PROCESS, Workspace(tmp_path, tmp_path, None, ""), "parent")
+    assert ("seconds" in record) != continued
+    assert record["attempts"] == 1
 
 
 def test_of_tune_is_all_of_a_trial_in_its_process_and_next_to_nothing_of_a_driver(monkeypatch: pytest.MonkeyPatch):

@@ -166,8 +166,11 @@ def test_carry_usage_counts_a_share_of_the_other_run_once(tmp_path, clock):
     carry_usage(one, other, 0.75)
     attempt(clock, other, devices=1, steps=5, seconds_a_step=2.0).write()
     found = total_usage(other)
-    assert (found.attempts, found.device_seconds, found.steps) == (2, 46.0, 11)
+    assert (found.attempts, found.device_seconds, found.steps) == (1, 46.0, 11)
+    attempt(clock, other, devices=1, steps=0, seconds_a_step=2.0).write()  # the one before was killed
+    assert total_usage(other).attempts == 2
     carry_usage(other, third, 1.0)
+    assert total_usage(third).attempts == 2
     assert total_usage(third).device_seconds == 46.0
 
 
