@@ -118,6 +118,8 @@ def decoding(setting: Setting) -> list[str]:
             tokenizer = ("--tokenizer", setting.data / "tokenizer")
             engine = module("decoding", sys.executable, "engine", *tokenizer, *common)
             others.append(System(f"{preset}, evaluate.engine ctranslate2, its export included", engine))
+            lines_of_text = module("decoding", sys.executable, "lines", *tokenizer, *common)
+            others.append(System(f"{preset}, ours from text to text, as pipeline.translate", lines_of_text))
         paired([ours, *others], rounds, profile=True)
         profiles.append(_profile(ours))
         for system in (ours, *others):

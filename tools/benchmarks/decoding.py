@@ -65,6 +65,24 @@ def ours(model: Path, sources: Outputs, cap: bool, tokenizer: Path | None = None
     return outputs
 
 
+def by_lines(model: Path, sources: Outputs, tokenizer: Path) -> Search:
+    """pipeline/inference/lines.py, as `python -m pipeline.translate` calls it: from text to text."""
+    from pipeline.common.settings import load_settings
+    from pipeline.data.dataset import load_tokenizer
+    from pipeline.inference.lines import BATCH_TOKENS, LineTranslator
+    from pipeline.training.checkpoint import load_model
+
+    search: dict[str, Any] = dict(beam=BEAM, alpha=ALPHA, max_extra=FREE_EXTRA, batch_tokens=BATCH_TOKENS)
+    real = load_tokenizer(tokenizer)
+    translator = LineTranslator(load_model(model), real, replace(load_settings(Path()).evaluate, **search))
+    lines = [real.decode(source) for source in sources]
+
+    def outputs() -> Outputs:
+        return [real.encode(found[0].text) for found in translator(lines, print)]
+
+    return outputs
+
+
 def generate(model: Path, sources: Outputs, cap: bool) -> Search:
     """MarianMTModel.generate of transformers, with our weights."""
     sizes = json.loads((model / "config.json").read_text())
@@ -211,9 +229,9 @@ def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("system", choices=["ours", "engine", "generate", "float32", "int8"])
+    parser.add_argument("system", choices=["ours", "engine", "lines", "generate", "float32", "int8"])
     parser.add_argument("--model", type=Path, required=True, help="of save_model; in it ctranslate2-float32, -int8")
-    parser.add_argument("--tokenizer", type=Path, help="data/tokenizer, for the engine")
+    parser.add_argument("--tokenizer", type=Path, help="data/tokenizer, for engine and lines")
     parser.add_argument("--encoded", type=Path, required=True, help="data/encoded")
     parser.add_argument("--sentences", type=int, required=True, help="of a block")
     parser.add_argument("--cap", action="store_true")
@@ -231,6 +249,8 @@ def main() -> None:
         search = ctranslate2(model / f"ctranslate2-{arguments.system}", sources, cap, *options)
     elif arguments.system == "engine":
         search = ours(model, sources, cap, arguments.tokenizer)
+    elif arguments.system == "lines":
+        search = by_lines(model, sources, arguments.tokenizer)
     else:
         search = (ours if arguments.system == "ours" else generate)(model, sources, cap)
     sizes = json.loads((model / "config.json").read_text())
