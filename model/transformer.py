@@ -241,7 +241,7 @@ class Embedding(nn.Module):
         """[batch, length] -> [batch, length, d_model]; the tokens begin at position `first`."""
         last = first + tokens.size(1)
         if last > self.max_length:
-            raise ValueError(f"a sentence of {last} pieces: model.max_length is {self.max_length}")
+            raise ValueError(f"a sentence of {last} tokens: model.max_length is {self.max_length}")
         x = F.embedding(tokens, self.weight) * self.scale
         if self.positions is not None:
             x = x + self.positions[first:last]

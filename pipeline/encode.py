@@ -75,10 +75,10 @@ def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, 
     return {
         "vocab_size": info.vocab_size,
         "pairs": info.pairs,
-        "pieces_per_word": {side: train[side]["pieces"] / max(1, train[side]["words"]) for side in SIDES},
+        "tokens_per_word": {side: train[side]["tokens"] / max(1, train[side]["words"]) for side in SIDES},
         "longest": {side: max(counts[split][side]["longest"] for split in SPLITS) for side in SIDES},
-        "byte_pieces": sum(count["byte_pieces"] for count in everywhere),
-        "unknown_pieces": sum(count["unknown_pieces"] for count in everywhere),
+        "byte_tokens": sum(count["byte_tokens"] for count in everywhere),
+        "unknown_tokens": sum(count["unknown_tokens"] for count in everywhere),
         "not_restored": sum(count["not_restored"] for count in everywhere),
         "bytes": num_bytes,
     }
@@ -117,13 +117,13 @@ def _encode_text(
             lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
             tokens = np.concatenate(encoded)
             tokens_file.append(tokens)
-            offsets_file.append(count["pieces"] + np.cumsum(lengths))
+            offsets_file.append(count["tokens"] + np.cumsum(lengths))
             count["sentences"] += len(sentences)
             count["words"] += sum(num_words(sentence, language) for sentence in sentences)
-            count["pieces"] += len(tokens)
+            count["tokens"] += len(tokens)
             count["longest"] = max(count["longest"], int(lengths.max()))
-            count["byte_pieces"] += int(is_byte[tokens].sum())
-            count["unknown_pieces"] += int((tokens == UNK).sum())
+            count["byte_tokens"] += int(is_byte[tokens].sum())
+            count["unknown_tokens"] += int((tokens == UNK).sum())
             for digest in digests:
                 digest.update(chunk)
             progress.update(len(chunk))

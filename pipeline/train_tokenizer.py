@@ -29,12 +29,12 @@ MAX_LINE_BYTES = 1 << 16
 
 
 def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowercase: bool = False) -> None:
-    """Learn `vocab_size` pieces from the lines of both files; write `folder`/spm.model and spm.vocab.
+    """Learn `vocab_size` tokens from the lines of both files; write `folder`/spm.model and spm.vocab.
 
     The encoding itself normalises text by NFKC and, with `lowercase`, lower-cases it.
 
-    `vocab_size` counts all pieces: the reserved ones too, and 256 bytes that spell characters which are none of the
-    pieces, so that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
+    `vocab_size` counts all tokens: the reserved ones too, and 256 bytes that spell characters which are none of the
+    tokens, so that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
     distances, and of these the lines of at most MAX_LINE_BYTES. The same texts give the same bytes.
 
     Raises ValueError if a file is missing, both are empty or they differ in length; or if vocab_size is too
@@ -57,7 +57,7 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
             bos_id=BOS,
             eos_id=EOS,
             normalizer=_lowercase() if lowercase else SentencePieceNormalizer(rule_name="nfkc"),
-            character_coverage=0.9999,  # the rarest characters become bytes instead of pieces
+            character_coverage=0.9999,  # the rarest characters become bytes instead of tokens
             byte_fallback=True,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,  # more are hardly faster, and the model file records their number
@@ -70,8 +70,8 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
     with replace_folder(folder) as partial:
         (partial / "spm.model").write_bytes(model)
         with open(partial / "spm.vocab", "w", encoding="utf-8", newline="\n") as file:
-            for piece in range(vocab_size):
-                file.write(f"{tokenizer.id_to_piece(piece)}\t{tokenizer.get_score(piece):g}\n")
+            for token in range(vocab_size):
+                file.write(f"{tokenizer.id_to_piece(token)}\t{tokenizer.get_score(token):g}\n")
         write_sums(partial, ["spm.model", "spm.vocab"])
 
 
@@ -111,11 +111,11 @@ def _explain(message: str, vocab_size: int) -> str:
     """Our message for SentencePiece's errors about the vocabulary's size, which have no type of their own; any other
     error as it is."""
     if too_large := re.search(r"value <= (\d+)", message):
-        return f"tokenize.vocab_size is {vocab_size}: the training text yields at most {too_large[1]} pieces"
+        return f"tokenize.vocab_size is {vocab_size}: the training text yields at most {too_large[1]} tokens"
     if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
             f"tokenize.vocab_size is {vocab_size}: at least {too_small[1]} is needed, "
-            "for the text's characters, 256 bytes and the reserved pieces"
+            "for the text's characters, 256 bytes and the reserved tokens"
         )
     return f"SentencePiece cannot learn from the training text: {message}"
 

@@ -4,7 +4,7 @@
     python -m pipeline.translate --model models/final --nbest 3 --scores --format tsv sentences.en
 
 Reads the model's folder, which the train stage has written, and nothing else of the project. A line of input is a
-line of output, in order, as soon as it is translated; an empty one stays empty. A line with more pieces than the
+line of output, in order, as soon as it is translated; an empty one stays empty. A line with more tokens than the
 model takes (model.max_length) is split at ends of sentences or else cut, and standard error has its number.
 
 --format text is the translation, with --scores then a tab and its score; with --nbest, that many lines for each line

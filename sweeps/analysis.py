@@ -25,7 +25,7 @@ class SeedMeans:
     bleu: float
     bleu_sd: float | None  # None for one seed
     test_bleu: float
-    ppl: float  # per piece of the validation split, averaged weights
+    ppl: float  # per token of the validation split, averaged weights
     params: float
     updates: float
     device_hours: float

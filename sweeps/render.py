@@ -218,10 +218,11 @@ def _bleu_legend(rows: Sequence[RowResult]) -> list[str]:
 
 
 COST_LEGEND = [
-    "PPL: perplexity a piece on the validation split, of the weights that were scored; lower is better. "
+    "PPL: perplexity per token of the validation split, of the weights that were scored; lower is better. "
     "PPL - base: the difference from base. paper - base: the paper's difference in PPL.",
     "updates, device-h (device-hours), FLOPs, tokens/s: of one training, mean over the seeds that finished, restarts "
-    "included. FLOPs compare with the paper's Table 2 (base: 3.3e18). Tokens are target pieces without padding.",
+    "included. FLOPs compare with the paper's Table 2 (base: 3.3e18). Tokens are those of the target, without "
+    "padding.",
 ]
 
 

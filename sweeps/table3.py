@@ -22,7 +22,7 @@ averaged weights; and one of the test split beside them."""
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints: perplexity per word-piece and BLEU on newstest2013, and millions of parameters, which
+    """What the paper prints: perplexity per wordpiece and BLEU on newstest2013, and millions of parameters, which
     it leaves blank (None) where they are those of base."""
 
     ppl: float

@@ -1,5 +1,6 @@
 """Rules between files: which way imports point, what dvc.yaml lists, pinned versions, no machine's paths."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_no_stage_depends_on_code_of_which_it_runs_nothing(name):
     code = [dep for dep in stage["deps"] if dep.partition("/")[0] in {"model", "pipeline", "sweeps"}]
     unused = [dep for dep in code if dep not in run and not any(file.startswith(f"{dep}/") for file in run)]
     assert not unused, "a change there would rerun it for nothing"
+
+
+def texts(path: Path) -> str:
+    """A file's text; of Python its strings alone, docstrings too."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    nodes = ast.walk(ast.parse(text))
+    return "\n".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
+def test_what_the_tokenizer_makes_is_called_a_token():
+    documents = [path for folder in (".", "docs", "infra") for path in (REPOSITORY / folder).glob("*.md")]
+    settings = [REPOSITORY / "params.yaml", *(REPOSITORY / "conf").rglob("*.yaml")]
+    assert [path for path in (*EVERY_MODULE, *documents, *settings) if re.search(r"\bpieces?\b", texts(path))] == []
 
 
 def test_versions_are_pinned_exactly():

@@ -163,12 +163,12 @@ def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> 
     """Indices of the pairs within `max_length`, by ascending length. Raises ValueError."""
     pairs = np.flatnonzero(longer <= max_length)
     if not len(pairs):
-        raise ValueError(f"none of {len(longer)} sentence pairs has at most model.max_length ({max_length}) pieces")
+        raise ValueError(f"none of {len(longer)} sentence pairs has at most model.max_length ({max_length}) tokens")
     pairs = pairs[np.argsort(longer[pairs], kind="stable")]
     worst = pairs[-1]
     if longer[worst] > micro_batch_tokens:
         raise ValueError(
-            f"the pair of line {worst + 1} has {longer[worst]} pieces on one side, more than "
+            f"the pair of line {worst + 1} has {longer[worst]} tokens on one side, more than "
             f"hardware.micro_batch_tokens ({micro_batch_tokens}): set that to {longer[worst]} or more, or lower "
             "model.max_length, which leaves longer pairs out of training"
         )

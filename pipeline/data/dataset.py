@@ -72,7 +72,7 @@ class EncodedText:
             raise ValueError(f"{offsets_path} holds {offsets.dtype} {offsets.shape}: a row of int64 is needed")
         if offsets[0] != 0 or offsets[-1] != len(tokens):
             raise ValueError(
-                f"{offsets_path} ends at piece {offsets[-1]}, {tokens_path.name} has {len(tokens)}: "
+                f"{offsets_path} ends at token {offsets[-1]}, {tokens_path.name} has {len(tokens)}: "
                 "they do not belong together; run the tokenize stage again"
             )
         text = cls(tokens, offsets)
@@ -119,7 +119,7 @@ class EncodedSplit:
             if (largest := int(text.tokens.max(initial=0))) >= vocab_size:
                 path, _ = encoded_paths(folder, split, side)
                 raise ValueError(
-                    f"{path} holds piece {largest}, meta.json a vocabulary of {vocab_size}: "
+                    f"{path} holds token {largest}, meta.json a vocabulary of {vocab_size}: "
                     "run the tokenize stage again"
                 )
         if len(src) != len(tgt):
@@ -150,7 +150,7 @@ def _map(path: Path) -> np.ndarray:
 def load_tokenizer(folder: Path, stage: str = "tokenize") -> "SentencePieceProcessor":
     """The joint byte-pair encoding in `folder`/spm.model (section 5.1), which `stage` has written, verified.
 
-    Raises ValueError if there is none, it is damaged, or its reserved pieces are not those of model.config.
+    Raises ValueError if there is none, it is damaged, or its reserved tokens are not those of model.config.
     """
     from sentencepiece import SentencePieceProcessor  # here, so that training needs torch and numpy alone
 

@@ -55,7 +55,7 @@ def evaluate_run(
     too_long = int((test.tokens.src.lengths >= model.config.max_length).sum())
     if too_long:
         warning = (
-            f"{too_long} test sentences have {model.config.max_length} pieces (model.max_length) or more and are cut"
+            f"{too_long} test sentences have {model.config.max_length} tokens (model.max_length) or more and are cut"
         )
         tqdm.write(f"evaluate: {warning}", file=sys.stderr)
     if torch.cuda.is_available():

@@ -35,7 +35,7 @@ class Part:
 class LineTranslator:
     """Beam search with these settings for lines of text, each of which gives its `num_best` best translations.
 
-    A line without a visible character has no translation. One with more pieces than the model takes is split
+    A line without a visible character has no translation. One with more tokens than the model takes is split
     at ends of sentences; a sentence that is still too long is cut. Then the translations are put together, best with
     best and so on, and their scores added up.
     """
@@ -64,10 +64,10 @@ class LineTranslator:
         sentences = _sentences(line)
         encoded = [self._tokenizer.encode(sentence) for sentence, _ in sentences]
         left_out = sum(max(0, len(tokens) - self._longest) for tokens in encoded)
-        fate = f"has {len(tokens)} pieces, more than the model's {self._longest}: "
+        fate = f"has {len(tokens)} tokens, more than the model's {self._longest}: "
         fate += f"translated in {len(sentences)} parts" if len(sentences) > 1 else "cut"
         if left_out:
-            fate += f", {left_out} pieces are left out"
+            fate += f", {left_out} tokens are left out"
         say(fate)
         return [
             Part(np.array(tokens[: self._longest], np.int64), behind)

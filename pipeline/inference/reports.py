@@ -12,11 +12,12 @@ from pipeline.tracking.results import find_training_run, log_evaluation, log_mod
 
 SCORE_LABELS = {
     "bleu": "sacreBLEU (detokenised; compare with others' sacreBLEU)",
-    "bleu_paper": "the paper's BLEU (Moses tokens, German compounds split)",
-    "bleu_lowercase": "Multi30k papers' BLEU (Moses tokens, lower-cased)",
+    "bleu_paper": "BLEU on Moses tokens",
+    "bleu_lowercase": "BLEU on lower-cased Moses tokens",
     "chrf": "chrF2",
 }
-
+COMPOUNDS = "compounds:split", ", compounds split, as the paper's"
+"""In the signature of a score, and behind its label."""
 
 TRANSLATIONS, VALID_TRANSLATIONS = "translations.tsv", "translations_valid.tsv"
 
@@ -117,7 +118,9 @@ def format_scores(metrics: dict[str, Any]) -> str:
 
     for name, label in SCORE_LABELS.items():
         if name in test:
-            lines += [line(label, name, "11.2f"), f"      {test[f'{name}_signature']}"]
+            signature = test[f"{name}_signature"]
+            more = COMPOUNDS[1] if COMPOUNDS[0] in signature else ""
+            lines += [line(label + more, name, "11.2f"), f"      {signature}"]
     return "\n".join(
         [
             *lines,

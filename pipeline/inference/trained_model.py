@@ -16,7 +16,7 @@ def load_trained(folder: Path) -> tuple[Transformer, "SentencePieceProcessor"]:
     model, tokenizer = load_model(folder), load_tokenizer(folder, "train")
     if tokenizer.get_piece_size() != model.config.vocab_size:
         raise ValueError(
-            f"{folder} has a tokenizer of {tokenizer.get_piece_size()} pieces and a model of "
+            f"{folder} has a tokenizer of {tokenizer.get_piece_size()} tokens and a model of "
             f"{model.config.vocab_size}: run the train stage again"
         )
     return model, tokenizer

@@ -102,5 +102,5 @@ def engine_of(
 
 
 def _as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
-    """On one line, though byte pieces can spell a line break."""
+    """On one line, though byte tokens can spell a line break."""
     return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)

@@ -163,7 +163,7 @@ def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
         text = CLEAN / f"valid.{(settings.data.src, settings.data.tgt)[side]}"
         others = int((lengths.max(axis=0) > allowed).sum()) - 1
         raise ValueError(
-            f"{text}, line {pair + 1}, has {longest} pieces, more than model.max_length ({allowed})"
+            f"{text}, line {pair + 1}, has {longest} tokens, more than model.max_length ({allowed})"
             f"{f', and {others} more pairs are too long' if others else ''}: set model.max_length to {longest}, or "
             "drop such pairs by a lower validate.max_words"
         )

@@ -99,11 +99,11 @@ def test_encode_corpus_reports_what_was_encoded(encoded):
         side: REPEATS["train"] * sum(len(s.split()) for s in SENTENCES[code])
         for side, code in zip(tokens, SENTENCES, strict=True)
     }
-    assert report["pieces_per_word"] == {side: len(tokens[side]) / words[side] for side in tokens}
+    assert report["tokens_per_word"] == {side: len(tokens[side]) / words[side] for side in tokens}
     assert report["pairs"] == {split: 4 * repeats for split, repeats in REPEATS.items()}
     assert report["longest"]["tgt"] == max(EncodedText.open(folder, "train", "tgt").lengths)
     assert report["vocab_size"] == 379
-    assert (report["byte_pieces"], report["unknown_pieces"], report["not_restored"]) == (0, 0, 0)
+    assert (report["byte_tokens"], report["unknown_tokens"], report["not_restored"]) == (0, 0, 0)
     assert report["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     info = CorpusInfo.open(folder)
     assert (info.src, info.tgt, info.vocab_size, info.pairs) == ("en", "de", 379, report["pairs"])
@@ -167,7 +167,7 @@ def test_encode_corpus_spells_unseen_characters_and_names_a_lost_one(corpus, tmp
     (tmp_path / "test.de").write_text("Warum?\nein 語\nein ▁\n", encoding="utf-8")
     (tmp_path / "test.en").write_text("Why?\n" * 3, encoding="utf-8")
     report = encode_corpus(tmp_path, corpus / "tokenizer", tmp_path / "encoded", "en", "de")
-    assert (report["byte_pieces"], report["unknown_pieces"], report["not_restored"]) == (3, 0, 1)
+    assert (report["byte_tokens"], report["unknown_tokens"], report["not_restored"]) == (3, 0, 1)
     assert "test.de, line 3, is decoded as 'ein'" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ from pipeline.encode import encode_corpus
 from pipeline.evaluate import main
 from pipeline.inference.ctranslate2_export import write_export
 from pipeline.inference.evaluation import Split, evaluate_model, evaluate_run, perplexities, read_split
+from pipeline.inference.metrics import paper_bleu
 from pipeline.inference.reports import format_scores, shown_metrics
 from pipeline.inference.translate import Translation, translate
 from pipeline.train_tokenizer import train_tokenizer
@@ -183,6 +184,18 @@ def test_scores_on_moses_tokens_are_left_out_where_moses_has_no_such_language(pr
     assert "Moses" not in format_scores(found.metrics)
 
 
+def test_format_scores_names_no_compounds_and_no_corpus_where_they_do_not_apply():
+    names = ("bleu", "bleu_paper", "bleu_lowercase", "length_ratio", "cut_off", "ppl", "ppl_word")
+    of_test = dict.fromkeys(names, 1) | {"sentences": 3}
+    of_test |= {f"{name}_signature": paper_bleu(["Un."], ["Un."], "fr").signature for name in names[:3]}
+    of_valid = {f"averaged_{name}": value for name, value in of_test.items()}
+    shown = format_scores({"test": of_test, "valid": of_valid, "sentences_per_second": 1.0})
+    assert [line[:41].strip() for line in shown.splitlines() if "BLEU on" in line] == [
+        "BLEU on Moses tokens", "BLEU on lower-cased Moses tokens"
+    ]  # fmt: skip
+    assert "Multi30k" not in shown
+
+
 def test_translate_searches_by_the_engine_of_the_settings(project: Path, settings: Settings):
     model, tokenizer = load_model(project / "models/final"), load_tokenizer(project / "data/tokenizer")
     sources = read_split("test", "en", "de", project).tokens.src
@@ -237,6 +250,7 @@ def test_evaluate_run_writes_reports_and_logs_to_mlflow(project: Path, settings:
     assert mlflow["model"][2:] == (project / "models/final", {"beam": 4, "alpha": 0.6, "max_extra": 7})
 
     shown = format_scores(found.metrics)
+    assert "  BLEU on Moses tokens, compounds split, as the paper's   " in shown
     for name in ("bleu", "bleu_paper", "bleu_lowercase", "chrf"):
         assert f"{found.metrics['test'][name]:.2f}" in shown
         assert found.metrics["test"][f"{name}_signature"] in shown
@@ -251,7 +265,7 @@ def test_evaluate_run_warns_of_sources_that_are_cut(
     config = replace(model.config, max_length=int(longest))
     save_model(root / "models/final", model.state_dict(), config)
     evaluate_run(settings, root)
-    assert f"test sentences have {longest} pieces (model.max_length) or more and are cut" in capsys.readouterr().err
+    assert f"test sentences have {longest} tokens (model.max_length) or more and are cut" in capsys.readouterr().err
 
 
 @pytest.fixture

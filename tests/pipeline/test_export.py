@@ -206,7 +206,7 @@ def test_export_reports_what_is_missing_or_does_not_match_in_one_line(project: P
     model = Transformer(TransformerConfig(**config | {"vocab_size": 43}))
     save(model, project / "models/final")
     assert refusal() == (
-        "export: models/final has a tokenizer of 41 pieces and a model of 43: run the train stage again"
+        "export: models/final has a tokenizer of 41 tokens and a model of 43: run the train stage again"
     )
     (project / "models/final/spm.model").unlink()
     assert refusal() == ("export: models/final/spm.model does not exist: run the train stage first (dvc repro train)")

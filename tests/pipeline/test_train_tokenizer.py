@@ -105,7 +105,7 @@ def test_train_tokenizer_takes_max_pairs_at_even_distances(tmp_path, monkeypatch
 def test_train_tokenizer_names_the_largest_possible_vocabulary(tmp_path):
     paths = write_corpus(tmp_path)
     with pytest.raises(
-        ValueError, match=r"vocab_size is 100000: the training text yields at most \d+ pieces$"
+        ValueError, match=r"vocab_size is 100000: the training text yields at most \d+ tokens$"
     ) as error:
         train_tokenizer(*paths, tmp_path / "tokenizer", 100_000)
     largest = int(str(error.value).split()[-2])

@@ -144,7 +144,7 @@ def test_translate_says_what_is_split_or_cut(run):
     assert first.startswith("translate: text line 2 has ")
     assert first.endswith(f"more than the model's {MAX_LENGTH - 1}: translated in 9 parts")
     assert second.startswith("translate: text line 4 has ")
-    assert second.endswith("pieces are left out")
+    assert second.endswith("tokens are left out")
 
 
 def test_translate_reads_no_more_of_a_line_than_it_may_hold(run, monkeypatch):

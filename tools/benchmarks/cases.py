@@ -93,12 +93,12 @@ def decoding(setting: Setting) -> list[str]:
     ceiling, found = _ceiling()
     lines = [
         "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, two "
-        "lengths of 64 sentences, and every output has its source's pieces and 10 more. CTranslate2 ends a search "
+        "lengths of 64 sentences, and every output has its source's tokens and 10 more. CTranslate2 ends a search "
         "with four finished outputs, whatever else is growing; with patience 2, which evaluate.engine has for the "
         "outputs of ours, with eight. The share of the ceiling is of what four hypotheses as long as the output "
         f"need. {found}",
         "",
-        "| | sentences/s | output pieces/s | share of the ceiling | ours to it | peak memory |",
+        "| | sentences/s | output tokens/s | share of the ceiling | ours to it | peak memory |",
         "|---|---:|---:|---:|---|---:|",
     ]
     profiles = []
@@ -142,7 +142,7 @@ def data(setting: Setting) -> list[str]:
         what, vocab_size = "each two of Multi30k's by chance", VOCAB_SIZE
         _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
     lines = [
-        f"**Data**, {setting.pairs:,} pairs, {what}, {vocab_size:,} pieces.",
+        f"**Data**, {setting.pairs:,} pairs, {what}, a vocabulary of {vocab_size:,}.",
         "",
         "| | seconds | pairs/s | peak memory |",
         "|---|---:|---:|---:|",
@@ -153,7 +153,7 @@ def data(setting: Setting) -> list[str]:
         log(stage)
         rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
     rows.append(("download to encoded", sum(took for _, took, _ in rows), max(peak for *_, peak in rows)))
-    names = {"encode": "pieces by encode", "sentencepiece": "pieces by SentencePiece alone", "decode": "text again"}
+    names = {"encode": "tokens by encode", "sentencepiece": "tokens by SentencePiece alone", "decode": "text again"}
     systems = [
         System(name, module("preparation", sys.executable, what, "--data", project / "data"))
         for what, name in names.items()
@@ -170,7 +170,7 @@ def data(setting: Setting) -> list[str]:
     lines += [
         "",
         f"Encode over SentencePiece alone, pairs a second: {systems[0].ratio(systems[1], 'pairs_per_s')}. Of its "
-        f"processor time, {shares[1]:.0%} is SentencePiece's for the pieces, {shares[2]:.0%} for the text again, by "
+        f"processor time, {shares[1]:.0%} is SentencePiece's for the tokens, {shares[2]:.0%} for the text again, by "
         f"which each sentence is compared, and {1 - shares[1] - shares[2]:.0%} reads, compares, counts and writes.",
         f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
         f"{block['resume_s']:.1f} s to the first batch in the middle of one, {plan.peak_bytes / 1e9:.2f} GB.",

@@ -191,13 +191,13 @@ def test_batch_plan_leaves_out_and_counts_pairs_longer_than_max_length():
 
 
 def test_batch_plan_without_a_pair_within_max_length_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 2 sentence pairs has at most model.max_length \(5\) pieces"):
+    with pytest.raises(ValueError, match=r"none of 2 sentence pairs has at most model.max_length \(5\) tokens"):
         BatchPlan([5, 6], [1, 1], batch_tokens=9, micro_batch_tokens=9, max_length=5, seed=1)
 
 
 def test_batch_plan_names_a_pair_above_micro_batch_tokens():
     message = (
-        r"pair of line 3 has 14 pieces on one side, more than hardware.micro_batch_tokens \(13\): set that to 14"
+        r"pair of line 3 has 14 tokens on one side, more than hardware.micro_batch_tokens \(13\): set that to 14"
     )
     with pytest.raises(ValueError, match=message):
         BatchPlan([5, 6, 7], [1, 1, 13], batch_tokens=99, micro_batch_tokens=13, max_length=20, seed=1)

@@ -89,7 +89,7 @@ def test_encoded_text_names_another_kind_of_array(tmp_path):
 
 def test_encoded_text_tells_arrays_of_two_runs_apart(tmp_path):
     write(tmp_path, offsets=(0, 2, 7))
-    with pytest.raises(ValueError, match=r"offsets\.npy ends at piece 7, valid\.src\.ids\.npy has 5"):
+    with pytest.raises(ValueError, match=r"offsets\.npy ends at token 7, valid\.src\.ids\.npy has 5"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
@@ -123,7 +123,7 @@ def test_encoded_split_needs_tokens_of_the_vocabulary(corpus):
     assert len(EncodedSplit.open(corpus, "valid"))
     edit_corpus(corpus, vocab_size=largest)
     with pytest.raises(
-        ValueError, match=rf"src\.ids\.npy holds piece {largest}, meta\.json a vocabulary of {largest}:"
+        ValueError, match=rf"src\.ids\.npy holds token {largest}, meta\.json a vocabulary of {largest}:"
     ):
         EncodedSplit.open(corpus, "valid")
 

@@ -51,7 +51,7 @@ def test_a_line_that_is_too_long_is_split_at_ends_of_sentences():
     expected = plain(parts)
     assert found[1][0].text == " ".join(best.text for best in expected if best.text)
     assert found[1][0].score == pytest.approx(sum(best.score for best in expected), abs=1e-4)
-    assert said == [(1, f"has {number} pieces, more than the model's {LONGEST}: translated in 4 parts")]
+    assert said == [(1, f"has {number} tokens, more than the model's {LONGEST}: translated in 4 parts")]
 
 
 def test_a_sentence_that_is_too_long_is_cut():
@@ -63,7 +63,7 @@ def test_a_sentence_that_is_too_long_is_cut():
     assert best == expected
     left_out = len(tokens) - LONGEST
     assert said == [
-        (0, f"has {len(tokens)} pieces, more than the model's {LONGEST}: cut, {left_out} pieces are left out")
+        (0, f"has {len(tokens)} tokens, more than the model's {LONGEST}: cut, {left_out} tokens are left out")
     ]
 
 

@@ -172,7 +172,7 @@ def test_translator_logs_what_is_too_long_and_leaves_what_is_empty(root: Path, c
     assert found[0] == found[3] == ""
     assert found[2] == " ".join([found[1]] * 5)
     [message] = caplog.messages
-    assert re.fullmatch(r"sentence 3 of 4 has \d+ pieces, more than the model's 30: translated in 5 parts", message)
+    assert re.fullmatch(r"sentence 3 of 4 has \d+ tokens, more than the model's 30: translated in 5 parts", message)
 
 
 def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads) -> None:

@@ -289,7 +289,7 @@ def test_train_rank_weights_change_with_each_setting_of_the_run_key(data, tmp_pa
 
 
 def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
-    for side in SIDES:  # validation fits: five pieces each
+    for side in SIDES:  # validation fits: five tokens each
         ids_path, offsets_path = encoded_paths(data, "valid", side)
         np.save(ids_path, np.full(5 * PAIRS["valid"], EOS + 1, np.uint16))
         np.save(offsets_path, 5 * np.arange(PAIRS["valid"] + 1))
@@ -308,7 +308,7 @@ def test_train_rank_refuses_validation_pairs_that_are_too_long(data, tmp_path):
     longest, others = int(lengths.max()), int((lengths.max(axis=0) > 7).sum()) - 1
     side, pair = np.unravel_index(lengths.argmax(), lengths.shape)
     message = (
-        rf"^data/clean/valid\.{('en', 'de')[side]}, line {pair + 1}, has {longest} pieces, more than "
+        rf"^data/clean/valid\.{('en', 'de')[side]}, line {pair + 1}, has {longest} tokens, more than "
         rf"model\.max_length \(7\), and {others} more pairs are too long: set model\.max_length to {longest}, or"
     )
     with pytest.raises(ValueError, match=message):
@@ -320,7 +320,7 @@ def test_train_rank_names_the_split_of_a_pair_that_no_micro_batch_holds(data, tm
     settings = make_settings()
     small = replace(settings, hardware=replace(settings.hardware, micro_batch_tokens=7))
     with pytest.raises(
-        ValueError, match=r"^train: the pair of line \d+ has \d+ pieces on one side, more than hardware"
+        ValueError, match=r"^train: the pair of line \d+ has \d+ tokens on one side, more than hardware"
     ):
         run(data, tmp_path / "run", small)
 
