@@ -15,12 +15,16 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.common.yaml_files import read_yaml  # YAML 1.2, where the key `on` is a text and not true
 
 REPOSITORY = Path(__file__).parents[1]
 LICENSE_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """Of the Apache License 2.0 as the Apache Software Foundation publishes it."""
 WORKFLOW = read_yaml(REPOSITORY / ".github/workflows/tests.yml")
+FORMS = sorted((REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+DOCTOR = "python -m pipeline.doctor"
 
 
 def project() -> dict[str, Any]:
@@ -113,3 +117,23 @@ def test_pre_commit_runs_the_commands_of_make_lint():
         assert hook["language"] == "system"
         assert hook["pass_filenames"] is False
     assert [hook["entry"].removeprefix(".venv/bin/") for hook in repo["hooks"]] == lint_commands()
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_form_has_the_structure_of_a_form_and_asks_for_the_doctor(path):
+    form = read_yaml(path)
+    assert set(form) == {"name", "description", "labels", "body"}
+    for field in form["body"]:
+        assert field["type"] == "textarea"
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        assert {"label"} <= set(field["attributes"]) <= {"label", "description", "render"}
+        assert set(field.get("validations", {})) <= {"required"}
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    doctor = next(field for field in form["body"] if field["id"] == "doctor")
+    assert DOCTOR in doctor["attributes"]["label"]
+    assert doctor["validations"] == {"required": True}
+
+
+def test_issue_forms_are_for_bugs_and_questions():
+    assert [path.stem for path in FORMS] == ["bug", "question"]

@@ -113,6 +113,12 @@ def tracking_uri(root: Path) -> str:
     return str(folder / uri) if is_folder else uri
 
 
+def database_file(uri: str) -> Path | None:
+    """The file of a store of MLflow in SQLite; None for another store."""
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///(/[^?]+)(?:\?.*)?", uri)
+    return Path(unquote(found[1])) if found else None
+
+
 def is_absolute(uri: str) -> bool:
     """Whether it names the same place in every working folder: a URI, or an absolute path."""
     return "://" in uri or Path(uri).is_absolute()

@@ -9,7 +9,6 @@ or moved it would go on writing into the old folder.
 """
 
 import logging
-import re
 import socket
 import sqlite3
 from contextlib import closing, suppress
@@ -37,12 +36,6 @@ LOCATIONS = (
 """Tables and columns with a place of artifacts."""
 RUNNING_ELSEWHERE = """select run_uuid, value from runs join tags using (run_uuid)
     where status = 'RUNNING' and key = 'run.owner_host' and value != ?"""
-
-
-def database_file(uri: str) -> Path | None:
-    """The file of an SQLite store; None for another store."""
-    found = re.fullmatch(r"sqlite(?:\+\w+)?:///(/[^?]+)(?:\?.*)?", uri)
-    return Path(unquote(found[1])) if found else None
 
 
 def open_database(uri: str, file: Path) -> MlflowClient:

@@ -22,8 +22,8 @@ from pipeline.common.environment import (
     without_passwords,
 )
 from pipeline.common.retry import every, retry
-from pipeline.common.storage import home
-from pipeline.tracking.database import artifacts_beside, database_file, open_database
+from pipeline.common.storage import database_file, home
+from pipeline.tracking.database import artifacts_beside, open_database
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -107,6 +107,14 @@ def await_server(uri: str, patience_s: float) -> None:
 
     pauses_s = every(min(2.0, patience_s), patience_s)
     retry(ask, pauses_s, lambda error: isinstance(error, ConnectionError), log)
+
+
+@refusal_as_connection_error
+def count_runs(uri: str, most: int) -> int:
+    """The number of runs in the store, counted up to `most`. Raises ConnectionError if the store refuses."""
+    client = connect(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return len(client.search_runs(experiments, max_results=most)) if experiments else 0
 
 
 def open_experiment(client: MlflowClient, name: str, root: Path) -> str:

@@ -15,6 +15,7 @@ from upath import UPath
 from pipeline.common import storage
 from pipeline.common.storage import (
     cache,
+    database_file,
     one_at_a_time,
     retry_unreachable,
     run_storage,
@@ -121,6 +122,20 @@ def test_tracking_uri_refuses_a_folder_that_an_address_cannot_name(tmp_path, mon
         tracking_uri(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking_uri(root) == "http://mlflow:5000"
+
+
+@pytest.mark.parametrize(
+    ("uri", "file"),
+    [
+        ("sqlite:////srv/x.db", "/srv/x.db"),
+        ("sqlite+pysqlite:////srv/my%20own.db?timeout=30", "/srv/my own.db"),
+        ("sqlite:///:memory:", None),
+        ("postgresql://db/x", None),
+        ("http://mlflow:5000", None),
+    ],
+)
+def test_database_file_is_the_one_that_sqlalchemy_opens(uri, file):
+    assert database_file(uri) == (Path(file) if file else None)
 
 
 def test_cache_is_this_users_alone(tmp_path, monkeypatch):

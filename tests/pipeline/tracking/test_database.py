@@ -11,8 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.common.settings import Settings
+from pipeline.common.storage import database_file
 from pipeline.tracking import database
-from pipeline.tracking.database import database_file
 from pipeline.tracking.runs import open_run
 from pipeline.tracking.store import connect, open_experiment, prepare_store
 
@@ -56,20 +56,6 @@ def half_made(tmp_path: Path, empty_store: Path) -> Path:
         "alter table runs rename to _alembic_tmp_runs",
     )
     return file
-
-
-@pytest.mark.parametrize(
-    ("uri", "file"),
-    [
-        ("sqlite:////srv/x.db", "/srv/x.db"),
-        ("sqlite+pysqlite:////srv/my%20own.db?timeout=30", "/srv/my own.db"),
-        ("sqlite:///:memory:", None),
-        ("postgresql://db/x", None),
-        ("http://mlflow:5000", None),
-    ],
-)
-def test_database_file_is_the_one_that_sqlalchemy_opens(uri: str, file: str | None) -> None:
-    assert database_file(uri) == (Path(file) if file else None)
 
 
 def test_a_store_is_under_its_name_only_when_all_tables_are_made(

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import read_mlflow_creds
 
 from pipeline.tracking.runs import reconcile
-from pipeline.tracking.store import connect, open_experiment, prepare_store
+from pipeline.tracking.store import connect, count_runs, open_experiment, prepare_store
 
 
 def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> None:
@@ -64,3 +64,11 @@ def test_open_experiment_keeps_a_default_experiment_in_use(uri: str, root: Path)
     client.delete_run(run.info.run_id)  # it can be restored
     open_experiment(client, "ours", root)
     assert {experiment.name for experiment in client.search_experiments()} == {"Default", "ours"}
+
+
+def test_count_runs_counts_active_runs_of_all_experiments_up_to_a_number(uri: str) -> None:
+    client = MlflowClient(uri)
+    runs = [client.create_run(client.create_experiment(name)) for name in ("a", "b", "c")]
+    client.delete_run(runs[0].info.run_id)
+    assert count_runs(uri, most=10) == 2
+    assert count_runs(uri, most=1) == 1
