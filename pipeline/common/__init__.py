@@ -1,4 +1,4 @@
-"""What every part of the pipeline shares: settings, paths, command-line conventions, atomic files, storage.
+"""Shared by every part of the pipeline: settings, paths, command-line conventions, atomic files, storage.
 
-Imports model.config and libraries, and no other part of the pipeline.
+Imports only model.config and libraries, no other part of the pipeline.
 """

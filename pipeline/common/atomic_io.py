@@ -1,5 +1,7 @@
-"""Outputs that exist whole or not at all: written under a temporary name, renamed when complete. A store cannot
-rename, but takes a file as a whole."""
+"""Atomic outputs: a file or folder is written under a temporary name and renamed when it is complete.
+
+An object store cannot rename, but a file appears in it only once it is complete.
+"""
 
 import csv
 import errno
@@ -22,12 +24,14 @@ SUMS = "SHA256SUMS"
 
 @contextmanager
 def replace_folder(target: AnyPath) -> Iterator[Path]:
-    """An empty folder to write into; it becomes `target` at the end of the block, or vanishes if that raises.
+    """Yield an empty folder to write into. It becomes `target` at the end of the block, or is removed if that raises.
 
-    On a disk it is flushed before it is renamed, so that no crash of the machine leaves half of it under its name.
-    Temporary names hold host and process: two attempts at one target, on two nodes, do not meet. What killed
-    processes of this host left behind is removed. A store takes one file at a time: SHA256SUMS, if there is one, goes
-    last, and the old one is removed first, so that a folder that has it is whole.
+    On a disk, all files are flushed before the rename, so that a crash of the machine never leaves an incomplete
+    folder under the final name. Temporary names contain the host and the process id, so that two nodes that write one
+    target do not collide. Leftovers of killed processes of this host are removed.
+
+    A store takes one file at a time: the old SHA256SUMS is removed first and the new one, if there is one, is written
+    last. So a folder that has SHA256SUMS is complete.
     """
     if not isinstance(target, Path):
         with temporary_folder() as temporary:
@@ -50,8 +54,8 @@ def replace_folder(target: AnyPath) -> Iterator[Path]:
         except BaseException:
             _remove(partial)
             raise
-        if os.path.lexists(target):  # a link to nowhere, too
-            os.replace(target, old)  # a folder that is not empty cannot be renamed over
+        if os.path.lexists(target):  # also a dangling link
+            os.replace(target, old)  # a rename cannot replace a folder that is not empty
         os.replace(partial, target)
         _flush(target.parent)
         _remove(old)
@@ -65,12 +69,12 @@ def _upload(source: Path, target: AnyPath) -> None:
 
 
 def write_text(target: AnyPath, text: str) -> None:
-    """Write UTF-8 with "\\n" at line ends on every system; missing parent folders are created."""
+    """Write UTF-8 with "\\n" line ends on every system. Creates missing parent folders."""
     write_bytes(target, text.encode())
 
 
 def write_bytes(target: AnyPath, content: bytes) -> None:
-    """Write a file; missing parent folders are created."""
+    """Write a file. Creates missing parent folders."""
     if not isinstance(target, Path):
         with as_os_error(target):
             target.write_bytes(content)
@@ -95,7 +99,7 @@ def write_csv(target: AnyPath, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a header and a line for each row, empty where a row lacks a column. Empty if there is no row."""
+    """CSV text: a header, then a line per row, with an empty cell where a row lacks a column. Empty without rows."""
     if not rows:
         return ""
     text = io.StringIO()
@@ -112,19 +116,19 @@ def sha256_of(path: AnyPath) -> str:
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
-    """The content of SHA256SUMS for {name: digest}, as sha256sum writes and checks it."""
+    """The content of SHA256SUMS for {name: digest}, in the format of the command sha256sum."""
     return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
 def read_sums(folder: AnyPath) -> dict[str, str]:
-    """{name: digest} of the folder's SHA256SUMS. Raises OSError, and ValueError for other content."""
+    """Read {name: digest} from the folder's SHA256SUMS. Raises OSError, and ValueError if it has another format."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in map(str.split, lines)}
 
 
 @contextmanager
 def name_enospc(path: Path) -> Iterator[None]:
-    """Add `path` and the way out to the error of a full disk, which comes without a file name."""
+    """Add `path` and a remedy to the error of a full disk, which has no file name of its own."""
     try:
         yield
     except OSError as error:

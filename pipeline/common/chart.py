@@ -1,5 +1,7 @@
-"""Charts of a table's columns as PNG files, which are seen without a network too. DVC draws CSV files by Vega, which
-a browser has to load."""
+"""Charts of a table's columns as PNG files, which can be viewed offline.
+
+DVC's own plots of CSV files need Vega, which a browser downloads.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,11 @@ from pipeline.common.atomic_io import write_bytes
 def write_chart(
     path: Path, rows: Sequence[Mapping[str, float]], x: tuple[str, str], ys: Mapping[str, str], points: bool = False
 ) -> None:
-    """Draw a panel for each of the columns `ys`, {column: title}, over the column and title `x`; with a mark for each
-    of the `points`. Rows without a column have no point there, and a column that no row has gets no panel."""
-    from matplotlib.figure import Figure  # here: training does not wait for it
+    """Draw one panel per column of `ys`, {column: title}, against `x`, (column, title).
+
+    `points` marks each value. A row without a column is left out of its panel; a column without values has no panel.
+    """
+    from matplotlib.figure import Figure  # imported here so that training does not wait for it
 
     drawn = {y: title for y, title in ys.items() if any(y in row for row in rows)} or dict(ys)
     canvas = Figure(figsize=(5.2 * len(drawn), 3.4), layout="constrained")

@@ -1,6 +1,6 @@
-"""SHA256SUMS of a folder that a stage writes: added when it is written, verified when it is opened.
+"""Checksums of a stage's output folder: written into its SHA256SUMS, and verified when the files are opened.
 
-A damaged disk or memory changes bytes and no time stamp, so that DVC does not see it.
+A faulty disk or faulty memory changes bytes but no time stamps, so DVC does not notice the damage.
 """
 
 import shutil
@@ -13,17 +13,17 @@ from pipeline.common.atomic_io import SUMS, read_sums, sha256_of, sums_text
 
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:
-    """Write the sums of these files of the folder into its SHA256SUMS, which keeps those of others."""
+    """Add the checksums of these files to the folder's SHA256SUMS. Entries of other files are kept."""
     known = read_sums(folder) if (folder / SUMS).exists() else {}
     found = {name: sha256_of(folder / name) for name in names}
     (folder / SUMS).write_text(sums_text(known | found), encoding="utf-8")
 
 
 def verify(folder: Path, names: Iterable[str] | None, stage: str) -> None:
-    """Check that these files of the folder (None: all that it has and should have) are what `stage` has written.
+    """Check that these files of the folder are as `stage` wrote them.
 
-    Raises ValueError that names the first that is missing or has other bytes. A process reads a file once, unless it
-    has changed since, by its size and time stamps.
+    With `names` None, check every file in the folder or in its SHA256SUMS. A process reads a file only once, unless
+    its size or time stamps change. Raises ValueError that names the first file that is missing or differs.
     """
     again = f"run the {stage} stage again (dvc repro --force --single-item {stage})"
     names = None if names is None else list(names)
@@ -38,14 +38,14 @@ def verify(folder: Path, names: Iterable[str] | None, stage: str) -> None:
     paths = [folder / name for name in names]
     for path in paths:
         _require_file(path, stage)
-    with ThreadPoolExecutor(2) as threads:  # hashing is most of what opening a large corpus takes
+    with ThreadPoolExecutor(2) as threads:  # opening a large corpus is mostly hashing
         for path, found in zip(paths, threads.map(_sum, paths), strict=True):
             if found != sums.get(path.name):
-                raise ValueError(f"{path} is damaged, its checksum is not the one in {SUMS}: {again}")
+                raise ValueError(f"{path} is damaged (its checksum differs from {SUMS}): {again}")
 
 
 def copy_with_sums(source: Path, target: Path, names: Iterable[str], stage: str) -> None:
-    """Copy these files of `source`, which `stage` has written, verified, and their sums. Raises as `verify`."""
+    """Verify these files of `source`, written by `stage`, and copy them with their checksums. Raises as `verify`."""
     names = list(names)
     verify(source, names, stage)
     for name in names:
@@ -54,8 +54,8 @@ def copy_with_sums(source: Path, target: Path, names: Iterable[str], stage: str)
 
 
 def _require_file(path: Path, stage: str) -> None:
-    if not path.is_file():  # a pipe could be waited for without end
-        what = "is no file" if path.exists() else "does not exist"
+    if not path.is_file():  # a read from a pipe could wait forever
+        what = "is not a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}: run the {stage} stage first (dvc repro {stage})")
 
 

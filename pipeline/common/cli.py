@@ -1,4 +1,4 @@
-"""Command-line conventions of every `python -m ...`: its --help, its error line, its exit code, how it is stopped."""
+"""Command-line conventions of every `python -m ...`: --help, the error line, the exit code, how it stops."""
 
 import argparse
 import os
@@ -20,23 +20,25 @@ from pipeline.common.environment import DVC_STAGE_ENV, without_passwords
 T = TypeVar("T")
 SHELLS = {"bash", "dash", "fish", "ksh", "sh", "zsh"}
 GRACE_S = 4.0
-"""How long a command that is stopped may take to clean up."""
+"""Seconds that a command has to clean up after a signal."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help is the module's docstring: purpose, example, what is read and written."""
+    """A parser whose --help is the module's docstring: purpose, example, what it reads and writes."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def begin() -> None:
-    """The first act of a command, before its imports, which take seconds. From now on it ends with one line and exit
-    code 128 + signal on Ctrl-C, SIGTERM and SIGHUP, after GRACE_S at the latest; and as a stage of DVC when DVC has
-    ended."""
+    """Set up how this process ends. A command calls this first, before its imports, which take seconds.
+
+    On Ctrl-C, SIGTERM and SIGHUP the process prints one line and ends with exit code 128 + signal, after GRACE_S at
+    the latest. As a stage of DVC it also ends when DVC has ended.
+    """
     for signum in SIGNALS:
-        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):  # not what nohup ignores
+        if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):  # nohup's SIG_IGN is kept
             signal.signal(signum, _stop)
     sys.excepthook = _quiet_when_stopped
     if DVC_STAGE_ENV in os.environ:
@@ -45,9 +47,12 @@ def begin() -> None:
 
 @contextmanager
 def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """End the process with a line `name: message` on stderr: with exit code 1 for what a user can mend (ValueError,
-    OSError and `more`), with 128 + signal (130 for Ctrl-C) when it is stopped. Without a line if nobody reads what it
-    prints (`| head`). Any other exception is a bug and keeps its traceback."""
+    """Turn exceptions of the block into a line `name: message` on stderr and an exit code.
+
+    The exit code is 1 for errors that a user can fix (ValueError, OSError and `more`), and 128 + signal (130 for
+    Ctrl-C) after a signal. There is no line if nobody reads stdout any more (`| head`). Any other exception is a bug
+    and keeps its traceback.
+    """
     mendable: tuple[type[Exception], ...] = (ValueError, OSError, *more)
     _stopping.line = f"{name}: {interrupted}"
     try:
@@ -59,12 +64,12 @@ def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interru
         print(f"{name}: {_message(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        _stopping.tell()
+        _stopping.print_once()
         raise SystemExit(_stopping.code or 128 + signal.SIGINT) from None
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """What `call` returns. It runs in another thread: a call of C, as learning a vocabulary is, lets no signal in."""
+    """Return `call()`, run in another thread, so that signals are handled during a long call into C, as in sentencepiece."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -78,22 +83,21 @@ def interruptible(call: Callable[[], T]) -> T:
 
 
 class _Stopping:
-    """What is known about the end of this process."""
+    """State of this process's shutdown."""
 
     def __init__(self) -> None:
         name = sys.orig_argv[-1] if len(sys.orig_argv) < 3 else sys.orig_argv[2]
         self.line = f"{name.rpartition('.')[2]}: interrupted"
-        self.told = False
-        self.code: int | None = None  # 128 + the signal that told this process to end
+        self.printed = False
+        self.code: int | None = None  # 128 + the signal that this process received
 
-    def tell(self) -> None:
-        """Print the line, once."""
-        if not self.told:
-            self.told = True
+    def print_once(self) -> None:
+        if not self.printed:
+            self.printed = True
             print(self.line, file=sys.stderr, flush=True)
 
     def exit(self) -> None:
-        self.tell()
+        self.print_once()
         os._exit(self.code or 128 + signal.SIGINT)
 
 
@@ -101,10 +105,10 @@ _stopping = _Stopping()
 
 
 def _stop(signum: int, _: FrameType | None) -> None:
-    """Interrupt the main thread; end the process when it is told so again, or has not ended after GRACE_S."""
+    """Interrupt the main thread. End the process at a second signal, or if it still runs after GRACE_S."""
     if _stopping.code:
         _stopping.exit()
-    _stopping.code = 128 + signum  # what is raised may arrive as another: Ray, interrupted in C++, raises its own
+    _stopping.code = 128 + signum  # kept here: Ray, interrupted in C++, replaces KeyboardInterrupt by its own error
     timer = threading.Timer(GRACE_S, _stopping.exit)
     timer.daemon = True
     timer.start()
@@ -112,36 +116,39 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def _quiet_when_stopped(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """sys.excepthook: for what is stopped while it imports."""
+    """sys.excepthook: no traceback for a command that is interrupted while it imports."""
     if _stopping.code and isinstance(error, KeyboardInterrupt):
         _stopping.exit()
     sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with(parent: int) -> None:
-    """Under DVC, end when it does. `kill -9` of `dvc repro` would otherwise leave training running unseen, in the
-    way of the next `dvc repro`. Started by hand (nohup, say), training outlives its parent."""
+    """End this process when DVC has ended. `parent` is the process id of DVC, or of a shell that DVC has started.
+
+    Otherwise `kill -9` of `dvc repro` would leave training running unnoticed, in the way of the next `dvc repro`.
+    Training that was started by hand, with nohup for example, outlives its parent.
+    """
     with suppress(psutil.NoSuchProcess):
         shell = psutil.Process(parent) if psutil.Process(parent).name() in SHELLS else None
-        dvc = shell.ppid() if shell else parent  # most shells make way for the only command that they are given
+        dvc = shell.ppid() if shell else parent  # most shells exec a single command, so DVC is the parent
         while os.getppid() == parent and (not shell or shell.ppid() == dvc):
             time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(2 * GRACE_S)  # in a call that no signal interrupts
+    time.sleep(2 * GRACE_S)  # SIGTERM has no effect in a call that signals do not interrupt
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return without_passwords(f"{error.filename}: {error.strerror}")  # without the error's number
+        return without_passwords(f"{error.filename}: {error.strerror}")  # str(error) adds the error number
     return without_passwords(str(error))
 
 
 def _stdout_is_closed() -> bool:
-    """Whether stdout is a pipe that nobody reads from; if so it becomes /dev/null, or Python complains at its end."""
+    """Whether stdout is a pipe without a reader. If so, redirect it to /dev/null: Python would complain at exit."""
     try:
         descriptor = sys.stdout.fileno()
-    except ValueError:  # replaced by an object that is no file
+    except ValueError:  # stdout was replaced by an object without a descriptor
         return False
     pipe = select.poll()
     pipe.register(descriptor, select.POLLOUT)

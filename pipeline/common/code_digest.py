@@ -1,4 +1,4 @@
-"""A digest of what Python files do. Comments, docstrings and formatting leave it as it is."""
+"""A digest of the code in Python files, without comments, docstrings and formatting."""
 
 import ast
 import hashlib
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def code_digest(root: Path, files: Iterable[str]) -> str:
-    """SHA-256 of the names and syntax trees of `files`, which are relative to `root`, in whatever order.
+    """SHA-256 of the names and syntax trees of `files`, which are relative to `root`. Their order does not matter.
 
-    A bare string does nothing: docstrings, of attributes too, do not count. A syntax tree depends on Python's
-    version, so the same files give another digest after an upgrade; all nodes of a cluster have one version, as
-    pipeline/cluster/preflight.py checks. Raises ValueError for a file that is missing or is not Python.
+    Bare strings have no effect and do not count: docstrings, also those of attributes. A syntax tree depends on the
+    Python version, so the digest changes with an upgrade of Python; all nodes of a cluster have the same version, as
+    pipeline/cluster/preflight.py checks. Raises ValueError if a file is missing or is not Python.
     """
     digest = hashlib.sha256()
     for name in sorted(files):
@@ -26,7 +26,7 @@ def code_digest(root: Path, files: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=128)  # a sweep asks for the same files again for every trial
+@lru_cache(maxsize=128)  # every trial of a sweep needs the same files
 def _syntax_tree(source: bytes) -> str:
     return ast.dump(_WithoutBareStrings().visit(ast.parse(source)))
 

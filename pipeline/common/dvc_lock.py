@@ -1,7 +1,7 @@
-"""dvc.lock, in which DVC keeps what every stage has read and written.
+"""dvc.lock, where DVC records the inputs and outputs of every stage.
 
-DVC writes it in place: killed meanwhile, it leaves the file empty or half, and then refuses every command with
-"validation failed", without a way out.
+DVC writes the file in place. If DVC is killed while it writes, the file is empty or incomplete, and every later
+command fails with "validation failed" and no advice.
 """
 
 import re
@@ -16,8 +16,10 @@ CONFLICT = re.compile(r"^(<{7}|={7}|>{7})( |$)", re.MULTILINE)
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """The stages of `root`/dvc.lock by name; {} if there is no such file. Raises ValueError, with the way out, for a
-    file that DVC cannot read."""
+    """The stages of `root`/dvc.lock by name; {} if there is no such file.
+
+    Raises ValueError with a remedy for a file that DVC cannot read.
+    """
     path = root / LOCK
     try:
         text = path.read_text(encoding="utf-8")
@@ -26,20 +28,20 @@ def read_lock(root: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         text = "\0"
     if CONFLICT.search(text):
-        sides = f"take one side (git checkout --ours {LOCK}, or --theirs), or remove it"
-        raise ValueError(f"{path} has merge conflict markers: {sides}; what neither side has runs again")
+        way_out = f"keep one version (git checkout --ours {LOCK}, or --theirs) or remove the file"
+        raise ValueError(f"{path} has merge conflict markers: {way_out}; stages missing from it run again")
     try:
         values = parse_yaml(text)
         if not _is_whole(values):
-            raise ValueError("not what DVC writes")
+            raise ValueError("incomplete")
     except ValueError:
-        fault = "is not whole" if text.strip() else "is empty"
-        raise ValueError(f"{path} {fault}, as a kill of dvc leaves it: {_way_out(root)}") from None
+        fault = "is incomplete" if text.strip() else "is empty"
+        raise ValueError(f"{path} {fault}, probably because dvc was killed: {_way_out(root)}") from None
     return values.get("stages", {})
 
 
 def _is_whole(values: Any) -> bool:
-    """Whether DVC accepts it. Of a file that was cut, the last value is missing or of another type."""
+    """Whether DVC accepts these values. In a truncated file the last value is missing or has another type."""
     if not isinstance(values, dict) or values.get("schema") != "2.0":
         return False
     stages = values.get("stages", {})
@@ -67,7 +69,7 @@ def _is_whole_entry(entry: Any) -> bool:
 
 
 def _way_out(root: Path) -> str:
-    """Git's version, if it has one. Without the file DVC finds what is finished in its cache of runs."""
+    """The command that repairs the file: Git's version if it has one, else removal, for DVC has a cache of runs."""
     command = ["git", "-C", str(root), "ls-files", "--error-unmatch", LOCK]
     try:
         in_git = subprocess.run(command, capture_output=True, check=False).returncode == 0

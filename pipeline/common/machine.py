@@ -1,4 +1,4 @@
-"""What this machine is, in words."""
+"""A short description of this machine."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def machine_name() -> str:
-    """ "2 cores of AMD EPYC 7763": those that this process may use."""
+    """Cores that this process may use and the CPU model: "2 cores of AMD EPYC 7763"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,11 +1,11 @@
-"""Where the project's files are, relative to its root folder."""
+"""Paths of the project's files, relative to its root folder."""
 
 from pathlib import Path
 
 CHECKED = Path("data/checked.txt")
-"""Written by the first stage once params.yaml is valid."""
+"""Written by the first stage when params.yaml is valid."""
 OWN = Path("data/own")
-"""The user's own texts, for the corpus "own"."""
+"""The user's texts, for the corpus "own"."""
 DOWNLOADS = Path("data/downloads")
 RAW = Path("data/raw")
 CLEAN = Path("data/clean")
@@ -15,8 +15,8 @@ SWEEP = Path("data/sweep")
 """Trials and translations of the last sweep."""
 CHECKPOINTS = Path("checkpoints")
 FINAL = Path("models/final")
-"""The averaged model of the last training."""
+"""The averaged model of the last training run."""
 CTRANSLATE2 = Path("models/ctranslate2")
 REPORTS = Path("reports")
 METRICS = Path("metrics")
-"""The few numbers that `dvc metrics show` prints; the rest is in the reports."""
+"""The few numbers that `dvc metrics show` prints; the reports have all of them."""

@@ -1,4 +1,4 @@
-"""Small JSON files that are written again and again, for other processes to look at: progress, usage."""
+"""Small JSON files that are rewritten periodically for other processes to read: progress, usage."""
 
 import threading
 import time
@@ -10,19 +10,21 @@ from pipeline.common.atomic_io import write_json
 from pipeline.common.storage import AnyPath
 
 STORE_PAUSE_S = 30.0
-"""After a store could not be reached."""
+"""Seconds between attempts to reach a store."""
 STORE_FACTOR = 10
-"""By how much seldomer a store is written to: a file takes longer there, and money."""
+"""A store is written this many times less often than a disk: each file takes longer there, and costs money."""
 
 
 def interval_of(path: AnyPath, on_disk_s: float) -> float:
-    """Seconds between two writings of the file, or two readings."""
+    """Seconds between two writes of the file, or between two reads, given those of a file on disk."""
     return on_disk_s if isinstance(path, Path) else STORE_FACTOR * on_disk_s
 
 
 class PeriodicJsonFile:
-    """A JSON file whose writing never stops the caller: errors of a disk are ignored, and to a store the newest
-    values go from a thread of their own, once it can be reached."""
+    """A JSON file whose writes never fail or block the caller.
+
+    Errors of a disk are ignored. A thread writes the newest values to a store, as soon as it can be reached.
+    """
 
     def __init__(self, path: AnyPath, on_disk_s: float) -> None:
         self.path = path
@@ -34,7 +36,7 @@ class PeriodicJsonFile:
             self._thread.start()
 
     def is_due(self) -> bool:
-        """Whether the last `write` is longer ago than the file's interval."""
+        """Whether the file's interval has passed since the last `write`."""
         return time.monotonic() - self._written > self._interval_s
 
     def write(self, values: Any) -> None:
@@ -47,7 +49,7 @@ class PeriodicJsonFile:
         self._written = time.monotonic()
 
     def close(self) -> None:
-        """Wait until the last values have arrived, for STORE_PAUSE_S at most."""
+        """Wait until the last values are written, for at most STORE_PAUSE_S seconds."""
         self._closing.set()
         self._wake.set()
         if self._thread.is_alive():

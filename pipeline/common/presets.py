@@ -1,6 +1,7 @@
-"""Presets: the files of conf/, each with values for some sections of params.yaml, and a comment that says what it is.
+"""Presets: the files of conf/, each with values for some sections of params.yaml and a comment about its purpose.
 
-They are starting points: `python -m pipeline.preset` writes one into params.yaml. Besides, they lend names to runs.
+A preset is a starting point: `python -m pipeline.preset` writes its values into params.yaml. Runs are named after the
+nearest preset.
 """
 
 from collections.abc import Mapping
@@ -10,20 +11,20 @@ from typing import Any
 from pipeline.common.yaml_files import read_yaml
 
 PRESETS = {"data": ("data", "validate", "tokenize"), "model": ("model", "train"), "hardware": ("hardware",)}
-"""The kinds of presets, folders of conf/, and the sections of params.yaml that each has values for."""
+"""The kinds of presets (folders of conf/), with the sections of params.yaml that each kind sets."""
 FAR = 4
-"""A model that differs from every preset in more than so many of its sizes has no preset's name."""
+"""A model is "custom" if it differs from every preset in more than this many values of the section `model`."""
 CORPUS = {"data.corpus", "data.src", "data.tgt"}
-"""A preset that differs in one of these is not near, however much else is equal."""
+"""A preset that differs in one of these is far, even if all other values are equal."""
 
 
 def preset_files(root: Path, kind: str) -> dict[str, Path]:
-    """{name: file}, sorted."""
+    """The presets of a kind, {name: file}, sorted by name."""
     return {path.stem: path for path in sorted((root / "conf" / kind).glob("*.yaml"))}
 
 
 def find_preset(root: Path, kind: str, name: str) -> Path:
-    """Its file. Raises ValueError that lists what there is."""
+    """The file of a preset. Raises ValueError that lists the presets if there is none of this name."""
     if kind not in PRESETS:
         kinds = ", ".join(f"{kind}=NAME" for kind in PRESETS)
         raise ValueError(f"a preset must be one of {kinds}, got {kind}={name}")
@@ -34,9 +35,10 @@ def find_preset(root: Path, kind: str, name: str) -> Path:
 
 
 def nearest_preset(root: Path, kind: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the preset that these sections differ least from, the first section most of all, and what differs.
+    """The name of the preset nearest to these sections, and the values that differ from it.
 
-    Of data, another corpus or language is another name; of a model that is far from all, the name is "custom".
+    The nearest preset has the fewest differences in the kind's first section, then the fewest in all. For data,
+    another corpus or language gives a name of its own; a model far from all presets is "custom".
     """
     first = PRESETS[kind][0]
     found = []
@@ -52,7 +54,7 @@ def nearest_preset(root: Path, kind: str, values: Mapping[str, Any]) -> tuple[st
 
 
 def _changes(values: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """{"model.d_k": 4, ...}: the values that differ from the preset's, where it has one."""
+    """The values that differ from the preset's, {"model.d_k": 4, ...}. Keys that it does not set are left out."""
     return {
         f"{section}.{key}": values[section][key]
         for section, of_section in preset.items()

@@ -1,4 +1,4 @@
-"""How the project tries again: stores, servers and downloads differ in pauses and in which errors may pass."""
+"""Retries, for stores, servers and downloads, which differ in their pauses and in the errors that are temporary."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +13,10 @@ def retry(
     may_pass: Callable[[Exception], bool],
     log: Callable[[Exception, float], object] = lambda error, pause_s: None,
 ) -> T:
-    """What `action` returns. After an error that may pass it is called again, once for each pause; `log` is told of
-    the error and the pause. The last error is raised, and any other at once."""
+    """Return `action()`, with one retry after each pause in `pauses_s` while the error `may_pass`.
+
+    Calls `log(error, pause)` before each pause. Raises the last error, and at once any error that may not pass.
+    """
     for pause_s in pauses_s:
         try:
             return action()
@@ -27,7 +29,7 @@ def retry(
 
 
 def every(pause_s: float, for_s: float) -> Iterator[float]:
-    """The pauses between attempts that go on for `for_s` seconds."""
+    """Yield pauses of `pause_s` seconds until `for_s` seconds have passed."""
     deadline = time.monotonic() + for_s
     while time.monotonic() < deadline:
         yield pause_s

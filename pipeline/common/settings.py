@@ -1,7 +1,7 @@
-"""The settings of a run: params.yaml, whole, as typed and checked sections.
+"""The settings of a run: all of params.yaml, as typed and checked sections.
 
-Presets (presets.py) are only starting points: `python -m pipeline.preset` writes their values into params.yaml, and
-nothing else reads a setting from anywhere else. Every command checks all sections before it does anything.
+params.yaml is the only source of settings. Presets (presets.py) are starting points: `python -m pipeline.preset`
+writes their values into params.yaml. Every command checks all sections before it does anything else.
 """
 
 import difflib
@@ -29,16 +29,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]  # a text: what the error line names
+Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]  # a string is the text of the error
 Workers = Annotated[int | list[int], "a whole number >= 1 or [least, most]"]
 
 MAX_NUMBERS = 10**11
-"""Of a model: 500 times as many as the paper's big one has."""
+"""The most parameters and positions of a model: 500 times those of the paper's big model."""
 RowName = Literal[
     "A", "B", "C", "D", "E", "big", "heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing",
     "positions", "norm",
 ]  # fmt: skip
-"""What rows of Table 3 can be asked for by: their group in the paper, or their axis."""
+"""Names for rows of Table 3: their group in the paper, or the setting that they vary."""
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -47,12 +47,12 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def shown(value: object) -> str:
-    """As YAML has it, cut where it is long: a line for people."""
+    """The value as in YAML, shortened to one line for an error message."""
     return _SHOWN.repr(value)
 
 
 class _Repr(reprlib.Repr):
-    """reprlib calls repr_X for a value of type X."""
+    """`reprlib.Repr` with YAML's true, false and null; it calls repr_X for a value of type X."""
 
     def repr_bool(self, value: bool, _: int) -> str:
         return str(value).lower()
@@ -68,8 +68,10 @@ _SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 100
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def checked(cls: type[T]) -> type[T]:
-    """A frozen dataclass of keywords that pydantic checks, by annotations and `__post_init__`, whenever one is made:
-    ValueError, one line that names section, key, value and what is allowed."""
+    """Decorator: a frozen, keyword-only dataclass whose values pydantic checks by annotation and `__post_init__`.
+
+    The constructor raises ValueError with one line that names the section, key, value and allowed values.
+    """
     made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
     check = made.__init__
 
@@ -85,7 +87,7 @@ def checked(cls: type[T]) -> type[T]:
 
 @checked
 class Data:
-    """The corpus: a name of pipeline/data/catalog.py, "own" (data/own) or "grammar", for which seed and sizes are."""
+    """The corpus: a name in pipeline/data/catalog.py, "own" (data/own), or "grammar", which needs seed and sizes."""
 
     corpus: str
     src: str  # language codes
@@ -101,14 +103,15 @@ class Data:
             if self.corpus == "grammar":
                 require(value is not None, f"data.{key}", value, "a whole number >= 1 for the corpus grammar")
             else:
-                way_out = f"python -m pipeline.preset data={self.corpus} writes what belongs to {self.corpus}"
-                require(value is None, f"data.{key}", value, f"left out, for it is grammar's alone ({way_out})")
+                way_out = f"python -m pipeline.preset data={self.corpus} writes the settings of {self.corpus}"
+                require(value is None, f"data.{key}", value, f"left out unless data.corpus is grammar ({way_out})")
         require(self.src != self.tgt, "data.tgt", self.tgt, "a language other than data.src")
 
 
 @checked
 class Validate:
-    """The limits beyond which a pair is dropped, and how many pairs may be; whether those with equal sides are."""
+    """Limits of a sentence pair, the largest share of pairs that may be dropped, and whether to drop untranslated
+    pairs, whose source equals their target."""
 
     max_words: Count
     max_length_ratio: Annotated[float, Field(ge=1)]
@@ -121,12 +124,12 @@ class Tokenize:
     """The joint byte-pair encoding (section 5.1)."""
 
     vocab_size: Annotated[int, Field(gt=4), "> 4, the number of reserved tokens"]
-    lowercase: bool  # the encoding lower-cases what it is given
+    lowercase: bool  # the tokenizer lower-cases its input
 
 
 @checked
 class Model:
-    """TransformerConfig without the vocabulary's size, which the tokenizer settles."""
+    """TransformerConfig without the vocabulary size, which depends on the tokenizer."""
 
     num_layers: Count
     d_model: Count
@@ -147,7 +150,7 @@ class Model:
         layer = 6 * self.d_model * self.num_heads * (self.d_k + self.d_v) + 4 * self.d_model * self.d_ff
         numbers = self.num_layers * layer + self.max_length * self.d_model  # of encoder, decoder and positions
         if numbers > MAX_NUMBERS:
-            raise ValueError(f"model has {numbers:.0e} parameters and positions: {MAX_NUMBERS:.0e} at most")
+            raise ValueError(f"model must have at most {MAX_NUMBERS:.0e} parameters and positions, got {numbers:.0e}")
 
     def config(self, vocab_size: int) -> TransformerConfig:
         return TransformerConfig(vocab_size=vocab_size, **asdict(self))
@@ -183,8 +186,11 @@ class Train:
 
 @checked
 class Hardware:
-    """The devices that training runs on. Only `precision` and `micro_batch_tokens` are part of a run's identity:
-    `device` and `compile` change rounding and which numbers dropout draws, the others the order of sums alone."""
+    """The devices that training runs on.
+
+    Only `precision` and `micro_batch_tokens` are part of a run's identity. `device` and `compile` change rounding and
+    dropout draws; the others change only the order of sums.
+    """
 
     num_workers: Workers
     device: Literal["auto", "cpu", "gpu"]
@@ -201,7 +207,7 @@ class Hardware:
 
     @property
     def min_workers(self) -> int:
-        """Training goes on as long as this many can run."""
+        """The fewest workers with which training continues."""
         return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
 
     @property
@@ -211,7 +217,7 @@ class Hardware:
 
 @checked
 class Evaluate:
-    """The search of section 6.1: beam, alpha, the longest output; and its engine."""
+    """The beam search of section 6.1 (beam size, length penalty alpha, longest output) and its engine."""
 
     beam: Count
     alpha: NotNegative
@@ -223,7 +229,7 @@ class Evaluate:
 
 @checked
 class Sweep:
-    """The rows of Table 3 (and others) that run, and their seeds; the base is the run of `model` and `train`."""
+    """The rows of Table 3 (and others) that a sweep runs, and their seeds. Its base row is `model` and `train`."""
 
     rows: list[RowName]
     seeds: Annotated[list[Seed], "a list of different numbers in [0, 2^63)"]
@@ -237,19 +243,19 @@ class Sweep:
     def __post_init__(self) -> None:
         different = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
         require(different, "sweep.seeds", self.seeds, "a list of different numbers in [0, 2^63)")
-        require(bool(self.rows or self.grid), "sweep.rows", self.rows, "one row or more, for sweep.grid is empty")
+        require(bool(self.rows or self.grid), "sweep.rows", self.rows, "one row or more when sweep.grid is empty")
         for key, values in (self.grid or {}).items():
             require(bool(values), f"sweep.grid.{key}", values, "a list of one value or more")
         comparable = (
-            "empty with sweep.scheduler asha, which ends trials early: rows of a table must be comparable, values of "
-            "sweep.grid need not"
+            "empty when sweep.scheduler is asha, which stops trials early, so that rows would not be comparable (use "
+            "sweep.grid, or sweep.scheduler fifo)"
         )
         require(not (self.scheduler == "asha" and self.rows), "sweep.rows", self.rows, comparable)
 
 
 @checked
 class Tracking:
-    """Where MLflow shows the runs, and whether with the use of the machine."""
+    """The MLflow experiment of the runs, and whether to log the machine's use of CPU, memory, disk and GPU."""
 
     experiment: str
     system_metrics: bool
@@ -257,8 +263,11 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All sections. `data_name` and `model_name` are the presets that they are nearest to, and `changes` is what
-    differs from these, {"model.d_k": 4, ...}: for names that people read, not for identity."""
+    """All sections of params.yaml.
+
+    `data_name` and `model_name` are the nearest presets, and `changes` are the values that differ from them,
+    {"model.d_k": 4, ...}. They are used in names for people and are not part of a run's identity.
+    """
 
     data: Data
     validate: Validate
@@ -279,7 +288,7 @@ class Settings:
 
     @property
     def seed(self) -> int:
-        """train.seed: of initial weights, the order of the data and dropout."""
+        """train.seed, which decides the initial weights, the order of the data, and dropout."""
         return self.train.seed
 
     def with_seed(self, seed: int) -> "Settings":
@@ -288,13 +297,13 @@ class Settings:
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
 GRID_KEYS = [f"{name}.{f.name}" for name in ("model", "train") for f in fields(SECTIONS[name]) if f.name != "seed"]
-"""What trials of a sweep may differ in; all share data, hardware and search, and sweep.seeds has the seeds."""
+"""The settings that trials of a sweep may vary, besides the seed (sweep.seeds). All share data, hardware and search."""
 
 
 def load_settings(root: Path = Path(), **presets: str) -> Settings:
-    """Read and check `root`/params.yaml; with `presets`, such as model="tiny", as if they had been written there.
+    """Read and check `root`/params.yaml. `presets`, such as model="tiny", replace the values of their sections.
 
-    Raises ValueError that names file, key, value and what is allowed, for one that is unknown, missing or impossible.
+    Raises ValueError that names the file, key, value and allowed values if one is unknown, missing or impossible.
     """
     path = root / "params.yaml"
     values = read_yaml(path)
@@ -315,7 +324,7 @@ def load_settings(root: Path = Path(), **presets: str) -> Settings:
 
 
 def make_section(name: str, values: Any) -> Any:
-    """The section of these values, checked. Raises ValueError, one line without the file's name."""
+    """Make and check a section. Raises ValueError with one line, without the file's name."""
     if not isinstance(values, dict):
         advice = ""
         if isinstance(values, str) and (kinds := [kind for kind, sections in PRESETS.items() if name in sections]):
@@ -331,7 +340,7 @@ def make_section(name: str, values: Any) -> Any:
 
 
 def optional_keys(section: str) -> set[str]:
-    """Those that may be left out of params.yaml."""
+    """The keys of a section that may be left out of params.yaml."""
     return {f.name for f in fields(SECTIONS[section]) if f.default is None}
 
 
@@ -347,7 +356,7 @@ def _check_keys(prefix: str, given: Iterable[str], known: Collection[str], optio
 
 
 def _check_grid(key: str, values: list[Any]) -> None:
-    """Raises ValueError for a setting that no trial can have, or a value that it cannot have."""
+    """Raise ValueError if trials cannot vary this setting, or if a value is not allowed for it."""
     if key not in GRID_KEYS:
         raise ValueError(f"each key of sweep.grid must be one of {', '.join(GRID_KEYS)}, got {key!r}")
     section, name = key.split(".")
@@ -364,9 +373,9 @@ RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_eq
 
 
 def _line(cls: Any, values: Mapping[str, Any], error: ValidationError) -> str:
-    """The first of pydantic's errors, as `require` words it."""
+    """The first of pydantic's errors, in the wording of `require`."""
     first = error.errors()[0]
-    if first["type"] == "value_error":  # of a __post_init__
+    if first["type"] == "value_error":  # from a __post_init__
         return str(first["ctx"]["error"])
     name, *places = map(str, first["loc"])
     key, value = f"{cls.__name__.lower()}.{name}", values[name]
@@ -374,7 +383,7 @@ def _line(cls: Any, values: Mapping[str, Any], error: ValidationError) -> str:
     if places and places[-1] == "[key]":
         return f"each key of {key} must be {_allowed(get_args(_bare(kind))[0])}, got {places[0]!r}"
     for place in places:
-        if _text(kind):  # it is for the whole
+        if _text(kind):  # it describes the value as a whole
             break
         kind = get_args(_bare(kind))[-1]
         key, value = (key, value[int(place)]) if isinstance(value, list) else (f"{key}.{place}", value[place])
@@ -382,7 +391,7 @@ def _line(cls: Any, values: Mapping[str, Any], error: ValidationError) -> str:
 
 
 def _allowed(kind: Any, ranges: bool = False) -> str:
-    """What a value of this annotation must be; of one that has the right type, its `ranges` alone."""
+    """Describe the values that an annotation allows; with `ranges`, only their range, since the type is right."""
     if text := _text(kind):
         return text
     bare = _bare(kind)
@@ -395,12 +404,12 @@ def _allowed(kind: Any, ranges: bool = False) -> str:
 
 
 def _text(kind: Any) -> str | None:
-    """The text among the metadata of Annotated."""
+    """The string in the metadata of Annotated, if any."""
     return next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, str)), None)
 
 
 def _bounds(kind: Any) -> str:
-    """In [0, 1), >= 1, > 0 or nothing, by the metadata of pydantic's Field."""
+    """The range in the metadata of pydantic's Field: "in [0, 1)", ">= 1", "> 0" or ""."""
     kind = _not_none(kind)
     infos = [item for item in getattr(kind, "__metadata__", ()) if isinstance(item, FieldInfo)]
     limits = {name: getattr(item, name) for info in infos for item in info.metadata for name in item.__slots__}
@@ -411,7 +420,7 @@ def _bounds(kind: Any) -> str:
 
 
 def _bare(kind: Any) -> Any:
-    """Without None and metadata."""
+    """The annotation without None and metadata."""
     kind = _not_none(kind)
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
@@ -423,7 +432,7 @@ def _not_none(kind: Any) -> Any:
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.max_steps": 600, ...} of Settings or of one section; what is not set is left out."""
+    """Flatten Settings or one section to {"train.max_steps": 600, ...}. Keys that are not set are left out."""
     flat: dict[str, Any] = {}
     for f in fields(section):
         value = getattr(section, f.name)

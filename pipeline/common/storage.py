@@ -1,9 +1,10 @@
-"""Where checkpoints, shared data and MLflow's runs are: on this machine, where all nodes see them, or in a store.
+"""Run storage: the location of checkpoints, published data and MLflow's store.
 
-RUN_STORAGE names it: an absolute path of a shared file system, or a URI that fsspec reads, such as s3://bucket/runs;
-without it, it is the project's own folder. An `AnyPath` is a pathlib.Path, or for a URI a UPath, which has the same
-methods; what the two do differently is here, in atomic_io.py, periodic.py and run.py. Addresses and credentials of a
-store come from the environment that its own tools read (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a role, ...).
+The variable RUN_STORAGE is an absolute path on a shared file system, or a URI that fsspec reads, such as
+s3://bucket/runs. Without it, run storage is the project's own folder. An `AnyPath` is a pathlib.Path, or for a URI a
+UPath, which has the same methods. Code that has to distinguish them is in this module, atomic_io.py, periodic.py and
+run.py. The address and credentials of a store come from the environment variables of its own tools (AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, a role, ...).
 """
 
 import hashlib
@@ -38,21 +39,24 @@ T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
 MAX_SOCKET_PATH_BYTES = 103  # 107 on Linux
 PATIENCE_S = 600
-"""How long a store may be away."""
+"""Seconds that a store may be unreachable."""
 UNFIT = {
-    "memory": "forgets all when a process ends",
+    "memory": "is lost when the process ends",
     "http": "cannot be written to",
     "https": "cannot be written to",
 }
-"""Kinds of stores that fsspec knows and no run can be kept in."""
+"""Stores that fsspec supports but that cannot hold runs, with the reason."""
 LOCK_S = 60
+"""Seconds after which a lock in a store counts as left over from a killed process."""
 FOREIGN = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs")
-"""Libraries below fsspec, some of whose errors it lets through."""
+"""Libraries that fsspec uses, whose errors it does not always turn into OSError."""
 
 
 def run_storage(root: Path) -> AnyPath:
-    """The folder that RUN_STORAGE names, else `home`. Raises ValueError for a relative path, and for a kind of store
-    that no installed library can read, or that does not keep what is written."""
+    """The folder in RUN_STORAGE, else `home`.
+
+    Raises ValueError for a relative path, and for a store that no installed library reads or that cannot hold runs.
+    """
     uri = os.environ.get(RUN_STORAGE_ENV)
     if not uri:
         return home(root)
@@ -67,17 +71,17 @@ def run_storage(root: Path) -> AnyPath:
     if kind == "file":
         place = urlsplit(uri)
         if place.netloc not in ("", "localhost"):
-            raise ValueError(f"{RUN_STORAGE_ENV} is {shown!r}: a path after file:// begins with a slash, file:///...")
+            raise ValueError(f"{RUN_STORAGE_ENV} must have a path with a slash after file://, got {shown!r}")
         return Path(unquote(place.path))
     if kind in UNFIT:
         raise ValueError(
-            f"{RUN_STORAGE_ENV} is {shown!r}: such a store {UNFIT[kind]}; a folder or s3://... is needed"
+            f"{RUN_STORAGE_ENV} must be a folder or a store such as s3://..., got {shown!r}, which {UNFIT[kind]}"
         )
-    from upath import UPath  # here, so that training on this machine's own disk does without
+    from upath import UPath  # imported here: training on a local disk does not need it
 
     try:
-        options = UPath(uri).storage_options  # with the password of the URI: what is shown of a path lacks it
-        found = UPath(shown, **{**options, "use_listings_cache": False})  # others write there too
+        options = UPath(uri).storage_options  # they keep the URI's password, which a printed path must not show
+        found = UPath(shown, **{**options, "use_listings_cache": False})  # other machines write there too
         _ = found.fs
     except (ImportError, OSError, ValueError) as error:
         raise ValueError(f"{RUN_STORAGE_ENV} is {shown!r}: {error}") from None
@@ -85,25 +89,29 @@ def run_storage(root: Path) -> AnyPath:
 
 
 def home(root: Path) -> Path:
-    """The project's folder. `dvc exp run --queue` and `--temp` run stages in a copy of it, which they delete: what is
-    to stay belongs into the folder that DVC names, where the experiment was started."""
+    """The project's folder; within `dvc exp run --queue` and `--temp`, the folder where the experiment was started.
+
+    These two run the stages in a copy of the project and delete the copy afterwards.
+    """
     started_in = os.environ.get(DVC_ROOT_ENV) if DVC_STAGE_ENV in os.environ else None
     return Path(started_in or root).resolve()
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, else mlflow.db. A relative one is in `home`: Ray's workers run in other folders, and each
-    would make a store of its own. Raises ValueError for a database that cannot be there, or only in memory.
+    """MLFLOW_TRACKING_URI, else mlflow.db. Relative paths are resolved in `home`: Ray's workers run in other folders,
+    where each would create a store of its own.
 
-    It is not in pipeline/tracking, because to import MLflow takes seconds."""
+    Raises ValueError for a database in memory, or in a folder whose name MLflow's URI cannot hold. This function is
+    not in pipeline/tracking because importing MLflow takes seconds.
+    """
     uri = os.environ.get(TRACKING_URI_ENV) or "sqlite:///mlflow.db"
     folder = home(root)
     if re.fullmatch(r"sqlite(\+\w+)?:/*(:memory:.*)?", uri):
-        raise ValueError(f"{TRACKING_URI_ENV} is {uri}, which no other process sees: name a file or a server")
+        raise ValueError(f"{TRACKING_URI_ENV} must be a file or a server, got {uri}, which no other process sees")
     if found := re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/].*)", uri):  # a fourth slash begins an absolute path
         if "?" in str(folder) or unquote(str(folder)) != str(folder):
             raise ValueError(
-                f"{folder} has a ? or % in its name, which mean something else in the address of MLflow's database: "
+                f"{folder} has a ? or % in its name, which the URI of MLflow's database cannot contain: "
                 f"rename that folder, or set {TRACKING_URI_ENV} to a server"
             )
         return f"{found[1]}{folder}/{found[2]}"
@@ -120,36 +128,39 @@ def database_file(uri: str) -> Path | None:
 
 
 def is_absolute(uri: str) -> bool:
-    """Whether it names the same place in every working folder: a URI, or an absolute path."""
+    """Whether this is a URI or an absolute path, which does not depend on the working folder."""
     return "://" in uri or Path(uri).is_absolute()
 
 
 def run_storage_is_set() -> bool:
-    """Whether RUN_STORAGE is set; it may name the project's own folder, on a file system that all nodes see."""
+    """Whether RUN_STORAGE is set. It may be the project's own folder, if that is on a shared file system."""
     return bool(os.environ.get(RUN_STORAGE_ENV))
 
 
 def cache() -> Path:
-    """A folder of this user on this machine's own disk, for copies. Raises OSError if others could write there."""
+    """This user's cache folder on the local disk. Raises OSError if other users can write to it."""
     folder = Path(tempfile.gettempdir()) / f"transformer-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise OSError(f"{folder} belongs to another user, or others may write there: remove it, or set TMPDIR")
+        raise OSError(f"{folder} belongs to another user or is writable by others: remove it, or set TMPDIR")
     return folder
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder in the cache for the block."""
+    """A temporary folder in the cache, removed after the block."""
     with _folder_of_this_process(cache(), "tmp") as folder:
         yield folder
 
 
 @contextmanager
 def socket_folder() -> Iterator[Path]:
-    """A folder for the block, of this user alone, below TMPDIR or /tmp: of a path so short that Ray's sockets, whose
-    own names have 64 bytes, can have one at all. Raises OSError if neither can be written to."""
+    """A private temporary folder for Ray's sockets, removed after the block. Raises OSError if it cannot be created.
+
+    It is below TMPDIR, or below /tmp if TMPDIR is too long: the path of a socket is limited to MAX_SOCKET_PATH_BYTES,
+    and the part that Ray adds takes 64 bytes.
+    """
     system = Path(tempfile.gettempdir())
     fits = len(os.fsencode(system)) + len("/transformer-ray-1234567-abcdefgh") + 64 <= MAX_SOCKET_PATH_BYTES
     with _folder_of_this_process(system if fits else Path("/tmp"), "transformer-ray") as folder:
@@ -158,7 +169,7 @@ def socket_folder() -> Iterator[Path]:
 
 @contextmanager
 def _folder_of_this_process(parent: Path, prefix: str) -> Iterator[Path]:
-    """Those that killed processes left are removed."""
+    """A folder named after this process. Removes those left behind by killed processes."""
     for leftover in parent.glob(f"{prefix}-*-*"):
         pid = leftover.name.removeprefix(f"{prefix}-").partition("-")[0]
         if leftover.lstat().st_uid == os.getuid() and not Path("/proc", pid).exists():
@@ -171,8 +182,10 @@ def _folder_of_this_process(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def local_copy(source: AnyPath) -> Iterator[Path]:
-    """A folder on this machine with the files of `source`: itself, or a copy for the block. Raises
-    FileNotFoundError if there are none."""
+    """A local folder with the files of `source`: the folder itself, or a copy that is removed after the block.
+
+    Raises FileNotFoundError if a store has no files there.
+    """
     if isinstance(source, Path):
         yield source
         return
@@ -187,7 +200,7 @@ def local_copy(source: AnyPath) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: AnyPath) -> None:
-    """Copy the files of a folder, without folders within it."""
+    """Copy the files of a folder, without its subfolders."""
     with as_os_error(target):
         for path in source.iterdir():
             if path.is_file():
@@ -195,8 +208,10 @@ def copy_files(source: Path, target: AnyPath) -> None:
 
 
 def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object] = lambda count: None) -> str:
-    """Copy by chunks, calling `progress` with the bytes of each; returns the SHA-256. Folders above a local target
-    are created; a store needs none."""
+    """Copy a file in chunks, call `progress` with the bytes of each chunk, and return the SHA-256 (hex).
+
+    Creates the folders above a local target; a store needs none.
+    """
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -209,7 +224,7 @@ def copy_file(source: AnyPath, target: AnyPath, progress: Callable[[int], object
 
 
 def link_or_copy(source: AnyPath, target: AnyPath) -> None:
-    """A hard link to a file, where both are on one file system that has them; else a copy."""
+    """Make a hard link to a file, or copy it if the file system does not allow one."""
     if isinstance(source, Path) and isinstance(target, Path):
         with suppress(OSError):
             return target.hardlink_to(source)
@@ -218,8 +233,10 @@ def link_or_copy(source: AnyPath, target: AnyPath) -> None:
 
 @contextmanager
 def one_at_a_time(folder: AnyPath) -> Iterator[None]:
-    """Of all processes that see the folder only one is in this block, which takes seconds at most; others wait. In a
-    store, what a killed one left holds for LOCK_S seconds. Raises OSError after twice that."""
+    """Lock a folder for the block, which must take only seconds: other processes, on any machine, wait.
+
+    In a store, the lock of a killed process expires after LOCK_S seconds. Raises OSError after a wait of twice that.
+    """
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=2 * LOCK_S):
@@ -236,7 +253,7 @@ def one_at_a_time(folder: AnyPath) -> Iterator[None]:
 
 
 def _create(lock: "UPath") -> None:
-    """Write the file. Raises FileExistsError if there is one that is younger than LOCK_S."""
+    """Create the lock file. Raises FileExistsError if there is one younger than LOCK_S."""
     try:
         lock.fs.pipe_file(lock.path, repr(time.time()).encode(), mode="create")
     except FileExistsError:
@@ -245,17 +262,19 @@ def _create(lock: "UPath") -> None:
                 lock.unlink(missing_ok=True)
                 return _create(lock)
         raise FileExistsError(
-            f"{lock} is held by another process: wait for it; if there is none, remove it"
+            f"{lock} is held by another process: wait for it, or remove the file if there is no such process"
         ) from None
 
 
 def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[str], object]) -> T:
-    """What `action` returns. While the store of `folder` cannot be reached, it is called again for PATIENCE_S
-    seconds; errors of a disk are raised at once."""
+    """Return `action()`, with retries for PATIENCE_S seconds while the store of `folder` cannot be reached.
+
+    Errors of a disk are raised at once.
+    """
     deadline = time.monotonic() + PATIENCE_S
 
     def log(error: Exception, _: float) -> None:
-        say(f"{error}; trying again for {max(0, deadline - time.monotonic()):.0f} s")
+        say(f"{error}; retrying for another {max(0, deadline - time.monotonic()):.0f} s")
 
     def may_pass(error: Exception) -> bool:
         return isinstance(error, OSError) and not isinstance(folder, Path)
@@ -264,7 +283,7 @@ def retry_unreachable(action: Callable[[], T], folder: AnyPath, say: Callable[[s
 
 
 def remove(folder: AnyPath) -> None:
-    """Remove a folder and all in it, or what is there in its place; it need not exist."""
+    """Remove a folder with its content, or a file or link at its path, if any."""
     if isinstance(folder, Path):
         if folder.is_symlink() or not folder.is_dir():
             with suppress(OSError):
@@ -277,7 +296,7 @@ def remove(folder: AnyPath) -> None:
 
 @contextmanager
 def as_os_error(folder: AnyPath) -> Iterator[None]:
-    """Raise OSError with the address of the store that cannot be reached, whatever its library raises."""
+    """Turn errors of a store's library into an OSError with the address of the store."""
     try:
         yield
     except OSError:

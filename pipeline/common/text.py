@@ -1,4 +1,4 @@
-"""Which characters nobody sees: a text of them alone is empty."""
+"""Invisible characters: a text that consists only of them counts as blank."""
 
 import re
 
@@ -8,8 +8,8 @@ _RANGES = (
     "\U0001bca0-\U0001bca3", "\U0001d173-\U0001d17a", "\U000e0000-\U000e0fff",
 )  # fmt: skip
 VISIBLE = rf"[^\s{''.join(_RANGES)}]"
-"""A regular expression, of Python and of polars, for a character that is not white space, one of Unicode's
-Default_Ignorable_Code_Point, an annotation mark or the empty braille cell."""
+"""A regular expression, for Python and for polars, that matches a visible character: not white space, none of
+Unicode's Default_Ignorable_Code_Point, no annotation mark, not the empty braille cell."""
 
 
 def is_blank(text: str) -> bool:

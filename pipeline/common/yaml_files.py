@@ -1,5 +1,7 @@
-"""YAML files as DVC reads and writes them: YAML 1.2, where 1e-9 is a number, `no` a text and 0400 four hundred. A key
-that is there twice is refused. Comments are kept."""
+"""Read and write YAML files as DVC does.
+
+They are YAML 1.2, where 1e-9 is a number, `no` is a string and 0400 is four hundred. Duplicate keys are an error.
+"""
 
 import io
 from pathlib import Path
@@ -11,26 +13,26 @@ from ruamel.yaml.error import YAMLError
 from pipeline.common.atomic_io import write_text
 
 MAX_BYTES = 1 << 18
-"""Of a settings file: ours has 5 thousand."""
+"""Limit for a settings file. params.yaml has 5 thousand bytes."""
 
 
 def parse_yaml(text: str) -> Any:
-    """The one document in `text`. Raises ValueError, one line."""
+    """Parse a single YAML document. Raises ValueError with one line."""
     return _parse(text, YAML(typ="safe", pure=True))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ValueError that names the file."""
+    """Read a YAML file of sections. Raises ValueError that names the file."""
     return _read(path, YAML(typ="safe", pure=True))
 
 
 def read_with_comments(path: Path) -> Any:
-    """A dict that `write_yaml` writes with the comments it had. Raises ValueError that names the file."""
+    """As `read_yaml`, but `write_yaml` writes the returned dict with its comments. Raises ValueError as well."""
     return _read(path, YAML())
 
 
 def write_yaml(path: Path, values: Any) -> None:
-    """As `dvc exp run -S` writes, so that neither changes a line without need."""
+    """Write in the layout of `dvc exp run -S`, so that neither of the two reformats the lines of the other."""
     write_text(path, yaml_text(values))
 
 
@@ -45,7 +47,7 @@ def yaml_text(values: Any) -> str:
 def _read(path: Path, yaml: YAML) -> Any:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{path} has {size:,} bytes: settings have {MAX_BYTES:,} at most")
+            raise ValueError(f"{path} must have at most {MAX_BYTES:,} bytes, got {size:,}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: run from the project's root folder") from None
@@ -56,7 +58,7 @@ def _read(path: Path, yaml: YAML) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections of `key: value` lines")
+        raise ValueError(f"{path} must contain sections of `key: value` lines")
     return values
 
 
@@ -65,5 +67,5 @@ def _parse(text: str, yaml: YAML) -> Any:
         return yaml.load(text)
     except RecursionError:
         raise ValueError("lists or sections are nested too deeply") from None
-    except (YAMLError, ValueError) as error:  # ValueError: of a number with thousands of digits, or a month 13
+    except (YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits, a month 13
         raise ValueError(" ".join(str(error).split())) from None

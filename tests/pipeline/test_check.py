@@ -47,7 +47,7 @@ def test_main_names_a_bad_setting(capsys):
 
 def test_main_names_a_lock_that_dvc_cannot_read(capsys):
     Path("dvc.lock").write_text("")
-    assert refused(capsys).startswith("check: dvc.lock is empty, as a kill of dvc leaves it: ")
+    assert refused(capsys).startswith("check: dvc.lock is empty, probably because dvc was killed: ")
 
 
 def test_main_wants_an_own_corpus_or_what_pulls_it(capsys):

@@ -329,7 +329,7 @@ def test_evaluate_refuses_a_damaged_text(project: Path, tmp_path: Path, fault, n
 def test_evaluate_names_a_damaged_run_json(project: Path, tmp_path: Path, fault):
     root = shutil.copytree(project, tmp_path / "project")
     (root / "models/final/run.json").write_text('{"run_key": ')
-    assert fault(root).startswith("evaluate: models/final/run.json is damaged, its checksum is not the one in")
+    assert fault(root).startswith("evaluate: models/final/run.json is damaged (its checksum differs from")
     update_sums(root / "models/final")
     said = fault(root)
     assert said.startswith("evaluate: models/final/run.json is damaged (JSONDecodeError")

@@ -30,7 +30,7 @@ def test_verify_names_what_is_damaged_and_the_way_out(folder, names, damage):
     verify(folder, names, "train")
     damage(folder / "b")
     again = r"(again \(dvc repro --force --single-item train\)|first \(dvc repro train\))"
-    fault = r"(is damaged|is no file|does not exist)"
+    fault = r"(is damaged|is not a file|does not exist)"
     with pytest.raises(ValueError, match=rf"^{folder}/b {fault}.*: run the train stage {again}$"):
         verify(folder, names, "train")
 

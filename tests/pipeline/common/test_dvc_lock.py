@@ -63,10 +63,10 @@ def test_read_lock_refuses_exactly_those_halves_that_dvc_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"", "is empty, as a kill of dvc leaves it"),
-        (LOCK[:200].encode(), "is not whole, as a kill of dvc leaves it"),
-        (b"\xff\x00", "is not whole"),
-        (b"[" * 800, "is not whole"),
+        (b"", "is empty, probably because dvc was killed"),
+        (LOCK[:200].encode(), "is incomplete, probably because dvc was killed"),
+        (b"\xff\x00", "is incomplete"),
+        (b"[" * 800, "is incomplete"),
     ],
 )
 def test_read_lock_names_the_way_out(tmp_path, content, fault):
@@ -84,6 +84,6 @@ def test_read_lock_tells_a_merge_conflict_from_a_kill(tmp_path):
     ours, theirs = LOCK, LOCK.replace("2017", "2018")
     (tmp_path / "dvc.lock").write_text(f"<<<<<<< HEAD\n{ours}=======\n{theirs}>>>>>>> theirs\n")
     with pytest.raises(
-        ValueError, match=r"has merge conflict markers: take one side \(git checkout --ours dvc\.lock"
+        ValueError, match=r"has merge conflict markers: keep one version \(git checkout --ours dvc\.lock"
     ):
         read_lock(tmp_path)

@@ -273,7 +273,7 @@ IMPOSSIBLE = [
     ("evaluate", "max_extra", -1, FROM_0),
     ("evaluate", "num_samples", -1, FROM_0),
     *[("sweep", "seeds", seeds, "a list of different numbers in [0, 2^63)") for seeds in ([], [3, 5, 3])],
-    ("sweep", "rows", [], "one row or more, for sweep.grid is empty"),
+    ("sweep", "rows", [], "one row or more when sweep.grid is empty"),
     ("sweep", "cpus_per_worker", -1, FROM_0),
     ("sweep", "flops_per_second", -1.0, FROM_0),
     ("sweep", "price_per_device_hour", -0.5, FROM_0),
@@ -294,8 +294,8 @@ def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, secti
     [
         ("d_model", 7, "model.d_model is 7: sinusoidal positions need an even number"),
         ("positions", "rotary", "model.d_k is 5: rotary positions need an even number"),
-        ("num_layers", 10**9, "model has 2e+14 parameters and positions: 1e+11 at most"),
-        ("max_length", 10**12, "model has 1e+14 parameters and positions: 1e+11 at most"),
+        ("num_layers", 10**9, "model must have at most 1e+11 parameters and positions, got 2e+14"),
+        ("max_length", 10**12, "model must have at most 1e+11 parameters and positions, got 1e+14"),
     ],
 )
 def test_load_settings_names_sizes_that_do_not_go_together(root, key, value, fault):
@@ -310,8 +310,8 @@ def test_load_settings_refuses_asha_for_rows_and_takes_it_for_a_grid(root):
     set_value(root, "sweep", "scheduler", "asha")
     refused(
         root,
-        "sweep.rows must be empty with sweep.scheduler asha, which ends trials early: rows of a table must be "
-        "comparable, values of sweep.grid need not, got ['heads']",
+        "sweep.rows must be empty when sweep.scheduler is asha, which stops trials early, so that rows would not be "
+        "comparable (use sweep.grid, or sweep.scheduler fifo), got ['heads']",
     )
     set_value(root, "sweep", "rows", [])
     assert load_settings(root).sweep.scheduler == "asha"
@@ -329,8 +329,8 @@ def test_load_settings_refuses_the_grammars_keys_for_another_corpus(root):
     set_value(root, "data", "corpus", "multi30k")
     refused(
         root,
-        "data.seed must be left out, for it is grammar's alone (python -m pipeline.preset data=multi30k writes what "
-        "belongs to multi30k), got 2017",
+        "data.seed must be left out unless data.corpus is grammar (python -m pipeline.preset data=multi30k writes "
+        "the settings of multi30k), got 2017",
     )
 
 
@@ -339,14 +339,14 @@ def test_load_settings_refuses_the_grammars_keys_for_another_corpus(root):
     [
         (b"seed: [1", "is not valid YAML: "),
         (b"tracking: {experiment: \xff}", "is not valid YAML: "),
-        (b"", " must hold sections of `key: value` lines"),
-        (b"- 3", " must hold sections of `key: value` lines"),
+        (b"", " must contain sections of `key: value` lines"),
+        (b"- 3", " must contain sections of `key: value` lines"),
         (b"data: {corpus: own, corpus: grammar}", "is not valid YAML: while constructing a mapping"),
         (b"data: {}\ndata: {}", "is not valid YAML: while constructing a mapping"),
         (b"data: " + b"[" * 800, "is not valid YAML: lists or sections are nested too deeply"),
         (b"data: " + b"9" * 5000, "is not valid YAML: Exceeds the limit"),
         (b"data: 2026-13-01", "is not valid YAML: month must be in 1..12"),
-        (b"#" * 300_000, "has 300,000 bytes: settings have 262,144 at most"),
+        (b"#" * 300_000, "must have at most 262,144 bytes, got 300,000"),
     ],
 )
 def test_load_settings_names_a_file_that_is_no_settings_file(root, content, message):

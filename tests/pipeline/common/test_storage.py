@@ -35,12 +35,15 @@ def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
     for uri, fault in (
         ("runs", r"must be an absolute path or a URI such as s3://bucket/runs, got 'runs'"),
         ("nowhere://runs", r"is 'nowhere://runs': Unsupported filesystem"),
-        ("memory://runs", r"is 'memory://runs': such a store forgets all when a process ends; a folder or s3://"),
+        (
+            "memory://runs",
+            r"must be a folder or a store such as s3://..., got 'memory://runs', which is lost when the process",
+        ),
         (
             "https://us:secret@host/runs",
-            r"is 'https://host/runs': such a store cannot be written to; a folder or s3://",
+            r"must be a folder or a store such as s3://..., got 'https://host/runs', which cannot be written to",
         ),
-        ("file://srv/runs", r"is 'file://srv/runs': a path after file:// begins with a slash"),
+        ("file://srv/runs", r"must have a path with a slash after file://, got 'file://srv/runs'"),
     ):
         monkeypatch.setenv("RUN_STORAGE", uri)
         with pytest.raises(ValueError, match=f"^RUN_STORAGE {fault}"):
@@ -101,7 +104,7 @@ def test_tracking_uri_names_the_same_store_in_every_folder(tmp_path, monkeypatch
 def test_tracking_uri_refuses_a_database_in_memory(tmp_path, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(
-        ValueError, match=rf"^MLFLOW_TRACKING_URI is {re.escape(uri)}, which no other process sees: name a file"
+        ValueError, match=rf"^MLFLOW_TRACKING_URI must be a file or a server, got {re.escape(uri)}, which no other"
     ):
         tracking_uri(tmp_path)
 
@@ -143,11 +146,11 @@ def test_cache_is_this_users_alone(tmp_path, monkeypatch):
     folder = cache()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)
-    with pytest.raises(OSError, match=f"{folder} belongs to another user, or others may write there"):
+    with pytest.raises(OSError, match=f"{folder} belongs to another user or is writable by others"):
         cache()
     folder.rename(tmp_path / "planted")
     folder.symlink_to(tmp_path / "planted")
-    with pytest.raises(OSError, match="belongs to another user, or others may write there"):
+    with pytest.raises(OSError, match="belongs to another user or is writable by others"):
         cache()
 
 
@@ -198,7 +201,7 @@ def test_retry_unreachable_waits_for_a_store_and_says_for_how_long(monkeypatch):
     lines: list[str] = []
     assert retry_unreachable(action, UPath("memory://runs"), lines.append) == "done"
     assert len(lines) == 2
-    assert lines[0] in (f"away; trying again for {storage.PATIENCE_S - late} s" for late in range(5))
+    assert lines[0] in (f"away; retrying for another {storage.PATIENCE_S - late} s" for late in range(5))
 
 
 def test_retry_unreachable_raises_a_disks_error_at_once(tmp_path):

@@ -140,7 +140,7 @@ def test_no_file_of_an_encoded_corpus_is_damaged_unseen(corpus, tmp_path, damage
         open_all(copy)
         damage(copy / path.name)
         with pytest.raises(
-            ValueError, match=r"^.*/(?P<name>[\w.]+) (is damaged|is no file|does not exist).*: run the"
+            ValueError, match=r"^.*/(?P<name>[\w.]+) (is damaged|is not a file|does not exist).*: run the"
         ):
             open_all(copy)
         shutil.rmtree(copy)

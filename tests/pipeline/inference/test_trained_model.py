@@ -40,6 +40,6 @@ def test_no_file_of_a_model_is_damaged_unseen(final: Path, tmp_path: Path, damag
         copy = shutil.copytree(final, tmp_path / "copy")
         load_trained(copy)
         damage(copy / path.name)
-        with pytest.raises(ValueError, match=r"(is damaged|is no file|does not exist).*: run the train stage"):
+        with pytest.raises(ValueError, match=r"(is damaged|is not a file|does not exist).*: run the train stage"):
             load_trained(copy)
         shutil.rmtree(copy)
