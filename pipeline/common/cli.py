@@ -69,7 +69,7 @@ def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interru
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """Return `call()`, run in another thread, so that signals are handled during a long call into C, as in sentencepiece."""
+    """Return `call()`, run in another thread: signals are handled during a long call into C (sentencepiece)."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -297,7 +297,7 @@ class Settings:
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
 GRID_KEYS = [f"{name}.{f.name}" for name in ("model", "train") for f in fields(SECTIONS[name]) if f.name != "seed"]
-"""The settings that trials of a sweep may vary, besides the seed (sweep.seeds). All share data, hardware and search."""
+"""The settings that trials of a sweep may vary, besides the seed. All trials share data, hardware and search."""
 
 
 def load_settings(root: Path = Path(), **presets: str) -> Settings:
