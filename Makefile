@@ -1,4 +1,4 @@
-# Two commands: `make repro` runs the pipeline on the embedded corpus, `make test` runs the tests.
+# Two commands: `make repro` runs the pipeline on the built-in corpus, `make test` runs the tests.
 # Both make .venv first and install the pinned dependencies into it.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,12 +7,12 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 
-# Two processes share the test files, in the order of tests/conftest.py.
+# Two processes run the test files, in the order that tests/conftest.py sets.
 DEFAULT_TESTS := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 RUN_MODULE := python -m
 
-# DVC keeps pickles there. Its own place for them is a folder that every user of the machine may write to. It takes the
-# path as it is, without `~`, and relative to where it is called, so that .dvc/config cannot have one for all.
+# The folder of DVC's pickles: its default is one that every user of the machine may write to. .dvc/config cannot name
+# one for all users, because DVC does not expand `~` and takes a relative path from the working directory.
 SITE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/attention-pipeline/dvc
 
 .PHONY: help repro test test-all mutate bench lint ui clean site-cache
@@ -20,12 +20,12 @@ SITE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/attention-pipeline/dvc
 help:
 	@echo "make repro     run the pipeline: download, validate, tokenize, train, evaluate, sweep, report"
 	@echo "make test      run the default tests: 5 minutes"
-	@echo "make test-all  run all tests but those that need a GPU, and count the lines that unit tests reach"
-	@echo "make mutate    break 30 lines of code one at a time and see whether a test notices: 20 minutes"
+	@echo "make test-all  run all tests except those for GPUs, and measure the coverage of the default tests"
+	@echo "make mutate    break 30 lines of code, one at a time, and check that a test fails: 20 minutes"
 	@echo "make bench     compare speed with other toolkits (python -m tools.benchmarks --help)"
 	@echo "make lint      ruff and mypy"
 	@echo "make ui        open the MLflow UI on http://127.0.0.1:5000"
-	@echo "make clean     delete what runs have made (not DVC's cache), and .venv"
+	@echo "make clean     delete what runs have written (except DVC's cache), and .venv"
 
 repro: .venv/installed site-cache
 	@python -m pipeline.check
@@ -38,7 +38,7 @@ repro: .venv/installed site-cache
 	@echo "Model:         models/final"
 	@echo "MLflow:        make ui, then open http://127.0.0.1:5000, or a view of it:"
 	@python -m pipeline.views
-	@echo "(The commands stand in .venv/bin: source .venv/bin/activate)"
+	@echo "(The commands are in .venv/bin: source .venv/bin/activate)"
 
 site-cache:
 	@mkdir -p "$(SITE_CACHE)" && chmod 700 "$(SITE_CACHE)" || \
