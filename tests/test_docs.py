@@ -235,6 +235,31 @@ def test_paths_of_the_documents_exist(document):
     assert missing + [file for file in files if file not in names] == []
 
 
+def tree_of(text: str) -> list[str]:
+    """The paths in an indented tree. A line is `name` or `name, name`, then two spaces or its end, then a comment."""
+    found, above = [], [(-1, "")]
+    for line in text.splitlines():
+        entry = re.match(r"( *)(\S+(?:, \S+)*)(?:  |$)", line)
+        if entry:
+            indent = len(entry[1])
+            above = [(other, folder) for other, folder in above if other < indent]
+            found += [above[-1][1] + name for name in entry[2].split(", ")]
+            above.append((indent, found[-1]))
+    return found
+
+
+def test_tree_of_the_architecture_has_every_module_and_nothing_else():
+    paths = tree_of(re.search(r"```text\n(.*?)```", prose("docs/architecture.md"), re.DOTALL)[1])
+    whole = ("model/cpu/", "tools/benchmarks/")  # one line for all of their modules
+    modules = [
+        path
+        for path in tracked()
+        if re.match(r"(model|pipeline|sweeps|tools)/", path) and not path.endswith("__init__.py")
+    ]
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    assert [path for path in modules if path not in paths and not path.startswith(whole)] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_of_the_documents_are_in_the_code(document):
     """`Name` in `path` is in that file; other names of classes, constants and functions are somewhere."""
