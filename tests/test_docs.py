@@ -1,4 +1,4 @@
-"""What README, docs/ and infra/README.md tell a reader to type works, and what they name exists.
+"""What README, CONTRIBUTING, docs/ and infra/README.md tell a reader to type works, and what they name exists.
 
 Every command of an indented or fenced block is run, or checked as far as it can be without running it, or is one of
 ELSEWHERE. Blocks fenced as ```text are no commands. docs/log.md is history: what it names may be gone.
@@ -26,7 +26,7 @@ from pipeline.common.settings import SECTIONS, load_settings
 from pipeline.preset import write_presets
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "infra/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "infra/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "log.md"]
 
 RUN = ["dvc metrics show", "python -m pipeline.preset --list", "python -m pipeline.preset --show model=tiny"]
@@ -43,6 +43,7 @@ ELSEWHERE = {
     "ray": "needs a cluster; options of `ray start` are checked by tests/infra",
     "mlflow": "serves until it is stopped; tests/pipeline/inference/test_serving.py loads the model",
     "curl": "needs that server",
+    "pre-commit": "the user's own installation; tests/test_hosting.py checks its configuration",
     "openssl": "part of kubectl's commands",
     "infra/make-secrets.sh": "run by tests/infra",
     "source": "the environment that `make .venv/installed` makes",
