@@ -41,7 +41,6 @@ PATIENCE_S = 3.0
 """How long a server or a store may take to answer."""
 LEAST_FREE_BYTES = 1 << 30
 WIDTH, INDENT, MAX_LINES = 80, 12, 3
-MAX_CHARACTERS = 180
 INSTALL = "make .venv/installed && source .venv/bin/activate"
 MOST_RUNS = 100
 """So many runs of a server are counted."""
@@ -129,7 +128,7 @@ def mlflow(root: Path) -> str:
         count = _in_time(uri, lambda: count_runs(uri, MOST_RUNS))
     except OSError as error:
         raise ConnectionError(f"{error}: is that MLflow's server, and MLFLOW_TRACKING_PASSWORD right?") from None
-    return f"{without_passwords(uri)} answers, {count} runs{' or more' if count == MOST_RUNS else ''}"
+    return f"{without_passwords(uri)} answers, runs: {count}{' or more' if count == MOST_RUNS else ''}"
 
 
 def _answers(server: str) -> bool:
@@ -157,7 +156,7 @@ def _runs_in(file: Path) -> str:
         if isinstance(error, sqlite3.OperationalError) and "no such table" not in str(error):  # locked, say
             way_out = "try again when no run writes to it; if that does not help, see who may read it"
         raise ValueError(f"{file} cannot be read, {error}: {way_out}") from None
-    return f"{count} runs"
+    return f"runs: {count}"
 
 
 def storage(root: Path) -> str:
@@ -278,16 +277,23 @@ def examine(check: Callable[[Path], str], root: Path) -> tuple[bool, str]:
 
 
 def layout(name: str, text: str, wrong: bool) -> str:
-    """At most MAX_LINES lines of WIDTH columns. Of a long text the middle is left out: at its end is the way out."""
-    text = " ".join(without_passwords(text).split())
-    if len(text) > MAX_CHARACTERS:
-        text = f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
-    return textwrap.fill(
+    """At most MAX_LINES lines of WIDTH columns. A long text loses its end; a marked one loses its middle, for the way
+    out is at its end."""
+    text = shown = " ".join(without_passwords(text).split())
+    kept = len(text)
+    while wrong and len(_lines(name, shown, wrong)) > MAX_LINES:
+        kept -= 10
+        shown = f"{text[: kept // 2]} ... {text[-kept // 2 :]}"
+    lines = _lines(name, shown, wrong)
+    return "\n".join(lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], f"{' ' * INDENT}..."])
+
+
+def _lines(name: str, text: str, wrong: bool) -> list[str]:
+    return textwrap.wrap(
         text,
         WIDTH,
         initial_indent=f"{'!' if wrong else ' '} {name}".ljust(INDENT),
         subsequent_indent=" " * INDENT,
-        max_lines=MAX_LINES,
         break_on_hyphens=False,
     )
 

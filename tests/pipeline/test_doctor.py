@@ -143,15 +143,19 @@ def test_examine_turns_any_exception_into_a_marked_line_with_the_way_out(root):
     assert doctor.examine(lambda _: "well", root) == (False, "well")
 
 
-def test_layout_keeps_the_way_out_of_a_long_text_and_no_password():
-    text = f"http://us:{SECRET}@host {'word ' * 200}: do this"
+@pytest.mark.parametrize("long", ["word " * 200, "x" * 900, f"{'x' * 60} " * 9], ids=["words", "a word", "paths"])
+def test_layout_keeps_the_way_out_of_a_long_text_and_no_password(long):
+    text = f"http://us:{SECRET}@host {long}: do this"
     shown = doctor.layout("mlflow", text, True)
-    assert shown.startswith("! mlflow    http://host word")
-    assert shown.endswith("word : do this")
+    assert shown.startswith("! mlflow    http://host")
+    assert " ".join(shown.split()).endswith(": do this")
     assert SECRET not in shown
-    assert 2 <= shown.count("\n") + 1 <= doctor.MAX_LINES
+    assert 2 <= len(shown.splitlines()) <= doctor.MAX_LINES
     assert max(map(len, shown.splitlines())) <= doctor.WIDTH
-    assert doctor.layout("gpu", "x" * 900, False).count("\n") < doctor.MAX_LINES
+    shown = doctor.layout("mlflow", text, False)
+    assert shown.startswith("  mlflow    http://host")
+    assert shown.endswith("\n            ...")
+    assert len(shown.splitlines()) == doctor.MAX_LINES
 
 
 def test_versions_marks_what_is_missing_or_not_the_pin(root, monkeypatch):
@@ -204,7 +208,7 @@ def test_mlflow_counts_the_runs_of_a_file_and_leaves_it_as_it_is(root):
     file = root / "mlflow.db"
     make_store(file)
     before = file.read_bytes(), file.stat().st_mtime_ns
-    assert doctor.mlflow(root) == f"sqlite:///{file}, 2 runs"
+    assert doctor.mlflow(root) == f"sqlite:///{file}, runs: 2"
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
     file.write_bytes(b"")
     assert doctor.mlflow(root) == f"sqlite:///{file}, not made yet"
@@ -277,7 +281,7 @@ def served(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.Monke
 
 
 def test_mlflow_counts_the_runs_of_a_server(root, served):
-    assert doctor.mlflow(root) == f"http://127.0.0.1:{served.server_port} answers, 2 runs"
+    assert doctor.mlflow(root) == f"http://127.0.0.1:{served.server_port} answers, runs: 2"
 
 
 @pytest.mark.parametrize("served", [401], indirect=True)
