@@ -1,4 +1,4 @@
 """The corpus: the catalogue of public corpora, the built-in grammar and its lexicon, the encoded dataset, batches.
 
-Imports common/ and model.config.
+Of the project, it imports only common/ and model.config.
 """

@@ -1,7 +1,7 @@
-"""Batches of sentence pairs by token count, of similar length, from a seeded plan (section 5.1).
+"""The batch plan: batches of sentence pairs of similar length, with a given number of tokens (section 5.1).
 
-The plan is a pure function of the lengths, the seed and the epoch: every worker computes the same one, and
-a pair of integers tells where in it a run is.
+The plan is a pure function of the lengths, the seed and the epoch. Every worker computes the same plan, and a pair of
+integers (epoch, step) is the position of a run in it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,36 +18,40 @@ from pipeline.data.bucketing import cut, pad, smallest_budget
 from pipeline.data.dataset import EncodedSplit
 
 MIN_MICRO_BATCHES = 4
-"""The fewest of a step. Each has sentences of about one length, and models learn less from a step of few lengths
+"""The least number of micro-batches per step.
+
+The sentences of a micro-batch have about the same length, and models learn less from steps with few different lengths
 (docs/performance.md). The paper's steps were shared by eight GPUs."""
 
 
 class Position(NamedTuple):
-    """The next step to take; `step` counts inside the epoch, from 0."""
+    """The next step of a run. `step` counts from 0 within the epoch."""
 
     epoch: int
     step: int
 
 
 class BatchPlan:
-    """Which sentence pairs each optimiser step sees.
+    """The sentence pairs of each optimiser step.
 
-    A step is a list of micro-batches, which pass through the model one by one, or one in each thread or worker, and
-    whose gradients are added. How the plan is made:
+    A step is a list of micro-batches. The model processes them one by one, or in parallel in threads and workers,
+    and their gradients are added. The plan is made as follows:
 
-    1. Pairs longer than `max_length` are left out (`num_skipped`); the others are sorted by length, which is here the
-       longer of source and target.
-    2. An epoch has as many steps as make `batch_tokens` target tokens a step, padding not counted.
-    3. A step has MIN_MICRO_BATCHES or more micro-batches, more if `micro_batch_tokens` is too small for that, and a
-       number that is `easily_shared` by threads and workers.
-    4. The sorted pairs are cut into that number times steps of nearly equal micro-batches: `budget`, the positions
-       that one may have in the source and in the target, padding counted, is the smallest that does it. All steps
-       have about the same size and number of micro-batches, at most `most_micro_batches`.
-    5. Each epoch mixes the pairs of like lengths, cuts them at the same places and deals the micro-batches out to
-       steps by chance. Every pair comes once an epoch.
+    1. Leave out pairs longer than `max_length` (`num_skipped`) and sort the others by length. The length of a pair is
+       that of its longer sentence.
+    2. Choose the number of steps per epoch: the one with which a step has `batch_tokens` target tokens on average,
+       without padding.
+    3. Choose the number of micro-batches per step: the number that `micro_batch_tokens` requires, but at least
+       MIN_MICRO_BATCHES, rounded up to one that is `easily_shared` by threads and workers.
+    4. Cut the sorted pairs into at most (steps * micro-batches per step) micro-batches. Each has at most `budget`
+       source positions and `budget` target positions, with padding. `budget` is as small as possible, so that all
+       micro-batches are nearly full. A step has about the chosen number of them, at most `most_micro_batches`.
+    5. In each epoch, shuffle pairs of similar length, cut at the same places, and assign the micro-batches to steps
+       at random. Every pair occurs once per epoch.
 
-    `src_lengths` and `tgt_lengths` are tokens without end of sentence, which is counted here (+1 each); the longest
-    pair has `longest`. Raises ValueError if no pair is left, or if one alone exceeds `micro_batch_tokens`.
+    `src_lengths` and `tgt_lengths` [pairs] are numbers of tokens without end of sentence, which is added here (+1).
+    `longest` is the length of the longest pair, with it. Raises ValueError if no pair is left, or if a single pair
+    exceeds `micro_batch_tokens`.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class BatchPlan:
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
     def _micro_batches_per_step(self, num_steps: int, micro_batch_tokens: int) -> int:
-        """As many as `micro_batch_tokens` needs, and MIN_MICRO_BATCHES or the largest half of it that fits."""
+        """As many as `micro_batch_tokens` requires, at least MIN_MICRO_BATCHES, halved until so many are possible."""
         needed = -(-len(cut(self._lengths, micro_batch_tokens)) // num_steps)
         wanted = MIN_MICRO_BATCHES
         while wanted > 1 and not self._can_be_cut_into(wanted * num_steps):
@@ -86,9 +90,10 @@ class BatchPlan:
         return easily_shared(max(needed, wanted))
 
     def _can_be_cut_into(self, num_micro_batches: int) -> bool:
-        """Whether so many can all have room for the longest pair; if not, steps would differ in their number.
+        """Whether there are this many micro-batches with a budget that holds the longest pair. If not, steps would
+        differ in their number of micro-batches.
 
-        If the pairs fill so many, they can; else only the cut can tell, which takes seconds for millions of pairs.
+        The first check is fast and sufficient. The cut is exact, but takes seconds for millions of pairs.
         """
         if num_micro_batches * self.longest <= int(self._lengths.sum()):
             return True
@@ -102,8 +107,8 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
-        # Pairs of equal length are sorted by the shorter sentence too, give or take a token: chance mixes neighbours,
-        # and a micro-batch has little padding in either language.
+        # Pairs of equal length are sorted by the shorter sentence too, plus up to one token of noise: neighbours are
+        # shuffled, and a micro-batch has little padding in either language.
         difference = (self._src - self._tgt)[self._pairs]
         order = np.lexsort((difference + rng.uniform(-1, 1, len(difference)), self._lengths))
         micro_batches = np.split(self._pairs[order], self._starts[1:])
@@ -112,21 +117,21 @@ class BatchPlan:
         return [shuffled[start:end] for start, end in pairwise(bounds)]
 
     def from_position(self, position: Position) -> Iterator[tuple[Position, list[np.ndarray]]]:
-        """All steps from `position` on, without end, each with its own position."""
+        """Yield all steps from `position` on with their positions, without end."""
         epoch, first = position.epoch, position.step
         if epoch < 0 or not 0 <= first <= self.num_steps:
-            raise ValueError(f"{position} is not in a plan of {self.num_steps} steps an epoch")
+            raise ValueError(f"{position} is outside a plan of {self.num_steps} steps per epoch")
         while True:
             for step in range(first, self.num_steps):
                 yield Position(epoch, step), self.steps(epoch)[step]
             epoch, first = epoch + 1, 0
 
     def num_tgt_tokens(self, step: Sequence[np.ndarray]) -> int:
-        """Target tokens of these micro-batches, end of sentence counted, padding not."""
+        """Target tokens of these micro-batches, with end of sentence, without padding."""
         return sum(int(self._tgt[indices].sum()) for indices in step)
 
     def padding_share(self, epoch: int = 0) -> float:
-        """The share of padding in all positions, source and target, that the epoch passes through the model."""
+        """The share of padding among the source and target positions of an epoch, in [0, 1)."""
         tokens = positions = 0
         for indices in (indices for step in self.steps(epoch) for indices in step):
             for lengths in (self._src[indices], self._tgt[indices]):
@@ -138,8 +143,10 @@ class BatchPlan:
 def batches_to_read(
     src_lengths: np.ndarray, tgt_lengths: np.ndarray, *, micro_batch_tokens: int, max_length: int
 ) -> list[np.ndarray]:
-    """Micro-batches of a split that is only read, as large as they may be, the shortest sentences first. Sizes,
-    pairs that are left out and errors are as in BatchPlan."""
+    """Micro-batches for one pass without training, as large as allowed, shortest sentences first.
+
+    Lengths, pairs that are left out, and errors are as in BatchPlan.
+    """
     src, tgt, longer = _positions(src_lengths, tgt_lengths)
     pairs = _by_length(longer, max_length, micro_batch_tokens)
     order = np.lexsort(((src - tgt)[pairs], longer[pairs]))
@@ -147,20 +154,20 @@ def batches_to_read(
 
 
 def easily_shared(number: int) -> int:
-    """From `number` up, the first that two, four or eight share alike (threads or workers), if it is large enough: a
-    power of two up to 8, a multiple of 8 beyond."""
+    """Round `number` up so that 2, 4 or 8 threads or workers get equal shares: to a power of two up to 8, else to a
+    multiple of 8."""
     unit = min(8, 1 << (number - 1).bit_length())
     return -(-number // unit) * unit
 
 
 def _positions(src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each pair, EOS counted: those of the source, of the target and of the longer of the two."""
+    """The lengths with EOS, each [pairs]: of the source, of the target, and of the longer of the two."""
     src, tgt = (np.asarray(lengths, dtype=np.int32) + 1 for lengths in (src_lengths, tgt_lengths))
     return src, tgt, np.maximum(src, tgt)
 
 
 def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> np.ndarray:
-    """Indices of the pairs within `max_length`, by ascending length. Raises ValueError."""
+    """Indices of the pairs within `max_length`, by ascending length. Raises ValueError as BatchPlan."""
     pairs = np.flatnonzero(longer <= max_length)
     if not len(pairs):
         raise ValueError(f"none of {len(longer)} sentence pairs has at most model.max_length ({max_length}) tokens")
@@ -168,9 +175,9 @@ def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> 
     worst = pairs[-1]
     if longer[worst] > micro_batch_tokens:
         raise ValueError(
-            f"the pair of line {worst + 1} has {longer[worst]} tokens on one side, more than "
+            f"the longer sentence of line {worst + 1} has {longer[worst]} tokens, more than "
             f"hardware.micro_batch_tokens ({micro_batch_tokens}): set that to {longer[worst]} or more, or lower "
-            "model.max_length, which leaves longer pairs out of training"
+            "model.max_length to leave longer pairs out of training"
         )
     return pairs
 
@@ -179,14 +186,14 @@ def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> 
 class MicroBatch:
     """Padded sentence pairs, int64. The decoder reads `tgt_in` and predicts `tgt_out` (Figure 1)."""
 
-    src: Tensor  # [sentences, S], ends in EOS
-    tgt_in: Tensor  # [sentences, T], BOS and the tokens
-    tgt_out: Tensor  # [sentences, T], the tokens and EOS
-    num_tgt_tokens: int  # of tgt_out, padding not counted
+    src: Tensor  # [sentences, src], the tokens and EOS
+    tgt_in: Tensor  # [sentences, tgt], BOS and the tokens
+    tgt_out: Tensor  # [sentences, tgt], the tokens and EOS
+    num_tgt_tokens: int  # of tgt_out, without padding
 
 
 def collate(split: EncodedSplit, indices: np.ndarray) -> MicroBatch:
-    """The sentence pairs of these indices, in this order."""
+    """Make a micro-batch of the sentence pairs with these indices, in this order."""
     src = pad(*split.src.gather(indices))
     tokens, lengths = split.tgt.gather(indices)
     tgt_out = pad(tokens, lengths)

@@ -1,7 +1,7 @@
-"""Grouping sentences by length and padding them: the one policy of training, validation and search.
+"""Group sentences by length and pad them, for training, validation and search alike.
 
-Sentences are sorted by length and cut, in that order, into batches of at most a budget of positions, padding counted.
-`pipeline.data.batching` uses this for sentence pairs, `pipeline.inference` for sources.
+Sentences are sorted by length and cut, in that order, into batches with at most `budget` positions, with padding.
+`pipeline.data.batching` uses this for sentence pairs, `pipeline.inference` for source sentences.
 """
 
 import numpy as np
@@ -12,24 +12,26 @@ from model.config import EOS, PAD
 
 
 def cut(lengths: np.ndarray, budget: int) -> list[int]:
-    """Starts of the batches when `lengths`, in their order, are cut as late as `budget` allows.
+    """Cut `lengths`, in their order, into batches as large as `budget` allows. Returns the start of each batch.
 
-    A batch of n sentences has n * max(lengths of it) positions, at most `budget`; a sentence longer than that is a
-    batch of its own. Every length is at least 1.
+    A batch of n sentences has n * (its longest length) positions, at most `budget`. A sentence longer than `budget`
+    is a batch of its own. Every length must be at least 1.
     """
     starts = []
     start = 0
     while start < len(lengths):
         starts.append(start)
-        room = lengths[start : start + max(1, budget // int(lengths[start]))]  # no batch reaches further
+        room = lengths[start : start + max(1, budget // int(lengths[start]))]  # no batch can end later
         positions = np.maximum.accumulate(room) * np.arange(1, len(room) + 1, dtype=np.int64)
         start += max(1, int(np.searchsorted(positions, budget, side="right")))
     return starts
 
 
 def smallest_budget(lengths: np.ndarray, max_batches: int, lowest: int, highest: int) -> int:
-    """The smallest budget in [lowest, highest] that `cut` turns into at most `max_batches`, so that all of them are
-    nearly full; `highest` if none does. `lengths` are sorted, either way: then more budget never makes more batches.
+    """The smallest budget in [lowest, highest] with which `cut` makes at most `max_batches`; `highest` if none does.
+
+    With the smallest budget, all batches are nearly full. `lengths` must be sorted, ascending or descending: then a
+    larger budget never makes more batches, and a binary search is correct.
     """
     while lowest < highest:
         middle = (lowest + highest) // 2
@@ -41,9 +43,9 @@ def smallest_budget(lengths: np.ndarray, max_batches: int, lowest: int, highest:
 
 
 def pad(tokens: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """[sentences, longest + 1], int64: each row a sentence, EOS, then PAD.
+    """Pad sentences to an int64 tensor [sentences, longest + 1]: each row has the tokens, EOS, then PAD.
 
-    `tokens` has all sentences end to end; `lengths` [sentences] are without EOS.
+    `tokens` is the concatenation of all sentences; `lengths` [sentences] are without EOS.
     """
     padded = np.full((len(lengths), int(lengths.max()) + 1), PAD, dtype=np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)  # [tokens]
@@ -58,12 +60,13 @@ def search_batches(
 ) -> list[np.ndarray]:
     """Batches of sentence indices for a search, longest sentences first. `lengths` are without EOS.
 
-    A batch has at most `batch_tokens` source positions, EOS and padding counted. A sentence counts as a quarter of
-    `max_extra` positions at least, by which outputs may be longer than sources. So outputs of up to that length have
-    at most 5 * batch_tokens positions together, however short the sentences are.
+    A batch has at most `batch_tokens` source positions, with EOS and padding. An output may have `max_extra` more
+    tokens than its source, so a short sentence counts as at least `max_extra` / 4 positions: then the outputs of a
+    batch have at most 5 * batch_tokens positions, however short its sentences are.
 
-    There are as many batches as fill whole rounds of the workers, and they are as small as that allows: none waits
-    long for the last. For that alone they are not made smaller than `least_tokens` on average.
+    The number of batches is rounded up to a multiple of `num_workers`, and the batches are made as small as that
+    number allows, so that all workers finish at about the same time. The rounding never makes them smaller than
+    `least_tokens` positions on average.
     """
     order = np.argsort(-lengths, kind="stable")
     widths = np.maximum(lengths[order] + 1, -(-max_extra // 4))
@@ -76,7 +79,7 @@ def search_batches(
 
 
 def search_batches_of_one_length(lengths: np.ndarray, batch_tokens: int, max_extra: int) -> list[np.ndarray]:
-    """Those of `search_batches`, cut where the length changes."""
+    """The batches of `search_batches`, cut where the length changes: the sentences of each have the same length."""
     return [
         part
         for indices in search_batches(lengths, batch_tokens, max_extra)

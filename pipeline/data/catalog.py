@@ -1,13 +1,13 @@
-"""The public corpora that the download stage knows: where each file comes from, its size and its checksum."""
+"""The public corpora that the download stage can get: the URL, size and checksum of each file."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """A gzip-compressed text, one sentence a line."""
+    """A gzip-compressed text with one sentence per line."""
 
-    path: str  # below a mirror, and below data/downloads/
+    path: str  # relative to data/downloads/ and to a mirror
     url: str
     num_bytes: int
     sha256: str
@@ -15,14 +15,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A file for every split and language; line i is the same sentence in each language of a split."""
+    """A file for every split and language. Line i has the same sentence in all languages of a split."""
 
     licence: str
     languages: tuple[str, ...]
     files: dict[str, RemoteFile]  # "train.en" and so on
 
 
-# Elliott et al. 2016 and 2017, task 1. SacreBLEU knows this test set as multi30k/2016.
+# Elliott et al. 2016 and 2017, task 1. Its test set is multi30k/2016 in SacreBLEU.
 _MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 _MULTI30K_SPLITS = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 _MULTI30K_FILES = {

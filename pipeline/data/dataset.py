@@ -1,7 +1,7 @@
 """The encoded corpus on disk, and its tokenizer.
 
-The source and the target of every split are two arrays each: the tokens of all sentences end to end, and where each
-sentence begins. Both are memory-mapped; to open them they are read once, for their checksums.
+The source and the target of every split have two arrays each: the concatenated tokens of all sentences, and the
+offset of each sentence. The arrays are memory-mapped. Opening a split reads them once to verify their checksums.
 """
 
 import json
@@ -26,15 +26,15 @@ TOKENIZER_FILE = "spm.model"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusInfo:
-    """What training has to know of the encoded corpus besides its tokens."""
+    """Metadata of the encoded corpus (meta.json)."""
 
     src: str  # language codes
     tgt: str
     vocab_size: int
     pairs: dict[str, int]  # by split
-    words: dict[str, dict[Side, int]]  # by split, of src and tgt, as white space separates them
-    texts: dict[str, str]  # SHA-256 by name, "train.en" and so on
-    sha256: str  # of the tokenizer and of all texts
+    words: dict[str, dict[Side, int]]  # separated by white space; by split, src and tgt
+    texts: dict[str, str]  # SHA-256 of each text by name: "train.en", ...
+    sha256: str  # of the tokenizer and all texts
 
     @classmethod
     def open(cls, folder: Path) -> "CorpusInfo":
@@ -49,35 +49,37 @@ class CorpusInfo:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The source or target sentences of a split; `text[i]` is sentence i, without begin and end of sentence.
+    """The source or target sentences of a split. `text[i]` is sentence i, without BOS and EOS.
 
-    `tokens` holds all sentences end to end (uint16, or uint32 for a vocabulary that needs it);
-    sentence i is tokens[offsets[i] : offsets[i + 1]].
+    `tokens` is the concatenation of all sentences (uint16, or uint32 for a large vocabulary). Sentence i is
+    tokens[offsets[i] : offsets[i + 1]].
     """
 
     tokens: np.ndarray
-    offsets: np.ndarray  # int64, one more than sentences
+    offsets: np.ndarray  # [sentences + 1], int64
 
     @classmethod
     def open(cls, folder: Path, split: str, side: Side) -> "EncodedText":
-        """Map the files read-only. Raises ValueError that names a file that is missing or not ours. Their checksums
-        are verified by `EncodedSplit.open`."""
+        """Memory-map the files read-only. Their checksums are verified by `EncodedSplit.open`.
+
+        Raises ValueError that names a file that is missing or has another format.
+        """
         tokens_path, offsets_path = encoded_paths(folder, split, side)
         tokens, offsets = _map(tokens_path), _map(offsets_path)
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
             raise ValueError(
-                f"{tokens_path} holds {tokens.dtype} {tokens.shape}: a row of uint16 or uint32 is needed"
+                f"{tokens_path} must be a 1-D array of uint16 or uint32, got {tokens.dtype} {tokens.shape}"
             )
         if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets):
-            raise ValueError(f"{offsets_path} holds {offsets.dtype} {offsets.shape}: a row of int64 is needed")
+            raise ValueError(f"{offsets_path} must be a 1-D array of int64, got {offsets.dtype} {offsets.shape}")
         if offsets[0] != 0 or offsets[-1] != len(tokens):
             raise ValueError(
-                f"{offsets_path} ends at token {offsets[-1]}, {tokens_path.name} has {len(tokens)}: "
-                "they do not belong together; run the tokenize stage again"
+                f"{offsets_path} ends at token {offsets[-1]}, but {tokens_path.name} has {len(tokens)} tokens: "
+                "run the tokenize stage again"
             )
         text = cls(tokens, offsets)
         if (text.lengths < 0).any():
-            raise ValueError(f"{offsets_path} has an offset below the one before it: run the tokenize stage again")
+            raise ValueError(f"{offsets_path} must not decrease: run the tokenize stage again")
         return text
 
     def __len__(self) -> int:
@@ -85,11 +87,11 @@ class EncodedText:
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
-            raise IndexError(f"sentence {index}: there are {len(self)}")
+            raise IndexError(f"sentence {index} is not in [0, {len(self)})")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of these sentences end to end, and the length of each."""
+        """The concatenated tokens of these sentences, and the length of each."""
         starts = self.offsets[indices]
         lengths = self.offsets[indices + 1] - starts
         ends = np.cumsum(lengths)
@@ -97,21 +99,21 @@ class EncodedText:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int64, end of sentence not counted."""
+        """The number of tokens of each sentence, [sentences], int64, without EOS."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Sentence pairs: source sentence i and target sentence i mean the same."""
+    """The sentence pairs of a split: target sentence i is the translation of source sentence i."""
 
     src: EncodedText
     tgt: EncodedText
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "EncodedSplit":
-        """Raises ValueError if a file is missing or damaged, a token is not of the vocabulary, or the numbers of
-        sources and targets differ."""
+        """Open and verify a split. Raises ValueError if a file is missing or damaged, a token id is not in the
+        vocabulary, or the numbers of source and target sentences differ."""
         verify(folder, [path.name for side in SIDES for path in encoded_paths(folder, split, side)], "tokenize")
         src, tgt = (EncodedText.open(folder, split, side) for side in SIDES)
         vocab_size = CorpusInfo.open(folder).vocab_size
@@ -119,12 +121,12 @@ class EncodedSplit:
             if (largest := int(text.tokens.max(initial=0))) >= vocab_size:
                 path, _ = encoded_paths(folder, split, side)
                 raise ValueError(
-                    f"{path} holds token {largest}, meta.json a vocabulary of {vocab_size}: "
+                    f"{path} has token id {largest}, but the vocabulary in meta.json has {vocab_size} tokens: "
                     "run the tokenize stage again"
                 )
         if len(src) != len(tgt):
             raise ValueError(
-                f"{folder}: {split} has {len(src)} source and {len(tgt)} target sentences; "
+                f"{folder}: {split} has {len(src)} source but {len(tgt)} target sentences: "
                 "run the tokenize stage again"
             )
         return cls(src, tgt)
@@ -134,7 +136,7 @@ class EncodedSplit:
 
 
 def encoded_paths(folder: Path, split: str, side: Side) -> tuple[Path, Path]:
-    """The files of the tokens and of the offsets."""
+    """The paths of the token array and the offset array."""
     return folder / f"{split}.{side}.ids.npy", folder / f"{split}.{side}.offsets.npy"
 
 
@@ -148,11 +150,11 @@ def _map(path: Path) -> np.ndarray:
 
 
 def load_tokenizer(folder: Path, stage: str = "tokenize") -> "SentencePieceProcessor":
-    """The joint byte-pair encoding in `folder`/spm.model (section 5.1), which `stage` has written, verified.
+    """Verify and load the joint byte-pair encoding (section 5.1) in `folder`/spm.model, written by `stage`.
 
-    Raises ValueError if there is none, it is damaged, or its reserved tokens are not those of model.config.
+    Raises ValueError if the file is missing or damaged, or its reserved tokens are not those of model.config.
     """
-    from sentencepiece import SentencePieceProcessor  # here, so that training needs torch and numpy alone
+    from sentencepiece import SentencePieceProcessor  # imported here: training needs only torch and numpy
 
     path = folder / TOKENIZER_FILE
     verify(folder, [path.name], stage)
@@ -164,6 +166,6 @@ def load_tokenizer(folder: Path, stage: str = "tokenize") -> "SentencePieceProce
     reserved = (tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id())
     if reserved != (PAD, UNK, BOS, EOS):
         raise ValueError(
-            f"{path} numbers padding, unknown, begin and end {reserved}: {(PAD, UNK, BOS, EOS)} is needed"
+            f"{path} must have {(PAD, UNK, BOS, EOS)} as the ids of padding, unknown, begin and end, got {reserved}"
         )
     return tokenizer

@@ -1,22 +1,22 @@
-"""The embedded corpus: a small English-German grammar of our own, with the tree of every English sentence.
+"""The built-in corpus: a small English-German grammar, with the constituency tree of every English sentence.
 
-A sentence is drawn as a meaning (`Clause`, `NounPhrase`) and then said twice: in English as a constituency tree
-in Penn brackets, whose leaves are the English sentence, and in German. What the German has to do:
-- finite verb second in main clauses, with the subject behind it when an adverbial or a clause stands in front;
-  finite verb last in subordinate and relative clauses; infinitive, participle and separable prefix at the end;
-- English place-manner-time becomes time-manner-place; adverbs before the English verb move behind the German one;
-  definite objects stand before the adverbials and indefinite ones behind time and manner; a relative clause
-  follows its subject at once but its object only after the verb;
-- articles, adjectives, nouns, relative pronouns and verbs agree in gender, number and case, also by verbs that
-  govern the dative; a noun's genitive follows (the king's dog: der Hund des Königs), a name's goes before it;
-- names (an open class) and numbers are copied.
-The German is a function of the English: wherever German offers a choice, one rule above or below decides.
+A sentence is first drawn as a meaning (`Clause`, `NounPhrase`). The meaning is then written in English, as a tree in
+Penn brackets whose leaves are the sentence, and in German. To translate it, a model has to learn:
+- order of verbs: the finite verb is second in main clauses, before the subject if an adverbial or a clause comes
+  first, and last in subordinate and relative clauses; infinitives, participles and separable prefixes go to the end;
+- order of other parts: English place-manner-time becomes time-manner-place; adverbs before the English verb
+  follow the German one; definite objects precede the adverbials, indefinite ones follow time and manner; a relative
+  clause directly follows a subject, but follows the verb if it belongs to the object;
+- agreement of articles, adjectives, nouns, relative pronouns and verbs in gender, number and case, with some verbs
+  that govern the dative; a noun in the genitive follows (the king's dog: der Hund des Königs), a name precedes;
+- copying of names (an open class) and numbers.
+The German is a function of the English: wherever German offers a choice, a rule of this file decides.
 
-The test split holds combinations that training never saw. A word pair (adjective, noun), (subject, verb) or
-(verb, object) is held out when the CRC-32 of its English lemmas is divisible by HELD_OUT_EVERY. Training
-and validation contain none of these pairs, each test sentence at least one; the words themselves (names and
-numbers apart) all occur in training, in other company. Of a test sentence's pairs one is drawn by lot and must be
-held out: "any of them" would make the test split one of long sentences.
+The test split has combinations of words that training never saw. A word pair (adjective, noun), (subject, verb) or
+(verb, object) is held out when the CRC-32 of its English lemmas is divisible by HELD_OUT_EVERY. Training and
+validation contain no held-out pair; each test sentence contains at least one. All words of the test split, except
+names and numbers, occur in training, in other combinations. To accept a test sentence, one of its pairs is drawn at
+random and has to be held out: accepting any sentence with a held-out pair would favour long sentences.
 """
 
 import random
@@ -53,12 +53,12 @@ from pipeline.data.lexicon import (
     Verb,
 )
 
-# How often what is said. The difficulty of the corpus is set here.
+# Probabilities of constructions. They set the difficulty of the corpus.
 SENTENCE_SHARES = {"simple": 0.43, "coordinated": 0.15, "main first": 0.14, "main last": 0.14, "that": 0.14}
 FRAME_SHARES = {
     "animate": 0.34, "dative": 0.13, "anything": 0.15, "thing": 0.1, "give": 0.1, "alone": 0.12, "motion": 0.06,
 }  # fmt: skip
-NAME = 0.28  # of subjects, objects, recipients and owners
+NAME = 0.28  # for subjects, objects, recipients and owners that are persons
 COORDINATED_SUBJECT = 0.06
 DETERMINER_SHARES = {"the": 0.48, "a": 0.16, "number": 0.12, "this": 0.1, "my": 0.09, "every": 0.05}
 PLURAL = 0.3
@@ -66,21 +66,21 @@ ADJECTIVE = 0.3
 OWNER = 0.1
 RELATIVE = 0.25
 MAX_RELATIVES = 1  # in one sentence
-TENSE_SHARES = {"present": 0.35, "perfect": 0.25, "modal": 0.4}  # when it is not past
+TENSE_SHARES = {"present": 0.35, "perfect": 0.25, "modal": 0.4}  # if it is not past
 PAST = 0.4
 PLACE = 0.35
 TIME = 0.4
 ADVERB = 0.25
-FRONTED = 0.4  # of the main clauses with an adverbial of time or place
-LARGE_NUMBER = 0.1  # of three digits; the others are below 100
-LONG_NAME = 0.2  # of three syllables; the others have two
+FRONTED = 0.4  # for main clauses with an adverbial of time or place
+LARGE_NUMBER = 0.1  # three digits; other numbers are below 100
+LONG_NAME = 0.2  # three syllables; other names have two
 HELD_OUT_EVERY = 10
 
 Case = Literal["nom", "acc", "dat", "gen"]
 T = TypeVar("T")
 
 
-# Endings for m, f, n and plural. Those of dies- are also an adjective's where no ending stands before it.
+# Endings for m, f, n and plural. _STRONG: of dies-, and of adjectives that no inflected article precedes.
 _STRONG = {
     "nom": ("er", "e", "es", "e"),
     "acc": ("en", "e", "es", "e"),
@@ -133,17 +133,17 @@ class Adverbial:
     en: str  # tree
     de: str
     before_verb: bool = False  # in English
-    phrase: NounPhrase | None = None  # the noun phrase inside it, if it was drawn
+    phrase: NounPhrase | None = None  # its noun phrase, if it has one that was drawn
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One finite verb and what belongs to it. In a relative clause the subject or the object is the gap: None."""
+    """A finite verb with its subject, objects and adverbials. In a relative clause the subject or object is None."""
 
     verb: Verb
     tense: str  # present, past, perfect or a modal
     subject: Name | NounPhrase | Coordination | None
-    plural: bool  # the subject's number, of a gap the antecedent's
+    plural: bool  # number of the subject, or of the antecedent in a subject relative clause
     recipient: Name | NounPhrase | None = None
     object: Name | NounPhrase | None = None
     adverbials: tuple[Adverbial, ...] = ()
@@ -202,7 +202,7 @@ def english_phrase(phrase: Name | NounPhrase | Coordination) -> str:
 
 
 def english_clause(clause: Clause, *after: str) -> str:
-    """The S of a clause; `after` ends its verb phrase."""
+    """The S node of a clause. `after` are nodes at the end of its verb phrase."""
     verb = clause.verb
     before = [_node("ADVP", adverbial.en) for adverbial in clause.adverbials if adverbial.before_verb]
     behind = [
@@ -252,7 +252,7 @@ def english_tree(sentence: Sentence) -> str:
 
 
 def english_text(tree: str) -> str:
-    """The sentence that a bracketed tree's leaves spell."""
+    """The sentence of a bracketed tree: its leaves as text."""
     return re.sub(r" (?=[.,]|'s )", "", " ".join(re.findall(r" ([^()]+)\)", tree)))
 
 
@@ -264,7 +264,7 @@ def german_noun(noun: Noun, case: Case, plural: bool) -> str:
 
 
 def german_phrase(phrase: Name | NounPhrase | Coordination, case: Case) -> list[str]:
-    """Without the relative clause, which stands elsewhere."""
+    """The words of a phrase without its relative clause, whose position depends on the clause around it."""
     if isinstance(phrase, Name):
         return [phrase.text + ("s" if case == "gen" else "")]
     if isinstance(phrase, Coordination):
@@ -301,7 +301,7 @@ def german_relative(phrase: Name | NounPhrase | Coordination | None) -> list[str
 
 
 def german_verb(clause: Clause) -> tuple[str, str, str]:
-    """The finite form, its separable prefix, and the infinitive or participle."""
+    """The finite form, its separable prefix or "", and the infinitive or participle or ""."""
     verb, plural = clause.verb, clause.plural
     match clause.tense:
         case "present":
@@ -317,7 +317,7 @@ def german_verb(clause: Clause) -> tuple[str, str, str]:
 
 
 def german_clause(clause: Clause, verb_place: Literal["second", "first", "last"]) -> list[str]:
-    """The words of a clause; with the verb first or last, what comes before is the caller's."""
+    """The words of a clause. With the verb first or last, the caller adds what precedes the clause."""
     subject = german_phrase(clause.subject, "nom") if clause.subject else []
     subject += german_relative(clause.subject)
     recipient = german_phrase(clause.recipient, "dat") if clause.recipient else []
@@ -363,13 +363,13 @@ def german_text(sentence: Sentence) -> str:
 
 
 class Sampler:
-    """Draws meanings. Uses random() alone, whose algorithm Python promises to keep."""
+    """Draws the meaning of sentences. Uses only random(), whose algorithm Python guarantees not to change."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.past = False  # of the whole sentence
+        self.past = False  # tense of the whole sentence
         self.relatives_left = 0
-        self.used: set[str] = set()  # no noun comes twice in a sentence
+        self.used: set[str] = set()  # a noun occurs only once in a sentence
 
     def chance(self, share: float) -> bool:
         return self.rng.random() < share
@@ -420,7 +420,7 @@ class Sampler:
         gap: Literal["", "subject", "object"] = "",
         plural: bool = False,
     ) -> Clause:
-        """A clause with one of the frames; `gap` is what a relative clause leaves out, `plural` its number."""
+        """A clause with one of the frames. `gap` is the part that a relative clause omits, `plural` its number."""
         frame = self.pick_weighted({frame: FRAME_SHARES.get(frame, 1) for frame in frames})
         subject: Name | NounPhrase | Coordination | None = None
         if gap != "subject":
@@ -445,8 +445,11 @@ class Sampler:
     def adverbials(
         self, verb: Verb, tense: str, front: bool, bare: bool, single: bool
     ) -> tuple[list[Adverbial], Adverbial | None]:
-        """Those inside the clause and the one in front. `bare` leaves nothing inside, because behind a clause
-        it would seem to belong to that; `single` leaves at most one."""
+        """The adverbials inside the clause, and the fronted one or None.
+
+        `bare` keeps only adverbs of frequency inside: any other adverbial would follow the embedded clause and seem
+        to belong to it. `single` keeps at most one adverbial, inside.
+        """
         found: list[Adverbial] = []
         if verb.frame == "motion":
             found.append(self.place(INTO))
@@ -502,7 +505,7 @@ class Sampler:
     def subject(self, kinds: Sequence[str], relative: bool) -> Name | NounPhrase | Coordination:
         if self.chance(COORDINATED_SUBJECT):
             determiners = ["the", "my"]
-            # Without owners: in "Mila and the king's dogs" Mila might be one.
+            # Without owners: in "Mila and the king's dogs", Mila could be an owner.
             left = self.phrase(kinds, determiners, owned=False)
             return Coordination(left, self.phrase(kinds, determiners, owned=False))
         phrase = self.phrase(kinds)
@@ -511,7 +514,7 @@ class Sampler:
     def phrase(
         self, kinds: Sequence[str], determiners: Sequence[str] = (), *, owned: bool = True
     ) -> Name | NounPhrase:
-        """A name or a noun phrase, as yet without a relative clause."""
+        """A name or a noun phrase without a relative clause."""
         if "person" in kinds and self.chance(NAME):
             return self.name()
         return self.noun_phrase(kinds, determiners, owned=owned)
@@ -552,7 +555,7 @@ class Sampler:
 
 
 def combinations(sentence: Sentence) -> Iterator[tuple[str, str, str]]:
-    """The sentence's word pairs that may be held out: what joins them, and their English lemmas."""
+    """The word pairs of a sentence that can be held out, each (relation, lemma, lemma) in English."""
     for clause in sentence.clauses:
         yield from _clause_combinations(clause, None)
 
@@ -586,7 +589,7 @@ def held_out(combination: tuple[str, str, str]) -> bool:
 
 
 def corpus(*, seed: int, train_pairs: int, valid_pairs: int, test_pairs: int) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (split, English, German, English tree), all of train, then valid, then test; no sentence twice."""
+    """Yield (split, English, German, English tree) of train, then valid, then test, without duplicate sentences."""
     sampler = Sampler(random.Random(seed))
     seen: set[str] = set()
     for split, count in (("train", train_pairs), ("valid", valid_pairs), ("test", test_pairs)):
@@ -610,7 +613,7 @@ def corpus(*, seed: int, train_pairs: int, valid_pairs: int, test_pairs: int) ->
 def generate(
     folder: Path, *, seed: int, train_pairs: int, valid_pairs: int, test_pairs: int, progress: bool = True
 ) -> None:
-    """Write {train,valid,test}.{en,de,trees} into an existing folder, one sentence or tree a line."""
+    """Write {train,valid,test}.{en,de,trees} into an existing folder, with one sentence or tree per line."""
     lines = corpus(seed=seed, train_pairs=train_pairs, valid_pairs=valid_pairs, test_pairs=test_pairs)
     total = train_pairs + valid_pairs + test_pairs
     with ExitStack() as stack:

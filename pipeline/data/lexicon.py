@@ -1,4 +1,4 @@
-"""The words of the embedded corpus, English and German, with the forms that their grammar (grammar.py) needs."""
+"""The English and German words of the built-in corpus, with the inflected forms that grammar.py uses."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Noun:
 
 @dataclass(frozen=True)
 class Verb:
-    """The principal parts. A German infinitive an|rufen is separable."""
+    """The principal parts. The German infinitive an|rufen has a separable prefix."""
 
-    frame: str  # what the verb takes with it, a key of VERBS
+    frame: str  # the verb's complements, a key of VERBS
     en: str
     en_third: str
     en_past: str
@@ -35,7 +35,7 @@ class Verb:
 @dataclass(frozen=True)
 class Adjective:
     en: str
-    de: str  # what the endings are put on
+    de: str  # the stem, without an ending
 
 
 def _rows(table: str) -> list[list[str]]:
@@ -225,7 +225,7 @@ OBJECTS = {
     "animate": ("person", "animal"), "dative": ("person", "animal"), "anything": ("person", "animal", "thing"),
     "thing": ("thing",), "give": ("thing",),
 }  # fmt: skip
-PERSONS_ONLY = ("thing", "give", "that")  # frames whose subject no animal can be
+PERSONS_ONLY = ("thing", "give", "that")  # frames whose subject must be a person
 WITHOUT_MANNER = (
     "meet", "love", "know", "trust", "see", "find", "forget", "lose", "need", "sleep", "arrive", "disappear",
 )  # fmt: skip
@@ -251,7 +251,7 @@ ADJECTIVES = {
     "place": _adjectives(_ANY + "new neu\n quiet ruhig\n dark dunkl\n modern modern\n empty leer"),
 }
 
-# English tree and German words; {number}, {hour} and {year} are filled in with digits.
+# English tree and German words. {number}, {hour} and {year} are replaced by digits.
 _HOUR = ("(PP (IN at) (NP (CD {hour}) (RB o'clock)))", "um {hour} Uhr")
 _EVENING = ("(PP (IN in) (NP (DT the) (NN evening)))", "am Abend")
 _MONDAY = ("(PP (IN on) (NP (NNP Monday)))", "am Montag")
@@ -308,8 +308,8 @@ CONJUNCTIONS = {"and": "und", "but": "aber"}
 SUBORDINATORS = {
     "because": "weil", "although": "obwohl", "while": "während", "before": "bevor", "if": "wenn",
 }  # fmt: skip
-SIMPLE_TENSE = ("while", "before", "if")  # subordinators that take no perfect and no modal here
-# Of names. None ends in -s, whose genitive is written otherwise.
+SIMPLE_TENSE = ("while", "before", "if")  # subordinators whose clause has no perfect and no modal
+# Syllables of names. None ends in -s, because the genitive of such names is written differently.
 SYLLABLES = (
     "ka", "lo", "mi", "ta", "ru", "ne", "so", "vi", "da", "pe",
     "ga", "ri", "mo", "le", "na", "tu", "fa", "bo", "ki", "se",

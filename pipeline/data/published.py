@@ -1,4 +1,4 @@
-"""The published corpus: find it in storage, copy it to this machine, verify it."""
+"""The published corpus: find it in run storage, copy it to this machine, verify it."""
 
 import json
 import os
@@ -15,15 +15,17 @@ from pipeline.data.dataset import CorpusInfo
 
 
 def find_published(settings: Settings, storage: AnyPath) -> AnyPath:
-    """The folder of the corpus of these settings in the storage. Raises ValueError if `publish` has not run, OSError
-    if the storage cannot be reached."""
+    """The folder in `storage` with the published corpus of these settings.
+
+    Raises ValueError if pipeline.publish has not run, and OSError if the storage cannot be reached.
+    """
     path = storage / "data" / f"{settings.data_name}.json"
     try:
         with as_os_error(path):
             name = json.loads(path.read_text(encoding="utf-8"))["folder"]
     except FileNotFoundError:
         raise ValueError(
-            f"{path} does not exist: where the corpus is encoded, run "
+            f"{path} does not exist: on the machine with the encoded corpus, run "
             f"{RUN_STORAGE_ENV}={storage} python -m pipeline.publish"
         ) from None
     except (ValueError, LookupError, TypeError) as error:
@@ -32,8 +34,11 @@ def find_published(settings: Settings, storage: AnyPath) -> AnyPath:
 
 
 def fetch(source: AnyPath) -> Path:
-    """A folder of this machine with the data/ of a published corpus: copied by the first process, while others wait,
-    and verified each time. Raises ValueError if the copy is not what was published, OSError."""
+    """A local copy of a published corpus: a folder with data/.
+
+    The first process copies it while the others wait; every call verifies it. Raises ValueError if the copy differs
+    from what was published, and OSError if the storage cannot be reached.
+    """
     target = cache() / source.name
     with FileLock(cache() / f"{source.name}.lock"), as_os_error(source):
         if not _is_whole(target):
@@ -41,13 +46,13 @@ def fetch(source: AnyPath) -> Path:
             with replace_folder(target) as partial:
                 for name, digest in sums.items():
                     if copy_file(source / name, partial / name) != digest:
-                        raise ValueError(f"{source / name} is not what was published: publish the corpus again")
+                        raise ValueError(f"{source / name} is damaged: run python -m pipeline.publish again")
                 copy_file(source / SUMS, partial / SUMS)
     return target
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the copy is complete: what cleans up temporary folders may have taken some of it."""
+    """Whether the copy is complete. A clean-up of temporary folders may have removed files of it."""
     try:
         sums = _read_sums(folder)
         return all(sha256_of(folder / name) == digest for name, digest in sums.items())
@@ -56,9 +61,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def ensure_local_data(settings: Settings, root: Path, storage: AnyPath) -> AnyPath | None:
-    """Ensure that data/ of `root` exists, linking the published copy if needed. Returns the published folder, or None
-    if the storage is `root` itself. Raises ValueError if both exist and differ, or neither does."""
-    if storage == home(root):  # where other machines see it too, if there are any
+    """Ensure that `root`/data exists, linking the published copy if needed.
+
+    Returns the published folder, or None if the storage is `root` itself. Raises ValueError if the local and the
+    published corpus differ, or neither exists.
+    """
+    if storage == home(root):  # other machines, if any, see this folder too
         return None
     source = find_published(settings, storage)
     links = [root / name for name in (ENCODED, TOKENIZER, CLEAN)]
@@ -66,7 +74,7 @@ def ensure_local_data(settings: Settings, root: Path, storage: AnyPath) -> AnyPa
         digest = CorpusInfo.open(root / ENCODED).sha256[:12]
         if source.name != f"{settings.data_name}-{digest}":
             raise ValueError(
-                f"{source} is another corpus than {root / ENCODED} ({digest}): run python -m pipeline.publish again"
+                f"{source} differs from {root / ENCODED} ({digest}): run python -m pipeline.publish again"
             )
         return source
     there = fetch(source)
@@ -82,10 +90,10 @@ def _read_sums(source: AnyPath) -> dict[str, str]:
     try:
         sums = read_sums(source)
     except FileNotFoundError:
-        raise ValueError(f"{source} is not whole: run python -m pipeline.publish again") from None
+        raise ValueError(f"{source} is incomplete: run python -m pipeline.publish again") from None
     except ValueError as error:
         raise ValueError(f"{source / SUMS} is damaged ({error}): run python -m pipeline.publish again") from None
     for name in sums:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{source / SUMS} names {name!r}, outside of its folder")
+            raise ValueError(f"{source / SUMS} names {name!r}, which is outside its folder")
     return sums

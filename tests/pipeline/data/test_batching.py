@@ -196,16 +196,14 @@ def test_batch_plan_without_a_pair_within_max_length_is_an_error():
 
 
 def test_batch_plan_names_a_pair_above_micro_batch_tokens():
-    message = (
-        r"pair of line 3 has 14 tokens on one side, more than hardware.micro_batch_tokens \(13\): set that to 14"
-    )
+    message = r"longer sentence of line 3 has 14 tokens, more than hardware.micro_batch_tokens \(13\): set that to 14"
     with pytest.raises(ValueError, match=message):
         BatchPlan([5, 6, 7], [1, 1, 13], batch_tokens=99, micro_batch_tokens=13, max_length=20, seed=1)
 
 
 @pytest.mark.parametrize("position", [Position(-1, 0), Position(0, -1), Position(0, 10**6)])
 def test_from_position_refuses_one_of_another_plan(position):
-    with pytest.raises(ValueError, match="is not in a plan of"):
+    with pytest.raises(ValueError, match="is outside a plan of"):
         next(make_plan().from_position(position))
 
 

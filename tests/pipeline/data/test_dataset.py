@@ -45,7 +45,7 @@ def test_encoded_text_has_no_sentence_beyond_its_last(tmp_path):
     write(tmp_path)
     text = EncodedText.open(tmp_path, "valid", "src")
     for index in (3, -1):
-        with pytest.raises(IndexError, match=f"sentence {index}: there are 3"):
+        with pytest.raises(IndexError, match=rf"sentence {index} is not in \[0, 3\)"):
             text[index]
 
 
@@ -79,23 +79,23 @@ def test_encoded_text_refuses_pickled_objects(tmp_path):
 
 def test_encoded_text_names_another_kind_of_array(tmp_path):
     write(tmp_path, dtype=np.float64)
-    with pytest.raises(ValueError, match=r"holds float64 \(5,\): a row of uint16 or uint32 is needed"):
+    with pytest.raises(ValueError, match=r"must be a 1-D array of uint16 or uint32, got float64 \(5,\)"):
         EncodedText.open(tmp_path, "valid", "src")
     write(tmp_path)
     np.save(encoded_paths(tmp_path, "valid", "src")[1], np.zeros((2, 3), np.int64))
-    with pytest.raises(ValueError, match=r"holds int64 \(2, 3\): a row of int64 is needed"):
+    with pytest.raises(ValueError, match=r"must be a 1-D array of int64, got int64 \(2, 3\)"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
 def test_encoded_text_tells_arrays_of_two_runs_apart(tmp_path):
     write(tmp_path, offsets=(0, 2, 7))
-    with pytest.raises(ValueError, match=r"offsets\.npy ends at token 7, valid\.src\.ids\.npy has 5"):
+    with pytest.raises(ValueError, match=r"offsets\.npy ends at token 7, but valid\.src\.ids\.npy has 5 tokens"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
 def test_encoded_text_needs_offsets_that_grow(tmp_path):
     write(tmp_path, offsets=(0, 3, 2, 5))
-    with pytest.raises(ValueError, match=r"valid\.src\.offsets\.npy has an offset below the one before it"):
+    with pytest.raises(ValueError, match=r"valid\.src\.offsets\.npy must not decrease"):
         EncodedText.open(tmp_path, "valid", "src")
 
 
@@ -112,7 +112,7 @@ def test_encoded_split_needs_as_many_sources_as_targets(corpus):
     assert len(EncodedSplit.open(corpus, "valid")) == 3
     write(corpus, "tgt", offsets=(0, 5))
     update_sums(corpus)
-    with pytest.raises(ValueError, match="valid has 3 source and 1 target sentences"):
+    with pytest.raises(ValueError, match="valid has 3 source but 1 target sentences"):
         EncodedSplit.open(corpus, "valid")
 
 
@@ -123,7 +123,7 @@ def test_encoded_split_needs_tokens_of_the_vocabulary(corpus):
     assert len(EncodedSplit.open(corpus, "valid"))
     edit_corpus(corpus, vocab_size=largest)
     with pytest.raises(
-        ValueError, match=rf"src\.ids\.npy holds token {largest}, meta\.json a vocabulary of {largest}:"
+        ValueError, match=rf"src\.ids\.npy has token id {largest}, but the vocabulary in meta\.json has {largest}"
     ):
         EncodedSplit.open(corpus, "valid")
 

@@ -320,7 +320,7 @@ def test_train_rank_names_the_split_of_a_pair_that_no_micro_batch_holds(data, tm
     settings = make_settings()
     small = replace(settings, hardware=replace(settings.hardware, micro_batch_tokens=7))
     with pytest.raises(
-        ValueError, match=r"^train: the pair of line \d+ has \d+ tokens on one side, more than hardware"
+        ValueError, match=r"^train: the longer sentence of line \d+ has \d+ tokens, more than hardware"
     ):
         run(data, tmp_path / "run", small)
 
