@@ -152,6 +152,8 @@ def _runs_in(file: Path) -> str:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", PATIENCE_S, uri=True)) as database:
             (count,) = database.execute("select count(*) from runs where lifecycle_stage = 'active'").fetchone()
     except sqlite3.Error as error:
+        if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":
+            return "runs not counted: a kill left a journal beside it, which the next run takes back"
         way_out = f"move {file.name} away to begin a new store"
         if isinstance(error, sqlite3.OperationalError) and "no such table" not in str(error):  # locked, say
             way_out = "try again when no run writes to it; if that does not help, see who may read it"

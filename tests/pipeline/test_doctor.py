@@ -236,6 +236,25 @@ def test_mlflow_does_not_send_away_a_file_that_another_process_writes_to(root, m
             doctor.mlflow(root)
 
 
+KILLED_WHILE_IT_WRITES = """
+import os, signal, sqlite3
+database = sqlite3.connect("mlflow.db", isolation_level=None)
+database.execute("pragma cache_size = 2")
+database.execute("begin")
+database.executemany("insert into runs values (?)", [("x" * 200,)] * 1000)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_mlflow_leaves_the_journal_of_a_killed_run_to_the_next(root):
+    make_store(root / "mlflow.db")
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_WRITES], cwd=root, check=False)
+    before = files(root)
+    assert any(name.endswith("-journal") for name in before)
+    assert "a kill left a journal beside it, which the next run takes back" in doctor.mlflow(root)
+    assert files(root) == before
+
+
 class MlflowServer(ThreadingHTTPServer):
     """Answers as MLflow's server with two runs; with a status other than 200, it refuses what it is asked."""
 
