@@ -1,12 +1,12 @@
-"""Estimate what one training run takes on many devices: hours, money, network, and its bottleneck.
+"""Estimate the time, cost, network traffic and bottleneck of one training run on many devices.
 
     python -m tools.cost_model                                  base and big on 1, 8, 64 and 512 H100s
     python -m tools.cost_model --model big --gpu A100 --gpus 8 16 --network-gbit 400
     python -m tools.cost_model --gpu P100 --mfu 0.31 --gpus 8   the paper's machine
 
-The global batch is the preset's whatever the number of devices, so the experiment stays the same. model/flops.py
-counts the arithmetic; rates of GPUs and networks are assumptions, named in this file; the rest was measured.
-docs/scale.md explains the numbers. `python -m sweeps.plan` estimates a whole sweep.
+The global batch is the preset's, whatever the number of devices, so that the experiment stays the same.
+model/flops.py counts the arithmetic. Rates of GPUs and networks are assumptions, listed in this file; the rest was
+measured. docs/scale.md explains the numbers. `python -m sweeps.plan` estimates a whole sweep.
 """
 
 from collections.abc import Callable
@@ -334,23 +334,23 @@ def _on_fixed_costs(plan: Plan) -> str:
     fixed_s = plan.parts["all-reduce"] + plan.launches[0] * cluster.launch_us / 1e6
     tokens = _round(plan.work.batch_tokens * 9 * fixed_s / plan.compute_s)
     return (
-        f"lower hardware.num_workers to {fewer}, with {cluster.gpus // fewer} runs at once; or raise "
-        f"train.batch_tokens, another experiment (at {tokens} a tenth is lost)"
+        f"lower hardware.num_workers to {fewer} and do {cluster.gpus // fewer} runs at once; or raise "
+        f"train.batch_tokens, which is another experiment (at {tokens}, 90% of a step is compute)"
     )
 
 
 def _on_data(plan: Plan) -> str:
-    return "raise hardware.num_workers: each worker collates its own part"
+    return "raise hardware.num_workers: each worker collates its own share"
 
 
 def _on_checkpoints(plan: Plan) -> str:
     every = f"from {plan.work.checkpoint_every:,} to {_round(CHECKPOINT_S / plan.step_s)}"
-    return f"a faster disk, or raise train.checkpoint_every {every}, which changes what is averaged"
+    return f"use a faster disk; or raise train.checkpoint_every {every}, which changes what is averaged"
 
 
 def _on_mlflow(plan: Plan) -> str:
     log_every = plan.work.log_every * -(-plan.server_share // 0.5)
-    return f"raise train.log_every from {plan.work.log_every:,} to {log_every:,.0f}, or a faster store than SQLite"
+    return f"raise train.log_every from {plan.work.log_every:,} to {log_every:,.0f}, or use PostgreSQL for MLflow"
 
 
 ADVICE: dict[str, Callable[[Plan], str]] = {
@@ -369,17 +369,17 @@ ROWS: dict[str, Callable[[Plan], float]] = {
     "source (or target) tokens per device and step": lambda plan: plan.tokens_per_gpu,
     "step, ms": lambda plan: 1e3 * plan.step_s,
     "- compute": lambda plan: 1e3 * plan.parts["compute"],
-    "- waiting for launches": lambda plan: 1e3 * plan.parts["launches"],
+    "- waiting for kernel launches": lambda plan: 1e3 * plan.parts["launches"],
     "- all-reduce": lambda plan: 1e3 * plan.parts["all-reduce"],
-    "- data, collated and planned": lambda plan: 1e3 * plan.parts["data"],
+    "- batch plan and collation": lambda plan: 1e3 * plan.parts["data"],
     "- checkpoints": lambda plan: 1e3 * plan.parts["checkpoints"],
     "not compute, %": lambda plan: 100 * plan.lost_share,
     "- checkpoints, %": lambda plan: 100 * plan.parts["checkpoints"] / plan.step_s,
     "all-reduce, MB sent per device and step": lambda plan: plan.reduce_bytes / 1e6,
-    "network, TB out of a node in the run": lambda plan: plan.network_bytes / 1e12,
+    "network, TB that leave a node in the run": lambda plan: plan.network_bytes / 1e12,
     "data read, MB/s": lambda plan: plan.data_bytes_per_s / 1e6,
     "MLflow, calls/s": lambda plan: plan.calls_per_s,
-    "an interruption loses, s": lambda plan: plan.interruption_s,
+    "time lost by an interruption, s": lambda plan: plan.interruption_s,
 }
 
 
@@ -396,8 +396,8 @@ def render_plan(work: Work, cluster: Cluster, gpus: list[int]) -> str:
     short = [f"{n:,}" for n in gpus if work.batch_tokens / n < work.max_length]
     if short:
         lines.append(
-            f"- {', '.join(short)}: a device's share of the batch is shorter than the longest sentence allowed "
-            f"(model.max_length is {work.max_length:,}): lower that, or some workers get nothing in a step."
+            f"- {', '.join(short)}: a device's share of the batch has fewer tokens than the longest sentence may "
+            f"have (model.max_length, {work.max_length:,}): lower it, or some workers have nothing to do in a step."
         )
     node = cluster.gpus_per_node
     lines += [_at_once(Plan(work, replace(cluster, gpus=node), n // node)) for n in gpus if n > node]
@@ -411,7 +411,7 @@ def _at_once(plan: Plan) -> str:
     return (
         f"- {gpus:,} as {plan.runs} runs of {plan.cluster.gpus} at once: {_round(24 * plan.runs / plan.hours)} runs "
         f"a day at ${_number(plan.cost)} each, {plan.runs * written / 1e9:.2g} GB/s of checkpoints, an MLflow server "
-        f"{100 * plan.server_share:.0f}% busy (it takes {plan.runs / plan.server_share:.0f} of them).{limit}"
+        f"{100 * plan.server_share:.0f}% busy (it can serve {plan.runs / plan.server_share:.0f} such runs).{limit}"
     )
 
 
@@ -429,13 +429,14 @@ def _assumptions(plan: Plan) -> str:
         few = f"fewer than {plan.measured.launches * launch_s / left_s:,.0f} tokens"
     return (
         f"**{work.name}**: {work.parameters:,} parameters, {work.steps:,} steps of {work.batch_tokens:,} "
-        f"source and as many target tokens, {work.flops_per_step * work.steps:.3g} FLOPs; {100 * cluster.mfu:g}% of "
-        f"{cluster.gpu}'s {card.flops_per_s / 1e12:.3g} TFLOP/s; {_number(card.link_bytes_per_s / 1e9)} GB/s between "
-        f"the {cluster.gpus_per_node} of a node, {NETWORK_SHARE:g} x {cluster.network_gbit:g} Gbit/s between nodes; "
-        f"${cluster.price:g} an hour. Weights, gradients and Adam take {16 * work.parameters / 1e9:.1f} of "
-        f"{card.memory_bytes / 1e9:g} GB, a checkpoint {work.checkpoint_bytes / 1e9:.2f} GB "
-        f"({work.keep_checkpoints} are kept), the corpus {work.corpus_bytes / 1e9:.1f} GB on every node. "
-        f"At {cluster.launch_us:g} us a launch, a device with {few} a micro-batch waits for the host."
+        f"source and as many target tokens, {work.flops_per_step * work.steps:.3g} FLOPs. Each {cluster.gpu} reaches "
+        f"{100 * cluster.mfu:g}% of its {card.flops_per_s / 1e12:.3g} TFLOP/s and costs ${cluster.price:g} an hour. "
+        f"The {cluster.gpus_per_node} of a node exchange {_number(card.link_bytes_per_s / 1e9)} GB/s, nodes "
+        f"{NETWORK_SHARE:g} x {cluster.network_gbit:g} Gbit/s. Weights, gradients and Adam take "
+        f"{16 * work.parameters / 1e9:.1f} of {card.memory_bytes / 1e9:g} GB, a checkpoint "
+        f"{work.checkpoint_bytes / 1e9:.2f} GB ({work.keep_checkpoints} are kept), the corpus "
+        f"{work.corpus_bytes / 1e9:.1f} GB on every node. At {cluster.launch_us:g} us a launch, a device waits for "
+        f"the host if a micro-batch has {few}."
     )
 
 
@@ -459,21 +460,22 @@ def against_the_paper(work: Work) -> str:
     share = work.flops_per_step / step_s / peak
     cluster = Cluster(gpu="P100", gpus=gpus, gpus_per_node=gpus, network_gbit=100, mfu=share, launch_us=5, price=0)
     return (
-        f"- {work.name}: {hours:g} hours x {gpus} P100 x 9.5 TFLOP/s = {theirs:.2g} FLOPs by the paper's method; "
-        f"counted, {ours:.2g}: {100 * ours / theirs:.0f}% of the peak. By its {step_s:.1f} s a step it is "
-        f"{100 * share:.0f}%, with which this plan estimates {Plan(work, cluster).hours:.1f} hours."
+        f"- {work.name}: by the paper's method {hours:g} hours x {gpus} P100 x 9.5 TFLOP/s = {theirs:.2g} FLOPs. "
+        f"Training takes {ours:.2g} by our count, {100 * ours / theirs:.0f}% of that peak. From the paper's "
+        f"{step_s:.1f} s a step it is {100 * share:.0f}%; with this share the cost model estimates "
+        f"{Plan(work, cluster).hours:.1f} hours."
     )
 
 
 def _measured(m: Measured) -> str:
     rows = CHUNK_LOGITS_GPU // VOCAB_SIZE
     return (
-        f"- Measured: checkpoints are written at {m.checkpoint_write_bytes_per_s / 1e6:,.0f} MB/s, read at "
-        f"{m.checkpoint_load_bytes_per_s / 1e6:,.0f}; an MLflow server takes {1e3 * m.mlflow_s_per_call:g} ms a call "
-        f"and {1e3 * m.mlflow_s_per_point:g} a point; a core collates {m.collate_tokens_per_s:,.0f} target tokens a "
-        f"second and plans an epoch in {m.epoch_plan_s_per_million:g} s a million pairs; a step of base "
-        f"on one micro-batch launches {m.launches:g} operators, and {m.launches_per_chunk:g} for every {rows} target "
-        "tokens."
+        f"- Measured: checkpoints are written at {m.checkpoint_write_bytes_per_s / 1e6:,.0f} MB/s and read at "
+        f"{m.checkpoint_load_bytes_per_s / 1e6:,.0f} MB/s. An MLflow server takes {1e3 * m.mlflow_s_per_call:g} ms "
+        f"for a call and {1e3 * m.mlflow_s_per_point:g} ms for a point. A core collates "
+        f"{m.collate_tokens_per_s:,.0f} target tokens a second, and plans an epoch in "
+        f"{m.epoch_plan_s_per_million:g} s for a million pairs. A step of base on one micro-batch launches "
+        f"{m.launches:g} operators, and {m.launches_per_chunk:g} more for every {rows} target tokens."
     )
 
 
@@ -483,11 +485,11 @@ def main() -> None:
     add("--model", nargs="+", default=["base", "big"], metavar="NAME", help="presets of conf/model (base big)")
     add("--gpus", nargs="+", type=int, default=[1, 8, 64, 512], metavar="N", help="devices of a run (1 8 64 512)")
     add("--gpu", default="H100", metavar="CARD", help=f"one of {', '.join(CARDS)} (%(default)s)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="that share NVLink and a port (%(default)s)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="devices on one NVLink and port (%(default)s)")
     add("--network-gbit", type=float, default=100, metavar="RATE", help="Gbit/s of a node, up to 3,200 (%(default)s)")
     add("--mfu", type=float, default=0.45, metavar="SHARE", help="of the peak that compute reaches (%(default)s)")
-    add("--launch-us", type=float, default=5, metavar="US", help="to launch one operator: assumed (%(default)s)")
-    add("--price", type=float, metavar="DOLLARS", help="per device and hour (a round assumption for each card)")
+    add("--launch-us", type=float, default=5, metavar="US", help="assumed time to launch one operator (%(default)s)")
+    add("--price", type=float, metavar="DOLLARS", help="of a device and hour (default: an assumption for each card)")
     arguments = options.parse_args()
     with exit_on_error("cost_model"):
         gpus = sorted(set(arguments.gpus))
@@ -504,7 +506,7 @@ def main() -> None:
             cluster = replace(cluster, price=cluster.card.price)
         works = [workload(name) for name in arguments.model]
         print("\n\n".join(render_plan(work, cluster, gpus) for work in works))
-        print("\nAgainst the paper, and the measurements behind the rest:\n")
+        print("\nComparison with the paper, and the measured constants:\n")
         print("\n".join([*(against_the_paper(work) for work in works if work.name in PAPER), _measured(MEASURED)]))
 
 
