@@ -1,38 +1,60 @@
-"""What a sweep costs: FLOPs from the sizes of model and batches, hours at a rate that is stated or measured."""
+"""What a sweep costs: FLOPs from the sizes of model and batches, hours at a rate that is stated, known from training
+that is done, or measured."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.flops import training_flops
 from model.transformer import Transformer
-from pipeline.common.paths import ENCODED
+from pipeline.cluster.accounting import total_usage
+from pipeline.common.machine import machine_name
+from pipeline.common.paths import ENCODED, SWEEP
 from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
-from pipeline.training import checkpoint
 from pipeline.training.loop import summed_loss
+from pipeline.training.siblings import steps_left
 from pipeline.training.trainer import batch_plan
+from sweeps.record import read_trials
+from sweeps.render import Table, amount, counted, markdown_table
 from sweeps.trials import SweepPlan, Trial
 
 MEASURED_S = 3.0
+DONE = ("finished", "stopped")
+"""What the status of a trial is that need not run again."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One row, over all its seeds; `flops_to_run` are those of the trials that still have to run."""
+    """One row, over all its seeds; `num_trained` trials have only to be evaluated, and `flops_left` are those of the
+    steps that are not trained yet."""
 
     label: str
     parameters: int
     num_done: int
-    num_to_run: int
+    num_trained: int
+    num_to_train: int
     flops: float
-    flops_to_run: float
+    flops_left: float
+
+    @property
+    def num_trials(self) -> int:
+        return self.num_done + self.num_trained + self.num_to_train
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOPs per second of one device, and where the figure is from."""
+
+    flops_per_second: float
+    source: str
 
 
 def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
@@ -42,16 +64,17 @@ def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
         trials = [trial for trial in sweep.trials if trial.row.id == row.id]
         if trials:
             first = trials[0].settings  # the others differ in the seed
-            to_run = [trial for trial in trials if not is_done(trial)]
+            left = [steps_left(trial.folder, trial.settings.train) for trial in trials if not is_done(trial)]
             per_step = flops_per_step(first, root)
             found.append(
                 Cost(
                     row.label,
                     num_parameters(first, root),
-                    num_done=len(trials) - len(to_run),
-                    num_to_run=len(to_run),
+                    num_done=len(trials) - len(left),
+                    num_trained=left.count(0),
+                    num_to_train=len(left) - left.count(0),
                     flops=per_step * first.train.max_steps * len(trials),
-                    flops_to_run=per_step * sum(map(_steps_left, to_run)),
+                    flops_left=per_step * sum(left),
                 )
             )
     return found
@@ -60,14 +83,23 @@ def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
 def is_done(trial: Trial) -> bool:
     """Whether it need not run again: a failed trial gets another chance."""
     record = trial.record()
-    return record is not None and record["status"] in ("finished", "stopped")
+    return record is not None and record["status"] in DONE
 
 
-def _steps_left(trial: Trial) -> int:
-    """Behind its newest checkpoint: base may be trained already, as the main run."""
-    found = checkpoint.folders(trial.folder)
-    done = int(found[-1].name.removeprefix("step_")) if found else 0
-    return max(0, trial.settings.train.max_steps - done)
+def has_results(sweep: SweepPlan, root: Path) -> bool:
+    """Whether data/sweep has a result of every trial, as after `dvc pull`: DVC need not run the sweep."""
+    keys = {trial["key"] for trial in _results(root)["trials"]}
+    return bool(sweep.trials) and keys.issuperset(trial.key for trial in sweep.trials)
+
+
+def _results(root: Path) -> dict[str, Any]:
+    """trials.json of data/sweep, with those trials that are a result; without any if there is no such file."""
+    try:
+        content = read_trials(root / SWEEP / "trials.json")
+    except ValueError:
+        return {"trials": []}
+    done = [trial for trial in content["trials"] if trial["status"] in DONE and "key" in trial]
+    return content | {"trials": done}
 
 
 def num_parameters(settings: Settings, root: Path) -> int:
@@ -131,57 +163,116 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
     return flops / (time.perf_counter() - started)
 
 
+def known_rate(sweep: SweepPlan, root: Path, gpu: bool) -> Rate | None:
+    """The rate of the sweep's trials on devices of this kind, validation and checkpoints included: of those that are
+    done; else of those that are trained, as base is by the train stage; else of those in data/sweep, if they ran on
+    a machine like this one. None if there are none."""
+    done = (trial for trial in sweep.trials if is_done(trial))
+    trained = (trial for trial in sweep.trials if steps_left(trial.folder, trial.settings.train) == 0)
+    for trials in (done, trained):
+        flops, seconds, names = 0.0, 0.0, []
+        for trial in trials:
+            used = total_usage(trial.folder)
+            if used.steps and used.device_seconds > 0 and used.on_gpus == gpu:
+                flops += used.steps * flops_per_step(trial.settings, root)
+                seconds += used.device_seconds
+                names.append(trial.name)
+        if names:
+            return Rate(flops / seconds, f"the training of {_listed(names)}")
+    results, keys = _results(root), {trial.key for trial in sweep.trials}
+    ours = [trial for trial in results["trials"] if trial["key"] in keys and trial.get("device_hours")]
+    if ours and results["machine"] == this_machine() and results["device"] == ("gpu" if gpu else "cpu"):
+        seconds = sum(3600 * trial["device_hours"] for trial in ours)
+        names = [trial["name"] for trial in ours]
+        return Rate(sum(trial["flops"] for trial in ours) / seconds, f"{_listed(names)} in {SWEEP}")
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{names[0]}, and {counted(len(names) - 1, 'other trial')}" if len(names) > 1 else names[0]
+
+
+def this_machine() -> str:
+    gpus = torch.cuda.device_count()
+    return f"{gpus} x {torch.cuda.get_device_name()}" if gpus else machine_name()
+
+
 Measure = Callable[[Settings, Path, torch.device], float]
 
 
 def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
-    """The plan for people, as Markdown: what the whole sweep costs, and what of it is still to run.
+    """The plan for people, as Markdown: what the whole sweep costs, and what of it is still to be trained.
 
-    `devices` is how many compute at once; `measure` (default: `measured_rate`) is asked for the rate of one if the
-    settings state none.
+    `devices` is how many compute at once. Their rate is that of the settings, else `known_rate`, else what `measure`
+    (default: `measured_rate`) returns.
     """
     found = costs(sweep, root)
     settings = sweep.base.sweep
     kind = "GPU" if gpu else "CPU core"
-    flops, to_run = sum(cost.flops for cost in found), sum(cost.flops_to_run for cost in found)
-    rate, source = settings.flops_per_second, "sweep.flops_per_second"
-    if not rate and flops:
-        rate, source = (
-            (measure or measured_rate)(sweep.base, root, torch.device("cuda" if gpu else "cpu")),
-            "measured here",
-        )
+    done, trained, to_train = (
+        sum(getattr(cost, key) for cost in found) for key in ("num_done", "num_trained", "num_to_train")
+    )
     lines = [
-        f"{sweep.base.tracking.experiment}: {len(found)} rows x {len(settings.seeds)} seeds, "
-        f"{sum(cost.num_done for cost in found)} trials done, {sum(cost.num_to_run for cost in found)} to run",
-        "",
-        f"| row | parameters | trials | to run | FLOPs | {kind} hours |",
-        "|---|---|---|---|---|---|",
+        f"{sweep.base.tracking.experiment}: {counted(len(found), 'row')} x {counted(len(settings.seeds), 'seed')}; "
+        f"trials: {done} done, {trained} trained, {to_train} to train"
     ]
-    for cost in found:
-        hours = f"{cost.flops / rate / 3600:.3f}" if rate else ""
-        numbers = f"{cost.parameters:,} | {cost.num_done + cost.num_to_run} | {cost.num_to_run} | {cost.flops:.2g}"
-        lines.append(f"| {cost.label} | {numbers} | {hours} |")
-    lines += [f"| {row.label} | left out: {row.skipped} | | | | |" for row in sweep.rows if row.skipped]
-    if not flops:
-        return "\n".join(lines)
+    if line := _seed_line(sweep):
+        lines += ["", line]
+    left_out = [f"Left out: {row.label} ({row.skipped})." for row in sweep.rows if row.skipped]
+    if not found:
+        return "\n".join([*lines, *left_out])
+    if settings.flops_per_second:
+        rate = Rate(settings.flops_per_second, "sweep.flops_per_second")
+    elif known := known_rate(sweep, root, gpu):
+        rate = known
+    else:
+        measured = (measure or measured_rate)(sweep.base, root, torch.device("cuda" if gpu else "cpu"))
+        rate = Rate(measured, f"a measurement of {MEASURED_S:.0f} seconds here")
+
+    def hours(flops: float) -> float:
+        return flops / rate.flops_per_second / 3600
 
     def priced(flops: float) -> str:
-        hours = flops / rate / 3600
         price = settings.price_per_device_hour
-        money = f", {hours * price:.2f} at {price:g} an hour and {kind}" if price else ""
-        return (
-            f"{flops:.2g} FLOPs: {hours:.2f} {kind} hours, {_duration(hours / devices)} on {devices} at once{money}"
-        )
+        money = f", {hours(flops) * price:.2f} at {price:g} an hour and {kind}" if price else ""
+        duration = _duration(hours(flops) / devices)
+        return f"{flops:.2g} FLOPs: {amount(hours(flops))} {kind} hours, {duration} on {devices} at once{money}"
 
-    left = priced(to_run) if to_run else "nothing, all trials are done"
+    rows = [
+        [
+            cost.label, f"{cost.parameters:,}", f"{cost.num_trials}", f"{cost.num_to_train}", f"{cost.flops:.2g}",
+            amount(hours(cost.flops_left)),
+        ]
+        for cost in found
+    ]  # fmt: skip
+    head = ["row", "parameters", "trials", "to train", "FLOPs", "GPU h left" if gpu else "CPU h left"]
+    flops, left = sum(cost.flops for cost in found), sum(cost.flops_left for cost in found)
     lines += [
         "",
+        markdown_table(Table(head, "<>>>>>", rows)),
+        "",
+        *left_out,
         f"The whole sweep: {priced(flops)}.",
-        f"Still to run: {left}.",
-        f"At {rate:.2g} FLOPs a second ({source}); starting trials and evaluating them comes on top.",
+        f"Still to train: {priced(left) if left else 'nothing'}.",
+        f"Rate: {rate.flops_per_second:.2g} FLOPs a second, from {rate.source}.",
+        "Starting trials and evaluating them comes on top.",
     ]
     return "\n".join(lines)
 
 
+def _seed_line(sweep: SweepPlan) -> str | None:
+    """That base is trained by the train stage and again by the sweep, if so, and the way out."""
+    own, seeds = sweep.base.train.seed, sweep.base.sweep.seeds
+    of_base = [trial for trial in sweep.trials if trial.row.group == "base" and not is_done(trial)]
+    if own in seeds or not any(steps_left(trial.folder, trial.settings.train) for trial in of_base):
+        return None
+    return (
+        f"train.seed is {own}, sweep.seeds has {', '.join(map(str, seeds))}: the run of the train stage is not used, "
+        f"and base is trained again. Add {own} to sweep.seeds, or set train.seed to {seeds[0]}."
+    )
+
+
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+    if hours >= 2:
+        return f"{hours:.1f} hours"
+    return counted(round(60 * hours), "minute") if hours >= 1 / 30 else counted(round(3600 * hours), "second")

@@ -1,12 +1,18 @@
-"""Estimate what a sweep will cost before it starts: FLOPs, hours and money, row by row.
+"""Estimate what a sweep will cost before it starts: FLOPs, hours and money.
 
-    python -m sweeps.plan                                           what params.yaml asks for, on this machine
-    python -m sweeps.plan --devices 8                               on eight devices
-    python -m sweeps.plan --rows A B --seeds 1 2 3 --model base     of other rows, with other seeds, on another model
+    python -m sweeps.plan                       what params.yaml asks for, here
+    python -m sweeps.plan --devices 8           on eight devices
+    python -m sweeps.plan --rows A B --seeds 1 2 3 --model base
+                                                other rows, seeds, another model
 
-Reads params.yaml, whose section `sweep` can state the devices' rate and price (else the rate is measured here), and
-data/encoded; prints a table and writes nothing. FLOPs follow from the sizes of model and batches. The plan has the
-cost of the whole sweep, and of what is not done yet.
+Reads params.yaml, data/encoded and what is trained already; prints a table and
+writes nothing. FLOPs follow from the sizes of model and batches. "to train"
+leaves out trials that are done, and those that have only to be evaluated, as
+base after the train stage; "left" is what of their steps has no checkpoint.
+
+Hours are FLOPs by the rate of one device: sweep.flops_per_second; or, if that
+is 0, the rate of trials that are done, or else of base's training; or, if
+nothing is trained, of three seconds of training here.
 """
 
 import argparse
@@ -18,8 +24,9 @@ from typing import Any
 import torch
 
 from pipeline.common import cli
+from pipeline.common.paths import SWEEP
 from pipeline.common.settings import Settings, load_settings, make_section
-from sweeps.cost import render_plan
+from sweeps.cost import has_results, is_done, render_plan
 from sweeps.trials import load_sweep
 
 
@@ -36,14 +43,20 @@ def main() -> None:
         parser.error(f"--devices must be >= 1, got {arguments.devices}")
     gpus = torch.cuda.device_count()
     with cli.exit_on_error("plan"):
-        sweep = load_sweep(Path().resolve(), settings_of(arguments))
+        root = Path().resolve()
+        sweep = load_sweep(root, settings_of(arguments))
         gpu = sweep.base.hardware.device == "gpu" or (sweep.base.hardware.device == "auto" and gpus > 0)
         if gpu and not gpus and not sweep.base.sweep.flops_per_second:
             raise ValueError(
                 "hardware.device is gpu and there is none here: state its rate in sweep.flops_per_second"
             )
         here = gpus if gpu else len(os.sched_getaffinity(0))
-        print(render_plan(sweep, Path().resolve(), arguments.devices or here, gpu))
+        if has_results(sweep, root) and not all(map(is_done, sweep.trials)):
+            print(
+                f"{SWEEP} has the results of all trials: `dvc repro` runs none, unless `dvc status sweep`\n"
+                "reports a change. Not all of their checkpoints are here; to run the sweep again would cost:\n"
+            )
+        print(render_plan(sweep, root, arguments.devices or here, gpu))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

@@ -62,8 +62,8 @@ def _header(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
         f"Seed{'s' * (len(sweep['seeds']) > 1)}: {', '.join(map(str, sweep['seeds']))}; with the same seed, rows see "
         "the data in the same order.",
         f"BLEU: sacreBLEU, `{sweep['bleu_signature']}`.",
-        f"Cost: {_amount(training)} device-hours ({sweep['device']}) of training, "
-        f"{_amount(evaluation)} of evaluation; {_flops(sums['training_flops'])} FLOPs of training.",
+        f"Cost: {amount(training)} device-hours ({sweep['device']}) of training, "
+        f"{amount(evaluation)} of evaluation; {_flops(sums['training_flops'])} FLOPs of training.",
     ]
     if "seconds" in sums:
         seconds, to_first_step, overhead = (_seconds(sums[key]) for key in OVERHEAD)
@@ -125,7 +125,7 @@ def _millions(value: dict[str, Any]) -> str:
     return "" if value["params"] is None else f"{value['params'] / 1e6:.3g}"
 
 
-def _amount(value: float | None) -> str:
+def amount(value: float | None) -> str:
     """Three significant digits."""
     return "" if value is None else format(value, ",.0f" if value >= 100 else ".3g")
 
@@ -172,7 +172,7 @@ COST_COLUMNS = [
     ("params/1e6", ">", _millions),
     ("paper params/1e6", ">", _number("paper_params_millions", "d")),
     ("updates", ">", _number("updates", ",.0f")),
-    ("device-h", ">", lambda value: _amount(value["device_hours"])),
+    ("device-h", ">", lambda value: amount(value["device_hours"])),
     ("FLOPs", ">", lambda value: _flops(value["flops"])),
     ("tokens/s", ">", _number("tokens_per_second", ",.0f")),
 ]
@@ -237,7 +237,7 @@ def missing(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> list[str]:
         if trial["status"] != "finished":
             error = " ".join((trial.get("error") or "no reason is known").split()).replace("`", "'")
             spent = trial.get("device_hours")
-            cost = f" {_amount(spent)} device-hours were spent on it." if spent else ""
+            cost = f" {amount(spent)} device-hours were spent on it." if spent else ""
             points.append(f"{trial['name']}: {trial['status']}: `{error}`.{cost}")
         elif trial["attempts"] > 1:
             points.append(f"{trial['name']}: {trial['attempts']} attempts, each from the last checkpoint.")

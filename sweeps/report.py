@@ -1,9 +1,11 @@
-"""Put our numbers beside those of the paper's Table 3, each difference from base with its uncertainty.
+"""Put our numbers beside those of the paper's Table 3, each difference from base
+with its uncertainty.
 
     python -m sweeps.report
 
-Reads data/sweep (trials.json, references.txt, the translations); writes reports/table3.md, .html, .csv, .png and
-.json, and adds them to the sweep's run in MLflow. Where trials failed, or base did, the table says so and holds the
+Reads data/sweep (trials.json, references.txt, the translations); writes
+reports/table3.md, .html, .csv, .png and .json, and adds them to the sweep's run
+in MLflow. Where trials failed, or base did, the table names them and holds the
 rest.
 """
 

@@ -1,15 +1,18 @@
-"""Run the rows of Table 3 that params.yaml asks for, each with every seed, by Ray Tune over Ray Train.
+"""Run the rows of Table 3 that params.yaml asks for, each with every seed, by
+Ray Tune over Ray Train.
 
     python -m sweeps.run
 
-Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which `python -m sweeps.report` makes the
-table.
+Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which
+`python -m sweeps.report` makes the table.
 
-A trial is what the train stage and then the evaluate stage do. On this machine, with one worker a trial, both run in
-a process of Tune's, which goes on to the next trial. A trial's result is kept with its checkpoints, in a folder
-that is named after all that decides it. So the same command goes on after `kill -9`: finished trials are kept,
-others continue from their checkpoints, failed ones are tried again, and rows or seeds that were added run. With
-RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster.
+A trial is what the train stage and then the evaluate stage do. On this machine,
+with one worker a trial, both run in a process of Tune's, which goes on to the
+next trial. A trial's result is kept with its checkpoints, in a folder that is
+named after all that decides it. So the same command goes on after `kill -9`:
+finished trials are kept, others continue from their checkpoints, failed ones
+are tried again, and rows or seeds that were added run. With RAY_ADDRESS set, or
+inside `ray job submit`, it uses that cluster.
 """
 
 import io
@@ -45,7 +48,6 @@ from pipeline.cluster.training_run import TrainingError, training_run
 from pipeline.common import cli
 from pipeline.common.atomic_io import replace_folder, write_json, write_text
 from pipeline.common.environment import TRACKING_URI_ENV, TUNE, environment, without_passwords
-from pipeline.common.machine import machine_name
 from pipeline.common.paths import CHECKPOINTS, CLEAN, SWEEP
 from pipeline.common.periodic import interval_of
 from pipeline.common.settings import Settings, flatten, load_settings
@@ -62,7 +64,7 @@ from pipeline.tracking.views import experiment_page
 from pipeline.training import checkpoint
 from pipeline.training.run import log, write_model
 from pipeline.training.siblings import continue_sibling
-from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan
+from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan, this_machine
 from sweeps.table3 import BLEU
 from sweeps.trials import SweepPlan, Trial, load_sweep
 
@@ -430,7 +432,7 @@ def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
                 "base_name": setup_name(settings),
                 "date": f"{datetime.now(UTC):%Y-%m-%d}",
                 "commit": commit,
-                "machine": _machine(),
+                "machine": this_machine(),
                 "seeds": settings.sweep.seeds,
                 "price_per_device_hour": settings.sweep.price_per_device_hour,
                 "device": next((trial["device"] for trial in trials if "device" in trial), settings.hardware.device),
@@ -441,11 +443,6 @@ def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
                 "trials": trials,
             },
         )
-
-
-def _machine() -> str:
-    gpus = torch.cuda.device_count()
-    return f"{gpus} x {torch.cuda.get_device_name()}" if gpus else machine_name()
 
 
 def main() -> None:

@@ -25,23 +25,25 @@ class Usage:
     """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
     `attempts` counts those that died and the last; what goes on where a shorter run ended is no further one.
     `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
-    (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of."""
+    (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of; `on_gpus` is whether it
+    ran on GPUs (None: not known)."""
 
     attempts: int = 0
     device_seconds: float = 0.0
     steps: int = 0
     first_step_at: float | None = None
     last_sign_at: float | None = None
+    on_gpus: bool | None = None
 
 
 class UsageRecorder:
     """Records wall time and steps of one attempt (rank 0 only). A killed one loses what came after its file was last
     written: USAGE_INTERVAL_S (more in a store), or up to HEARTBEAT_S of the step that it was at."""
 
-    def __init__(self, run_folder: AnyPath, devices: int) -> None:
+    def __init__(self, run_folder: AnyPath, devices: int, on_gpus: bool) -> None:
         self.started = time.time()
         self.file = PeriodicJsonFile(run_folder / "usage" / f"{time.time_ns()}.json", USAGE_INTERVAL_S)
-        self.devices, self.steps = devices, 0
+        self.devices, self.on_gpus, self.steps = devices, on_gpus, 0
         self.first_step_at: float | None = None
         self.closing, self.writing = threading.Event(), threading.Lock()
         self.heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -61,6 +63,7 @@ class UsageRecorder:
         values = {
             "seconds": seconds,
             "devices": self.devices,
+            "on_gpus": self.on_gpus,
             "steps": self.steps,
             "first_step_at": self.first_step_at,
         }
@@ -91,6 +94,7 @@ def total_usage(run_folder: AnyPath) -> Usage:
         steps=before.steps + sum(attempt["steps"] for attempt in attempts),
         first_step_at=attempts[-1].get("first_step_at") if attempts else None,
         last_sign_at=int(paths[-1].stem) / 1e9 + attempts[-1]["seconds"] if attempts else None,
+        on_gpus=attempts[-1].get("on_gpus") if attempts else None,
     )
 
 

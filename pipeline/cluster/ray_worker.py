@@ -148,7 +148,8 @@ class _Reports:
     def __init__(self, config: WorkerConfig, num_ranks: int) -> None:
         self._config = config
         self._progress = ProgressReporter(config.progress_file)
-        self._usage = UsageRecorder(config.run_folder, devices=num_ranks * (1 if config.gpu else config.cpus))
+        devices = num_ranks * (1 if config.gpu else config.cpus)
+        self._usage = UsageRecorder(config.run_folder, devices, config.gpu)
         self._curves: Any = None  # a MetricWriter, from the first metrics on
         self._measured: deque[tuple[dict[str, float], int]] = deque()
 

@@ -8,8 +8,9 @@ Each run has a folder of its own, so the shorter one stays, and both may be trai
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pipeline.common.atomic_io import write_json
@@ -58,6 +59,29 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
     if checkpoint.folders(run_folder):
         return None
     remove(run_folder / ORIGIN)
+    for origin, steps in _origins(run_folder, settings, log):
+        with _passing_over_damage(folder_of(origin.folder, origin.step), log):
+            _bring(origin, steps, run_folder, settings, log)
+            return origin
+    remove(run_folder / ORIGIN)
+    return None
+
+
+def steps_left(run_folder: AnyPath, settings: Train) -> int:
+    """How many steps training in this folder still has to take: from its newest checkpoint, or else from what
+    `continue_sibling` would bring, to max_steps or to where `patience` has ended it. Of a checkpoint only state.json
+    is read. Raises OSError when the store cannot be reached."""
+    origins = (folder_of(origin.folder, origin.step) for origin, _ in _origins(run_folder, settings, lambda _: None))
+    for folder in reversed(checkpoint.folders(run_folder) or list(islice(origins, 1))):
+        with suppress(DamagedCheckpointError):
+            state = checkpoint.load_state(folder)
+            return max(0, end_of(state, settings) - state.step)
+    return settings.max_steps
+
+
+def _origins(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -> Iterator[tuple[Origin, list[int]]]:
+    """The checkpoints from which training by these settings can go on, newest first, each with the steps of all
+    checkpoints of its run."""
     found = {sibling: checkpoint.folders(sibling) for sibling in _siblings(run_folder)}
     newest_first = sorted(
         ((step_of(path), sibling) for sibling, paths in found.items() for path in paths),
@@ -69,11 +93,7 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
             continue
         with _passing_over_damage(folder_of(sibling, step), log):
             if _is_on_the_way(folder_of(sibling, step), settings):
-                origin = Origin(sibling, step, step / steps[-1])
-                _bring(origin, steps, run_folder, settings, log)
-                return origin
-    remove(run_folder / ORIGIN)
-    return None
+                yield Origin(sibling, step, step / steps[-1]), steps
 
 
 def all_of_trajectory(run_folder: AnyPath) -> AnyPath:

@@ -54,7 +54,7 @@ def test_trial_has_times_if_it_ran_without_a_break(tmp_path, monkeypatch, contin
 
     @contextmanager
     def training_run(*_: Any, **named: Any) -> Iterator[SimpleNamespace]:
-        recorder = UsageRecorder(trial.folder, devices=1)
+        recorder = UsageRecorder(trial.folder, devices=1, on_gpus=False)
         recorder.count_step()
         recorder.close()
         yield SimpleNamespace(run_id="run")

@@ -115,8 +115,8 @@ def test_sweep_records_what_each_trial_cost(continued):
 
 def test_sweep_prints_its_plan_first_and_counts_finished_trials(continued):
     plan = continued.output[: continued.output.index("trials:")]
-    assert f": 3 rows x 1 seeds, {len(continued.before)} trials done" in plan
-    assert "1e+09 FLOPs a second (sweep.flops_per_second)" in plan
+    assert f": 3 rows x 1 seed; trials: {len(continued.before)} done" in plan
+    assert "1e+09 FLOPs a second, from sweep.flops_per_second" in plan
 
 
 def test_sweep_widened_runs_only_new_trials(widened):

@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def attempt(clock: Clock, folder: Path, devices: int, steps: int, seconds_a_step: float) -> UsageRecorder:
-    recorder = UsageRecorder(folder, devices)
+    recorder = UsageRecorder(folder, devices, on_gpus=devices == 3)
     for _ in range(steps):
         clock.now += seconds_a_step
         recorder.count_step()
@@ -58,7 +58,7 @@ def test_total_usage_of_a_run_that_has_not_begun_is_nothing(tmp_path):
 
 def test_total_usage_is_wall_time_times_devices(tmp_path, clock):
     began = clock.time()
-    recorder = UsageRecorder(tmp_path, devices=7)
+    recorder = UsageRecorder(tmp_path, devices=7, on_gpus=False)
     clock.now += 3  # before the first step
     recorder.count_step()
     clock.now += 5
@@ -78,6 +78,7 @@ def test_total_usage_adds_attempts_each_with_its_own_devices(tmp_path, clock):
     found = total_usage(tmp_path)
     assert (found.attempts, found.device_seconds, found.steps) == (2, 2 * 5 * 3.0 + 3 * 7 * 11.0, 12)
     assert (found.first_step_at, found.last_sign_at) == (began + 11, pytest.approx(began + 77))
+    assert found.on_gpus  # as the last
 
 
 def test_total_usage_of_a_killed_attempt_lacks_its_last_moments(tmp_path, clock):
@@ -92,7 +93,7 @@ def test_total_usage_of_a_killed_attempt_lacks_its_last_moments(tmp_path, clock)
 
 def test_total_usage_counts_an_attempt_killed_before_its_first_step(tmp_path, clock):
     attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0).write()
-    UsageRecorder(tmp_path, devices=1)
+    UsageRecorder(tmp_path, devices=1, on_gpus=False)
     found = total_usage(tmp_path)
     assert (found.attempts, found.steps, found.first_step_at) == (2, 5, None)
 
@@ -107,7 +108,7 @@ def test_usage_recorder_writes_every_other_second_at_most(tmp_path, clock, monke
 
 def test_usage_recorder_gives_signs_during_a_long_step_until_it_is_closed(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(accounting, "HEARTBEAT_S", 0.01)
-    recorder = UsageRecorder(tmp_path, devices=1)
+    recorder = UsageRecorder(tmp_path, devices=1, on_gpus=False)
     began = clock.time()
     clock.now += 1_000
     deadline = time.monotonic() + 60
@@ -176,10 +177,10 @@ def test_carry_usage_counts_a_share_of_the_other_run_once(tmp_path, clock):
 
 def test_has_begun_since_asks_for_the_beginning_of_any_attempt(tmp_path, clock):
     assert not has_begun_since(tmp_path, 0.0)
-    UsageRecorder(tmp_path, devices=1)
+    UsageRecorder(tmp_path, devices=1, on_gpus=False)
     began = clock.time()
     clock.now += 7
     assert has_begun_since(tmp_path, began)
     assert not has_begun_since(tmp_path, began + 1)
-    UsageRecorder(tmp_path, devices=1)
+    UsageRecorder(tmp_path, devices=1, on_gpus=False)
     assert has_begun_since(tmp_path, began + 1)

@@ -17,7 +17,7 @@ from pipeline.common.settings import Settings, Train
 from pipeline.common.storage import AnyPath
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainState
-from pipeline.training.siblings import ORIGIN, continue_sibling, origin_of
+from pipeline.training.siblings import ORIGIN, continue_sibling, origin_of, steps_left
 from pipeline.training.trainer import train_rank
 from tests.factories import settings, write_corpus
 
@@ -251,6 +251,24 @@ def test_continue_sibling_takes_the_newest_of_several_and_none_of_another_trajec
     origin = continue_sibling(folder_of(tmp_path, longer.train), longer.train, pytest.fail)
     assert origin is not None
     assert (origin.folder, origin.step) == (renamed, 9)
+
+
+def test_steps_left_are_those_behind_the_newest_checkpoint_or_a_siblings(data, tmp_path):
+    short, long = with_ends(max_steps=5).train, with_ends(max_steps=12).train
+    ours, longer = folder_of(tmp_path, short), folder_of(tmp_path, long)
+    assert steps_left(longer, long) == 12
+    train(data, tmp_path, with_ends(max_steps=5))
+    assert (steps_left(ours, short), steps_left(longer, long)) == (0, 7)
+    assert not longer.exists()
+    (ours / "step_00000005/state.json").write_text("{}")
+    assert (steps_left(ours, short), steps_left(longer, long)) == (2, 9)
+
+
+def test_steps_left_are_none_where_patience_has_ended_training(data, tmp_path, monkeypatch):
+    losses(monkeypatch, VALIDATION)
+    patient = with_ends(max_steps=26, patience=2)
+    assert train(data, tmp_path, patient).step == 16
+    assert steps_left(folder_of(tmp_path, patient.train), patient.train) == 0
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
