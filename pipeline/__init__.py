@@ -1,8 +1,8 @@
-"""The pipeline: one module per command, in folders what they share.
+"""The pipeline: each module is a command, and the folders contain what the commands share.
 
-Two things happen when it is imported, before anything else is. Variables are set that Ray and MLflow read while they
-are imported: no usage reports, no open ports. And `python -m pipeline.train` prepares for being stopped; where the
-project's packages are not installed, it ends with one line.
+Importing this package does two things before any other import. It sets the variables that Ray and MLflow read while
+they are imported (no usage reports, no open ports). If it is imported by `python -m ...`, it also installs the signal
+handlers of a command (`cli.begin`), or exits with a one-line message if the project's packages are not installed.
 """
 
 import sys
@@ -10,7 +10,7 @@ import sys
 from pipeline.common.environment import set_at_import
 
 set_at_import()
-if sys.argv[0] == "-m":  # Python looks for the module that it was told to run
+if sys.argv[0] == "-m":  # Python sets this while it looks for the module to run
     try:
         from pipeline.common import cli
     except ModuleNotFoundError as error:

@@ -1,9 +1,11 @@
-"""Check the settings and dvc.lock: a typo ends the pipeline at its start, before any other stage runs.
+"""Check params.yaml and dvc.lock before any other stage runs.
 
     python -m pipeline.check
 
-Reads params.yaml, conf/ and dvc.lock. Writes data/checked.txt, always the same: DVC runs this stage whenever
-params.yaml has changed, and the download stage, which depends on that file, not for that reason.
+Reads params.yaml, conf/ and dvc.lock. Writes data/checked.txt, whose text never
+changes. DVC runs this stage whenever params.yaml has changed. The download
+stage depends on data/checked.txt, so an error in params.yaml stops the pipeline
+here, and changing the settings of a later stage does not repeat the download.
 """
 
 from pathlib import Path
@@ -26,9 +28,9 @@ def main() -> None:
 
 
 def check_own() -> None:
-    """Raise ValueError if there is neither data/own nor the data/own.dvc that `dvc pull` gets it by."""
+    """Raise ValueError if neither data/own nor data/own.dvc (from which `dvc pull` fetches it) exists."""
     if not OWN.exists() and not OWN.with_suffix(".dvc").exists():
-        raise ValueError(f"data.corpus is own, and {OWN} does not exist: put the texts there")
+        raise ValueError(f"data.corpus is own, but {OWN} does not exist: put your texts there")
 
 
 if __name__ == "__main__":

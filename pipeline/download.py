@@ -1,16 +1,20 @@
-"""Fetch or generate the corpus that params.yaml names, as plain text.
+"""Download or generate the corpus that params.yaml names.
 
     python -m pipeline.download
     CORPUS_MIRROR=/mnt/corpora python -m pipeline.download
 
-Writes data/raw/: train, valid and test, one file for each language, and corpus.json with the origin and checksum of
-every file.
+Reads params.yaml. Writes data/raw/: train, valid and test as plain text, one
+file for each language, and corpus.json with the origin and checksum of every
+file. Where the text comes from depends on data.corpus:
 
-- A public corpus comes from its URL or, with CORPUS_MIRROR set, from a folder or web address that holds the same
-  files under the same names. Every file is checked against its SHA-256. Files from the web are kept in
-  data/downloads/; a download that was cut off continues where it ended.
-- "own" is your own: data/own/{train,valid,test}.{src,tgt}, plain or .gz.
-- "grammar" is generated, from data.seed.
+- A public corpus, such as multi30k, is downloaded from its URL. With
+  CORPUS_MIRROR set, it is taken from a folder or web address that has the same
+  files under the same names. Every file is checked against its SHA-256. Files
+  from the web are kept in data/downloads/. An interrupted download continues
+  where it stopped.
+- "own" is your own text: data/own/{train,valid,test}.{src,tgt}, plain or .gz,
+  where src and tgt are the languages of params.yaml (data/own/train.en).
+- "grammar" is generated from data.seed.
 """
 
 import gzip
@@ -37,21 +41,21 @@ from pipeline.data import grammar
 from pipeline.data.catalog import CORPORA, RemoteFile
 
 CHUNK_BYTES = 1 << 16
-TIMEOUT_S = (10, 30)  # to connect, and between two pieces of an answer
-MIN_BYTES, WINDOW_S = 30_000, 30.0  # a server that sends less in so long is too slow
+TIMEOUT_S = (10, 30)  # to connect, and to receive the next bytes
+MIN_BYTES, WINDOW_S = 30_000, 30.0  # a server that sends fewer bytes in this time is too slow
 RETRY_PAUSES_S = (1, 2, 4, 8)
 PACKED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh9": "bzip2"}
-BUSY = (408, 429, 500, 502, 503, 504)  # answers that may be another one in a moment
+BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth a retry
 
 
 class SlowError(Exception):
-    """A server sends next to nothing, but often enough that no timeout ends it."""
+    """A server is too slow, although it sends often enough that no timeout ends the download."""
 
 
 def download(settings: Data, mirror: str | None = None) -> None:
-    """Fill data/raw/ with {train,valid,test}.{src,tgt} and corpus.json, which says what came from where.
+    """Write {train,valid,test}.{src,tgt} and corpus.json, with the origin of each file, to data/raw/.
 
-    `mirror` is a folder or an http(s) address. Raises ValueError or OSError, one line with the way out.
+    `mirror` is a folder or an http(s) address. Raises ValueError or OSError with a one-line message and the way out.
     """
     names = [f"{split}.{code}" for split in ("train", "valid", "test") for code in (settings.src, settings.tgt)]
     if settings.corpus == "grammar":
@@ -65,7 +69,7 @@ def download(settings: Data, mirror: str | None = None) -> None:
         corpus = CORPORA[settings.corpus]
         _check_languages(settings, corpus.languages)
         remote = {name: corpus.files[name] for name in names}
-        # The origin is the public one even with a mirror: same checksum, same bytes, so the same output.
+        # The public URL even with a mirror: equal checksums mean equal bytes, so the output has to be equal too.
         origin = {name: _origin(file.url, file.sha256) for name, file in remote.items()}
         _unpack(settings, _obtain(remote, mirror), origin, corpus.licence)
     else:
@@ -77,7 +81,8 @@ def _check_languages(settings: Data, languages: tuple[str, ...]) -> None:
     for key in ("src", "tgt"):
         if getattr(settings, key) not in languages:
             raise ValueError(
-                f"data.{key} is {getattr(settings, key)!r}: {settings.corpus} has {', '.join(languages)}"
+                f"data.{key} must be one of {', '.join(languages)} for the corpus {settings.corpus}, "
+                f"got {getattr(settings, key)!r}"
             )
 
 
@@ -99,18 +104,18 @@ def _own_files(names: list[str]) -> dict[str, Path]:
     missing = [name for name, paths in found.items() if not paths]
     if missing:
         raise ValueError(
-            f"{OWN} has no {', '.join(missing)} (plain or .gz): put them there, one sentence a line, UTF-8"
+            f"{OWN} has no {', '.join(missing)} (plain or .gz): add each, in UTF-8, one sentence per line"
         )
     for paths in found.values():
         if len(paths) > 1:
             raise ValueError(f"both {paths[0]} and {paths[1]} exist: remove one")
         if not paths[0].is_file():
-            raise ValueError(f"{paths[0]} is no file, nor a link to one: put the text itself there")
+            raise ValueError(f"{paths[0]} is neither a file nor a link to one: put the text itself there")
     return {name: paths[0] for name, paths in found.items()}
 
 
 def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path]:
-    """Where each file lies on this machine, complete and verified."""
+    """Download or find each file; return its local path, once the file is complete and verified."""
     address = mirror is not None and mirror.lower().startswith(("http://", "https://"))
     folder = None if mirror is None or address else Path(mirror).expanduser()
     shown = (mirror or "").rpartition("@")[2]  # without name and password
@@ -118,8 +123,8 @@ def _obtain(remote: dict[str, RemoteFile], mirror: str | None) -> dict[str, Path
         raise ValueError(f"CORPUS_MIRROR must be a folder or an http(s) address, got {shown!r}")
     if address and not _is_sound(cast(str, mirror)):
         raise ValueError(
-            f"CORPUS_MIRROR is no address of a host, it ends with {shown!r}: in a name or password, write "
-            "%2F for /, %40 for @ and so on"
+            f"CORPUS_MIRROR must be the address of a host, got one that ends with {shown!r}: in a user name or "
+            "password, write %2F for /, %40 for @ and so on"
         )
     total = sum(file.num_bytes for file in remote.values())
     have = 0 if folder else sum(_bytes_there(DOWNLOADS / file.path) for file in remote.values())
@@ -148,7 +153,7 @@ def _is_sound(address: str) -> bool:
 
 def _check_mirrored(path: Path, file: RemoteFile) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder that CORPUS_MIRROR names must hold {file.path}")
+        raise ValueError(f"{path} does not exist: the folder CORPUS_MIRROR must contain {file.path}")
     if problem := _problem(path, file):
         raise ValueError(f"{path} {problem}: copy {file.url} there again")
 
@@ -157,7 +162,7 @@ def _problem(path: Path, file: RemoteFile) -> str | None:
     if (size := path.stat().st_size) < file.num_bytes:
         return f"is truncated: {size:,} of {file.num_bytes:,} bytes"
     if (found := sha256_of(path)) != file.sha256:
-        return f"has the wrong checksum: sha256 {found} was found, {file.sha256} is expected"
+        return f"has the wrong SHA-256: expected {file.sha256}, got {found}"
     return None
 
 
@@ -169,12 +174,12 @@ def _bytes_there(target: Path) -> int:
     return next((path.stat().st_size for path in (target, _part(target)) if path.is_file()), 0)
 
 
-# pooch verifies and shows progress, but starts a broken file again from its first byte; mtdata verifies no checksum;
-# SacreBLEU reads a whole archive into memory, and knows test sets only. Hence the fetching below.
+# Why not a library: pooch restarts an interrupted file at its first byte; mtdata does not verify checksums; SacreBLEU
+# reads a whole archive into memory and has test sets only.
 
 
 def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
-    """Leave the verified file at `target`, or continue what an earlier run began there."""
+    """Download the file to `target` and verify it. Continues the download of an earlier run."""
     if target.is_file():
         if _problem(target, file) is None:
             return
@@ -182,19 +187,19 @@ def _fetch(url: str, file: RemoteFile, target: Path, bar: tqdm) -> None:
     target.unlink(missing_ok=True)
     part = _part(target)
     part.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_symlink() or not part.is_file():  # a pipe would block, a link be written through
+    if part.is_symlink() or not part.is_file():  # opening a pipe would block; a link would overwrite another file
         part.unlink(missing_ok=True)
     continued = part.exists()
     _fetch_part(url, file, part, bar)
     problem = _problem(part, file)
-    if problem and continued:  # the server's file may have changed in between: once more, from its first byte
+    if problem and continued:  # the server's file may have changed since: download it again from the first byte
         bar.update(-part.stat().st_size)
         part.unlink()
         _fetch_part(url, file, part, bar)
         problem = _problem(part, file)
     if problem:
         part.unlink()
-        raise ValueError(f"{url} {problem}; what came was removed. Run again, or set CORPUS_MIRROR to another source")
+        raise ValueError(f"{url} {problem}; it was deleted here. Run again, or set CORPUS_MIRROR to another source")
     os.replace(part, target)
 
 
@@ -211,17 +216,18 @@ def _fetch_part(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
     except (requests.RequestException, urllib3.exceptions.HTTPError, SlowError) as error:
         have = part.stat().st_size if part.exists() else 0
         raise ValueError(
-            f"{url} cannot be fetched: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
+            f"{url} cannot be downloaded: {_reason(error)}; {have:,} of {file.num_bytes:,} bytes are here. "
             f"Run again to continue, or set CORPUS_MIRROR to a source of {file.path}"
         ) from None
 
 
 def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
-    """Append to `part` what it lacks. Raises requests' and urllib3's errors, also if the answer is cut off."""
+    """Request the bytes that `part` lacks and append them. Raises the errors of requests and urllib3, also if the
+    response is cut off."""
     have = part.stat().st_size if part.exists() else 0
     if have >= file.num_bytes:
         return
-    headers = {"Accept-Encoding": "identity"}  # the file's own bytes: a Range counts these
+    headers = {"Accept-Encoding": "identity"}  # not compressed for transfer: a Range counts the file's own bytes
     if have:
         headers["Range"] = f"bytes={have}-"
     received = 0
@@ -230,28 +236,28 @@ def _request_rest(url: str, file: RemoteFile, part: Path, bar: tqdm) -> None:
         requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer,
     ):
         if have and answer.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # the server's file ends where ours does: too short, as the check will say
+            return  # the server's file ends where ours does: it is too short, which `_problem` reports
         answer.raise_for_status()
-        if have and answer.status_code != requests.codes.partial_content:  # this server knows no Range
+        if have and answer.status_code != requests.codes.partial_content:  # this server does not support Range
             bar.update(-have)
             have = 0
         with name_enospc(part), part.open("ab" if have else "wb") as out:
-            # Not iter_content: that would unpack a .gz which the server labels Content-Encoding: gzip.
+            # Not iter_content: it would decompress a .gz that the server sends with Content-Encoding: gzip.
             while chunk := answer.raw.read1(CHUNK_BYTES, decode_content=False):
                 received += len(chunk)
                 out.write(chunk)
-                out.flush()  # for the next run, should this one be killed
+                out.flush()  # so that the next run can continue if this one is killed
                 bar.update(len(chunk))
                 if out.tell() > file.num_bytes:
-                    return  # never more than one chunk too much; the check will say so
+                    return  # at most one chunk too many; `_problem` reports it
     if part.stat().st_size < file.num_bytes:
-        raise urllib3.exceptions.ProtocolError("the answer was complete, the file is not")
+        raise urllib3.exceptions.ProtocolError("the response ended before the file was complete")
 
 
 @contextmanager
 def _no_slower(received: Callable[[], int]) -> Iterator[None]:
-    """Raise SlowError in the block, be it in the headers or in the body of an answer, as soon as `received` grows by
-    less than MIN_BYTES in WINDOW_S seconds."""
+    """Raise SlowError in the block as soon as `received()` grows by less than MIN_BYTES in WINDOW_S seconds, whether
+    the headers or the body of a response are being read."""
     before = 0
 
     def check(*_: object) -> None:
@@ -282,7 +288,7 @@ def _reason(error: Exception) -> str:
         return "the server does not answer in time"
     if isinstance(error, urllib3.exceptions.ProtocolError):
         return "the connection broke"
-    cause = getattr(error.args[0], "reason", error) if error.args else error  # of requests' MaxRetryError
+    cause = getattr(error.args[0], "reason", error) if error.args else error  # requests wraps a MaxRetryError
     text = " ".join(str(cause).split())
     return text.partition("): ")[2] or text
 
@@ -306,15 +312,15 @@ def _unpack(settings: Data, sources: dict[str, Path], origin: dict[str, dict], l
 
 def _refuse_packed(start: bytes, path: Path) -> None:
     if kind := next((PACKED[mark] for mark in PACKED if start.startswith(mark)), None):
-        way_out = f"name it {path.name}.gz" if kind == "gzip" and path.suffix != ".gz" else "unpack it"
-        raise ValueError(f"{path} holds what {kind} has packed, not text: {way_out}")
+        way_out = f"rename it to {path.name}.gz" if kind == "gzip" and path.suffix != ".gz" else "decompress it"
+        raise ValueError(f"{path} is compressed by {kind}, not text: {way_out}")
 
 
 def _read(text: BinaryIO, path: Path) -> bytes:
     try:
         return text.read(CHUNK_BYTES)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a whole gzip file ({error}): pack it again") from None
+        raise ValueError(f"{path} is not a complete gzip file ({error}): compress it again") from None
 
 
 def _describe(folder: Path, settings: Data, origin: dict[str, dict], licence: str) -> None:

@@ -1,9 +1,10 @@
-"""Encode the corpus with the learned byte-pair encoding: the second half of the stage tokenize.
+"""Encode the corpus as token ids: the second half of the stage tokenize.
 
     python -m pipeline.encode
 
-Reads data/clean/ and data/tokenizer/; writes data/encoded/, token ids that training maps into memory, and
-reports/tokenization.json. Memory does not grow with the corpus.
+Reads data/clean/ and data/tokenizer/. Writes data/encoded/, the token ids that
+training maps into memory, and reports/tokenization.json. The memory that it
+needs does not grow with the corpus.
 """
 
 import hashlib
@@ -37,10 +38,10 @@ CHUNK = 20_000  # lines
 def encode_corpus(clean: Path, tokenizer_folder: Path, encoded: Path, src: str, tgt: str) -> dict[str, Any]:
     """Encode `clean`/{train,valid,test}.{src,tgt} into the folder `encoded`; return the report.
 
-    Every sentence is decoded again. One that differs from its text, NFKC and superfluous spaces aside, and case if
-    the encoding lower-cases, is counted in "not_restored", and the first is named on the terminal.
+    Every sentence is also decoded. "not_restored" counts the sentences that differ from their text, apart from NFKC,
+    extra spaces and, if the tokenizer lower-cases, case. The first of them is printed on stderr.
 
-    Raises ValueError if a file is missing, or source and target of a split differ in length.
+    Raises ValueError if a file is missing, or if a split has more sentences in one language than in the other.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     digest = hashlib.sha256(tokenizer.serialized_model_proto())
@@ -131,9 +132,9 @@ def _encode_text(
 
 
 def _encoded(file: BinaryIO, tokenizer: SentencePieceProcessor) -> Iterator[tuple[bytes, list[str], list[Any]]]:
-    """Chunk by chunk: the text as it is, its sentences, and the tokens of each (int32).
+    """Yield for each chunk of CHUNK lines its bytes, its sentences and the tokens of each sentence (int32).
 
-    SentencePiece goes on with the next chunk, on all cores, while one is used.
+    While the caller uses a chunk, a thread encodes the next one, on all cores.
     """
     waiting: deque[tuple[bytes, list[str], Future]] = deque()
     with ThreadPoolExecutor(max_workers=1) as thread:
@@ -151,15 +152,16 @@ def _same(text: str, decoded: str, lowercase: bool) -> bool:
     if text == decoded:
         return True
     if lowercase:
-        text = "".join(map(str.lower, text))  # of a whole word, another letter for a sigma at its end
+        text = "".join(map(str.lower, text))  # by character: str.lower of a whole word changes its final sigma
     return " ".join(filter(None, unicodedata.normalize("NFKC", text).split(" "))) == decoded
 
 
 class _NpyWriter:
-    """A .npy file of one row that grows.
+    """Writes a one-dimensional array to a .npy file, chunk by chunk.
 
-    `np.save` needs the whole array in memory, and `open_memmap` its length before the first sentence is encoded. A
-    .npy header of NumPy leaves room for the length to grow, so it is written twice: empty, and at the end."""
+    `np.save` needs the whole array in memory, and `open_memmap` needs its length before the first sentence is
+    encoded. NumPy leaves room in the header for a larger length, so the header is written first with length 0, and
+    again at the end."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.dtype = dtype

@@ -1,10 +1,14 @@
-"""Translate and score the test and validation split by beam search (section 6.1 of the paper); compute perplexities.
+"""Translate and score the test and validation splits; compute perplexities.
 
     python -m pipeline.evaluate
 
-Reads models/final, data/tokenizer, data/encoded and data/clean; writes metrics/test.json and, to reports/,
-evaluation.json, bleu_by_length (.csv, .png), translations.tsv and translations_valid.tsv; adds these and the model
-to the training's run in MLflow.
+Translates by beam search as in section 6.1 of the paper, with the settings
+"evaluate" of params.yaml. Prints the scores.
+
+Reads models/final, data/tokenizer, data/encoded and data/clean. Writes
+metrics/test.json and, in reports/, evaluation.json, bleu_by_length (.csv and
+.png), translations.tsv and translations_valid.tsv. Adds the reports, the scores
+and the model to the MLflow run that trained the model.
 """
 
 import os

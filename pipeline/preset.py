@@ -1,11 +1,13 @@
-"""Write presets into params.yaml: the values of a corpus, of a model and its training, of a kind of machine.
+"""Write presets into params.yaml: a corpus, a model with its training, hardware.
 
     python -m pipeline.preset --list
     python -m pipeline.preset --show model=tiny
     python -m pipeline.preset data=multi30k model=tiny
 
-A preset is a file of conf/. Writes its values over those of params.yaml, where comments stay, and prints what
-changed. `data=own` also makes data/own a dependency of the download stage in dvc.yaml; other corpora take that back.
+Reads conf/, where each file is a preset. Writes its values into params.yaml,
+keeps the comments there, and prints what changed. `data=own` also makes
+data/own a dependency of the download stage in dvc.yaml; any other corpus
+removes it.
 """
 
 import shutil
@@ -27,9 +29,9 @@ PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 
 
 def write_presets(names: list[str], root: Path = Path()) -> list[str]:
-    """Write these presets into `root`/params.yaml; returns a line for each value that changed.
+    """Write these presets into `root`/params.yaml; return a line for each value that changed.
 
-    Raises ValueError, before anything is written, for a preset that is unknown.
+    Raises ValueError for an unknown preset, before anything is written.
     """
     presets = [_kind_and_name(name) for name in names]
     files = [find_preset(root, kind, name) for kind, name in presets]
@@ -51,7 +53,8 @@ def _kind_and_name(preset: str) -> tuple[str, str]:
 
 
 def _replace_section(params: CommentedMap, name: str, preset: CommentedMap) -> list[str]:
-    """Give the section the preset's values. What the preset leaves out stays if every run needs it, else it goes."""
+    """Write the preset's values into the section; return a line for each change. A key that the preset lacks is
+    removed if it is optional, and kept otherwise."""
     old = params.get(name)
     if not isinstance(old, CommentedMap):
         params[name] = preset
@@ -71,7 +74,8 @@ def _replace_section(params: CommentedMap, name: str, preset: CommentedMap) -> l
 
 
 def _cut_below(section: CommentedMap) -> str:
-    """Take away what ruamel.yaml keeps with the last key: blank lines and comments before the next section."""
+    """Remove and return the blank lines and comments before the next section, which ruamel.yaml keeps with the last
+    key of this one."""
     token = _comment_of(section, list(section)[-1])
     if token is None:
         return ""
@@ -94,7 +98,8 @@ def _comment_of(section: CommentedMap, key: str) -> CommentToken | None:
 
 
 def _depend_on_own(root: Path, own: bool) -> list[str]:
-    """Make data/own a dependency of the download stage, or no longer: DVC refuses one that does not exist."""
+    """Add data/own to the download stage's dependencies in dvc.yaml if `own`, else remove it, because DVC refuses a
+    dependency that does not exist. Return lines that say what changed."""
     pipeline = read_with_comments(root / PIPELINE)
     deps = pipeline["stages"]["download"]["deps"]
     if own == (str(OWN) in deps):
@@ -104,7 +109,7 @@ def _depend_on_own(root: Path, own: bool) -> list[str]:
     else:
         deps.remove(str(OWN))
     write_yaml(root / PIPELINE, pipeline)
-    lines = [f"dvc.yaml: the download stage depends on {OWN}{'' if own else ' no longer'}"]
+    lines = [f"dvc.yaml: the download stage {'now' if own else 'no longer'} depends on {OWN}"]
     missing = own and not (root / OWN).exists()
     return lines + [f"{OWN} does not exist yet: put your texts there"] * missing
 
@@ -115,7 +120,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def describe(path: Path) -> str:
-    """The comment at a preset's head, on one line."""
+    """Return the comment at the head of a preset as one line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head = [line for line in lines if line.startswith("#")]
     return " ".join(line.lstrip("# ") for line in head)
@@ -124,8 +129,8 @@ def describe(path: Path) -> str:
 def main() -> None:
     parser = cli.parser("pipeline.preset", __doc__)
     parser.add_argument("presets", nargs="*", metavar="KIND=NAME", help="data=..., model=... or hardware=...")
-    parser.add_argument("--list", action="store_true", help="what there is")
-    parser.add_argument("--show", action="store_true", help="print the presets' values, write nothing")
+    parser.add_argument("--list", action="store_true", help="list all presets, write nothing")
+    parser.add_argument("--show", action="store_true", help="print the values of these presets, write nothing")
     options = parser.parse_args()
     if not options.list and not options.presets:
         parser.error("name a preset, such as model=tiny, or --list")
@@ -141,11 +146,11 @@ def main() -> None:
                 print(find_preset(Path(), kind, name).read_text(encoding="utf-8"), end="")
         else:
             lines = write_presets(options.presets)
-            print("\n".join(lines) if lines else "params.yaml has these values already")
+            print("\n".join(lines) if lines else "params.yaml already has these values")
             try:
                 load_settings()
-            except ValueError as error:  # which was there before, or comes of presets that do not fit each other
-                raise ValueError(f"the values are written, but {error}") from None
+            except ValueError as error:  # an older error in params.yaml, or presets that do not fit each other
+                raise ValueError(f"the values were written, but {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Copy the encoded corpus to where all nodes of a cluster can read it; each node copies it to its own disk, once.
+"""Copy the encoded corpus to storage that all nodes of a cluster can read.
 
     RUN_STORAGE=s3://bucket/runs python -m pipeline.publish
 
-Reads data/encoded, data/tokenizer and, of data/clean, the validation and test splits; writes them to
-<RUN_STORAGE>/data/<name>-<digest>/. A corpus with other contents gets another digest, so that a run in progress
-keeps its own; <RUN_STORAGE>/data/<name>.json names the newest.
+Training on a cluster then copies it to the disk of each node, once.
+
+Reads data/encoded, data/tokenizer, and the validation and test splits of
+data/clean. Writes them to <RUN_STORAGE>/data/<name>-<digest>/, and the name of
+that folder to <RUN_STORAGE>/data/<name>.json. If the corpus changes, it gets a
+new folder, so a run in progress keeps the corpus that it started with.
 """
 
 from pathlib import Path
@@ -22,8 +25,10 @@ from pipeline.data.dataset import TOKENIZER_FILE, CorpusInfo
 
 
 def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:
-    """Copy data/ of `root` to `storage`, unless it is there; returns its folder there. Raises ValueError and OSError
-    with one line."""
+    """Copy data/ of `root` to `storage`, unless it is already there; return the folder in `storage`.
+
+    Raises ValueError or OSError with a one-line message.
+    """
     target = storage / "data" / f"{settings.data_name}-{CorpusInfo.open(root / ENCODED).sha256[:12]}"
     paths = _files(settings, root)
     for folder in (ENCODED, TOKENIZER):
@@ -34,13 +39,13 @@ def publish(settings: Settings, root: Path, storage: AnyPath) -> AnyPath:
             with tqdm(total=size, desc="publish", unit="B", unit_scale=True) as bar:
                 names = {path: path.relative_to(root).as_posix() for path in paths}
                 sums = {name: copy_file(path, target / name, bar.update) for path, name in names.items()}
-            write_text(target / SUMS, sums_text(sums))  # last: with it the folder is whole
+            write_text(target / SUMS, sums_text(sums))  # last: it marks the folder as complete
     write_json(storage / "data" / f"{settings.data_name}.json", {"folder": target.name})
     return target
 
 
 def _files(settings: Settings, root: Path) -> list[Path]:
-    """What `publish` copies. Raises ValueError for what is not there."""
+    """The files that `publish` copies. Raises ValueError if one is missing."""
     texts = [
         root / CLEAN / f"{split}.{language}"
         for split in ("valid", "test")
@@ -61,7 +66,8 @@ def main() -> None:
         storage = run_storage(root)
         if storage == root:
             raise ValueError(
-                f"{RUN_STORAGE_ENV} is not set: name a folder that all nodes see, or a URI such as s3://bucket/runs"
+                f"{RUN_STORAGE_ENV} is not set: set it to a folder that all nodes share, or to a URI such as "
+                "s3://bucket/runs"
             )
         print(publish(load_settings(), root, storage))
 

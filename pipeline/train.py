@@ -3,13 +3,23 @@
     python -m pipeline.train
     RAY_ADDRESS=head:6379 RUN_STORAGE=s3://bucket/runs python -m pipeline.train
 
-Reads data/encoded/; writes models/final, the average of the last checkpoints, reports/train.json, metrics/train.json
-and the curves reports/training_curve and validation_curve (.csv, .png); draws these in MLflow (MLFLOW_TRACKING_URI).
+Reads data/encoded/, data/tokenizer/ and, to score translations while it trains,
+data/clean/. Writes
 
-With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster; otherwise it starts Ray on this machine. A
-run is named after all that decides its weights: settings, data and code. Killed and started again, it continues
-from its last checkpoint in checkpoints/; with a larger train.max_steps or train.patience it goes on from where the
-shorter run ended, which stays as it is; with other settings, data or code a new run begins.
+- models/final, the average of the last checkpoints,
+- reports/train.json and metrics/train.json,
+- reports/training_curve and reports/validation_curve (.csv, .png),
+- checkpoints/, or <RUN_STORAGE>/checkpoints/,
+- the settings and curves to MLflow (MLFLOW_TRACKING_URI, else mlflow.db).
+
+With RAY_ADDRESS set, or in a job of `ray job submit`, it trains on that
+cluster; otherwise it trains on this machine.
+
+A run is identified by the settings, data and code that decide its weights. If
+it was killed, the same command resumes it from its last checkpoint. With a
+larger train.max_steps or train.patience, training continues from the end of the
+shorter run, whose checkpoints are kept. With other settings, data or code, a
+new run starts.
 """
 
 import time
@@ -34,17 +44,17 @@ from pipeline.training.run import log, log_how_it_starts, run_folder, run_key, w
 from pipeline.training.siblings import continue_sibling
 
 CHARTS = {
-    "training": {"train_loss": "Training loss (label-smoothed, nats a token)"},
+    "training": {"train_loss": "Training loss (label-smoothed, nats per token)"},
     "validation": {"valid_ppl": "Validation perplexity (per token)", "valid_bleu": "BLEU of a validation sample"},
 }
 SHOWN_CURVES = ("train_loss", "valid_ppl", "valid_bleu")
-"""What the view of single runs in MLflow draws."""
+"""The curves that MLflow's view of single runs draws."""
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
-    """The stage: train, average the last checkpoints into models/final, write the reports; returns the metrics.
+    """Train, average the last checkpoints into models/final and write the reports; return the metrics.
 
-    Raises ValueError or OSError with one line for what a user can mend, TrainingError if training failed.
+    Raises ValueError or OSError with a one-line message for what a user can fix, TrainingError if training failed.
     """
     started = time.perf_counter()
     workspace = open_workspace(settings, root)
@@ -83,15 +93,16 @@ def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
 
 
 def end_line(seconds: float, step: int, *, trained_before: bool) -> str:
-    """What the stage prints last. `step` is where training ended, now or, `trained_before`, by an earlier command."""
+    """The last line that the stage prints. `step` is the last step of training; `trained_before`: an earlier command
+    did the training."""
     if trained_before:
-        return f"done in {seconds:.0f} s, without training: {FINAL}/weights.safetensors is of step {step}"
+        return f"done in {seconds:.0f} s, without training: {FINAL}/weights.safetensors is from step {step}"
     return f"done in {seconds:.0f} s: trained to step {step}, {FINAL}/weights.safetensors"
 
 
 @contextmanager
 def _store_opening(uri: str) -> Iterator[Future[None]]:
-    """Import MLflow and open its store in a thread: seconds in which Ray starts."""
+    """Import MLflow and open its store in a thread, which takes seconds, while Ray starts."""
 
     def open_store() -> None:
         from pipeline.tracking.store import prepare_store
@@ -104,7 +115,7 @@ def _store_opening(uri: str) -> Iterator[Future[None]]:
 
 def main() -> None:
     cli.parser("pipeline.train", __doc__).parse_args()
-    interrupted = "interrupted; the same command goes on from the last checkpoint"
+    interrupted = "interrupted; the same command resumes from the last checkpoint"
     with cli.exit_on_error("train", TrainingError, interrupted=interrupted):
         train(load_settings())
 

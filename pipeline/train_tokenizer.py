@@ -1,8 +1,11 @@
-"""Learn one byte-pair encoding of both languages (section 5.1 of the paper): the first half of the stage tokenize.
+"""Learn one byte-pair encoding of both languages: first half of stage tokenize.
 
     python -m pipeline.train_tokenizer
 
-Reads data/clean/train.*; writes data/tokenizer/spm.model, of SentencePiece, and spm.vocab, its list of tokens.
+The encoding is shared by source and target, as in section 5.1 of the paper.
+
+Reads data/clean/train.*. Writes data/tokenizer/spm.model, a model of
+SentencePiece, and data/tokenizer/spm.vocab, its list of tokens.
 """
 
 import io
@@ -23,28 +26,28 @@ from pipeline.common.paths import CLEAN, TOKENIZER
 from pipeline.common.settings import load_settings
 
 MAX_PAIRS = 1_000_000
-"""The most pairs that are read: more teach the encoding nothing, and memory stops growing here."""
+"""The largest number of pairs to learn from: more do not improve the encoding, and memory stops growing."""
 MAX_LINE_BYTES = 1 << 16
-"""Longer lines are left out. SentencePiece's own limit is 4,192, which a page without line ends exceeds."""
+"""Longer lines are left out. SentencePiece's default is 4,192, which a page without line breaks exceeds."""
 
 
 def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowercase: bool = False) -> None:
     """Learn `vocab_size` tokens from the lines of both files; write `folder`/spm.model and spm.vocab.
 
-    The encoding itself normalises text by NFKC and, with `lowercase`, lower-cases it.
+    The tokenizer normalises text by NFKC and, with `lowercase`, lower-cases it.
 
-    `vocab_size` counts all tokens: the reserved ones too, and 256 bytes that spell characters which are none of the
-    tokens, so that every text can be encoded and decoded. Of more than MAX_PAIRS pairs, so many are taken at even
-    distances, and of these the lines of at most MAX_LINE_BYTES. The same texts give the same bytes.
+    `vocab_size` includes the reserved tokens and 256 byte tokens. The byte tokens spell characters that are not in
+    the vocabulary, so every text can be encoded and decoded. If there are more than MAX_PAIRS pairs, MAX_PAIRS of
+    them are taken at even distances. Lines of more than MAX_LINE_BYTES are left out. Equal texts give equal files.
 
-    Raises ValueError if a file is missing, both are empty or they differ in length; or if vocab_size is too
-    small or too large for the text, with the number that would do.
+    Raises ValueError if a file is missing, if both are empty, if they have different numbers of lines, or if
+    vocab_size is too small or too large for the text (the message has the limit).
     """
     num_pairs, num_tgt = _count_lines(src), _count_lines(tgt)
     if num_pairs != num_tgt:
-        raise ValueError(f"{src} has {num_pairs} lines and {tgt} {num_tgt}: as many are needed")
+        raise ValueError(f"{src} has {num_pairs} lines and {tgt} {num_tgt}: they must have the same number")
     if num_pairs == 0:
-        raise ValueError(f"{src} is empty: there is nothing to learn an encoding from")
+        raise ValueError(f"{src} is empty: there is no text to learn an encoding from")
     written = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -57,10 +60,10 @@ def train_tokenizer(src: Path, tgt: Path, folder: Path, vocab_size: int, lowerca
             bos_id=BOS,
             eos_id=EOS,
             normalizer=_lowercase() if lowercase else SentencePieceNormalizer(rule_name="nfkc"),
-            character_coverage=0.9999,  # the rarest characters become bytes instead of tokens
+            character_coverage=0.9999,  # the rarest characters are spelled by byte tokens
             byte_fallback=True,
             max_sentence_length=MAX_LINE_BYTES,
-            num_threads=1,  # more are hardly faster, and the model file records their number
+            num_threads=1,  # more are hardly faster, and spm.model would depend on their number
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -87,12 +90,12 @@ def _sentences(src: Path, tgt: Path, num_pairs: int) -> Iterator[str]:
                     else:
                         yield line
     if num_long:
-        print(f"{num_long} lines of more than {MAX_LINE_BYTES:,} bytes teach the encoding nothing", file=sys.stderr)
+        print(f"{num_long} lines of more than {MAX_LINE_BYTES:,} bytes are left out", file=sys.stderr)
     print("learning the encoding ...", file=sys.stderr)
 
 
 def _lowercase() -> SentencePieceNormalizer:
-    """NFKC and lower case. SentencePiece's own nmt_nfkc_cf folds case instead, which makes German's ß two letters."""
+    """NFKC and lower case. SentencePiece's own nmt_nfkc_cf folds case instead, which turns the German ß into ss."""
     rules = {chr(code): chr(code).lower() for code in range(1, sys.maxunicode + 1)}
     rules |= {spelling: normal.lower() for spelling, normal in SentencePieceNormalizer(rule_name="nfkc").decompile()}
     changes = {a: unicodedata.normalize("NFKC", b) for a, b in rules.items()}
@@ -108,14 +111,14 @@ def _count_lines(path: Path) -> int:
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """Our message for SentencePiece's errors about the vocabulary's size, which have no type of their own; any other
-    error as it is."""
+    """Turn SentencePiece's errors about the vocabulary size, which have no type of their own, into our message; quote
+    any other error."""
     if too_large := re.search(r"value <= (\d+)", message):
-        return f"tokenize.vocab_size is {vocab_size}: the training text yields at most {too_large[1]} tokens"
+        return f"tokenize.vocab_size must be at most {too_large[1]} for this training text, got {vocab_size}"
     if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
-            f"tokenize.vocab_size is {vocab_size}: at least {too_small[1]} is needed, "
-            "for the text's characters, 256 bytes and the reserved tokens"
+            f"tokenize.vocab_size must be at least {too_small[1]} for this training text: its characters, 256 bytes "
+            f"and the reserved tokens; got {vocab_size}"
         )
     return f"SentencePiece cannot learn from the training text: {message}"
 

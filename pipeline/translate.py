@@ -1,16 +1,28 @@
-"""Translate text by a trained model, a sentence a line: from files or standard input to standard output.
+"""Translate text with a trained model, one sentence per line.
 
     python -m pipeline.translate sentences.en > sentences.de
-    python -m pipeline.translate --model models/final --nbest 3 --scores --format tsv sentences.en
+    python -m pipeline.translate --nbest 3 --scores --format tsv sentences.en
+    echo "A man is singing." | python -m pipeline.translate
 
-Reads the model's folder, which the train stage has written, and nothing else of the project. A line of input is a
-line of output, in order, as soon as it is translated; an empty one stays empty. A line with more tokens than the
-model takes (model.max_length) is split at ends of sentences or else cut, and standard error has its number.
+Reads files or standard input, and the model's folder, which the train stage has
+written; it needs no other file of the project. Writes to standard output, one
+line for each line of input, in the same order, as soon as it is translated. An
+empty line stays empty. A line with more tokens than the model takes
+(model.max_length) is split at the ends of its sentences, and a sentence that is
+still too long is cut; standard error has the number of each such line.
 
---format text is the translation, with --scores then a tab and its score; with --nbest, that many lines for each line
-of input, empty ones where the search has found fewer. tsv has a heading, the source first, and a line for each
-translation. jsonl has an object for each line of input: {"line", "source", "translations": [{"text", "score"}]}. A
-score is the logarithm of the probability (nats) over the length penalty; of a line in parts it is the sum.
+Formats of the output:
+
+text    The translation; with --scores, also a tab and its score. With --nbest
+        N, N lines for each line of input, empty if the search found fewer.
+tsv     A heading, then a line for each translation: the source, the translation
+        and, with --scores, the score.
+jsonl   An object for each line of input:
+        {"line": 1, "source": "...", "translations": [{"text": "..."}]}
+        With --scores, each translation has a "score" too.
+
+A score is the log-probability (in nats) divided by the length penalty. If a
+line was split, it is the sum of the scores of its parts.
 """
 
 import argparse
@@ -35,16 +47,16 @@ from pipeline.inference.trained_model import load_trained
 from pipeline.inference.translate import Translation
 
 MAX_EXTRA = 50
-"""Tokens that an output may have more than its source, as in section 6.1 of the paper."""
+"""An output has at most this many tokens more than its source, as in section 6.1 of the paper."""
 CHUNK_LINES, CHUNK_BYTES = 1_000, 1 << 20
-"""What is translated together at most; as many lines wait meanwhile."""
+"""The most that is translated together. Up to CHUNK_LINES further lines are read meanwhile."""
 LONGEST_LINE = 1 << 16
-"""Bytes of a line; the rest of a longer one is left out."""
+"""The most bytes of a line that are read; the rest of a longer line is left out."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input: where it is, its text, how many bytes it has."""
+    """A line of the input: its place (file and line number), its text, its number of bytes."""
 
     place: str
     text: str
@@ -53,18 +65,30 @@ class Line:
 
 def main() -> None:
     parser = cli.parser("pipeline.translate", __doc__)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="UTF-8; none, or -: standard input")
-    parser.add_argument("--model", type=Path, default=FINAL, metavar="FOLDER", help=f"a trained model ({FINAL})")
-    parser.add_argument("--beam", type=int, default=4, help="1 is greedy search (4)")
-    parser.add_argument("--alpha", type=float, default=0.6, help="length penalty ((5 + |Y|) / 6)^alpha (0.6)")
-    parser.add_argument("--nbest", type=int, default=1, metavar="N", help="the N best translations, up to --beam (1)")
-    parser.add_argument("--scores", action="store_true", help="each translation with its score")
-    parser.add_argument("--format", choices=("text", "tsv", "jsonl"), default="text", help="of the output (text)")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="text in UTF-8; none, or -: standard input")
+    parser.add_argument(
+        "--model", type=Path, default=FINAL, metavar="FOLDER", help="the trained model (default: %(default)s)"
+    )
+    parser.add_argument("--beam", type=int, default=4, help="beam size; 1 is greedy search (default: %(default)s)")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.6,
+        help="exponent of the length penalty ((5 + |Y|) / 6)^alpha (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--nbest", type=int, default=1, metavar="N", help="the N best translations, N <= beam (default: %(default)s)"
+    )
+    parser.add_argument("--scores", action="store_true", help="print the score of each translation")
+    parser.add_argument(
+        "--format", choices=("text", "tsv", "jsonl"), default="text", help="see above (default: %(default)s)"
+    )
     parser.add_argument(
         "--engine",
         choices=("torch", "ctranslate2", "ctranslate2-int8"),
         default="torch",
-        help="ctranslate2: on CPUs, faster, nearly always the same; ctranslate2-int8: faster still, rounded (torch)",
+        help="ctranslate2 runs on CPUs, is faster and gives nearly always the same; ctranslate2-int8 is faster "
+        "still, with weights rounded to 8 bits (default: %(default)s)",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -73,12 +97,12 @@ def main() -> None:
 
 
 def translate(arguments: argparse.Namespace) -> None:
-    """The command. Raises ValueError and OSError with one line."""
+    """Run the command. Raises ValueError or OSError with a one-line message."""
     settings = _settings(arguments)
     names = arguments.files or ["-"]
     for name in names:
         if name != "-" and (Path(name).is_dir() or not os.access(name, os.R_OK)):
-            raise ValueError(f"{name} is no file that can be read")
+            raise ValueError(f"{name} is not a readable file")
     model, tokenizer = load_trained(arguments.model)
     if torch.cuda.is_available() and arguments.engine == "torch":
         model = model.cuda()
@@ -86,10 +110,10 @@ def translate(arguments: argparse.Namespace) -> None:
     write = _Writer(sys.stdout.buffer, arguments.format, arguments.nbest, arguments.scores)
     for chunk in _chunks(_ahead(_lines(names))):
 
-        def say(index: int, fate: str, chunk: list[Line] = chunk) -> None:
-            print(f"translate: {chunk[index].place} {fate}", file=sys.stderr, flush=True)
+        def log(index: int, message: str, chunk: list[Line] = chunk) -> None:
+            print(f"translate: {chunk[index].place} {message}", file=sys.stderr, flush=True)
 
-        write(chunk, translator([line.text for line in chunk], say))
+        write(chunk, translator([line.text for line in chunk], log))
 
 
 def _settings(arguments: argparse.Namespace) -> Evaluate:
@@ -104,7 +128,7 @@ def _settings(arguments: argparse.Namespace) -> Evaluate:
 
 
 def _lines(names: Sequence[str]) -> Iterator[Line]:
-    """The lines of all inputs. Raises ValueError with file and line where bytes are not UTF-8."""
+    """Yield the lines of all inputs. Raises ValueError with file, line and byte if a line is not UTF-8."""
     for name in names:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             shown, number = "standard input" if name == "-" else name, 0
@@ -120,7 +144,7 @@ def _line(place: str, raw: bytes, file: BinaryIO) -> Line:
         while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
             pass
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)  # without half of a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)  # drops a character cut in half
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{place}, byte {error.start + 1:,} (0x{raw[error.start]:02x}) is not UTF-8: convert the text, or "
@@ -130,8 +154,8 @@ def _line(place: str, raw: bytes, file: BinaryIO) -> Line:
 
 
 def _ahead(lines: Iterator[Line]) -> Iterator[Line | None]:
-    """The same, read by a thread while others are translated; None where the next is not there yet, so that who
-    writes a line and waits for its translation gets it."""
+    """Yield the same lines, which a thread reads ahead, and None whenever no further line has arrived yet. After a
+    None the lines so far are translated, so that a program that waits for each translation gets it."""
     waiting: queue.Queue[Line | Exception | None] = queue.Queue(CHUNK_LINES)
 
     def read() -> None:
@@ -152,7 +176,7 @@ def _ahead(lines: Iterator[Line]) -> Iterator[Line | None]:
         if found is None:
             return
         if isinstance(found, Exception):
-            yield None  # first what came before it
+            yield None  # translate the lines before the error first
             raise found
         yield found
 

@@ -1,26 +1,33 @@
-"""Check the corpus sentence by sentence, drop bad pairs from it and count them.
+"""Check every sentence pair of the corpus; drop and count the faulty ones.
 
     python -m pipeline.validate
 
-Reads data/raw/; writes data/clean/, with faults.tsv, which lists every faulty pair, and reports/validation.json.
+Reads data/raw/. Writes data/clean/, with faults.tsv, which lists every faulty
+pair, and reports/validation.json.
 
-A hard fault stops the stage with file and line: a file that is missing or empty, two sides of different length,
-broken UTF-8. A soft fault is of one pair, and is counted under the first reason that holds:
+The stage stops, and names file and line, if a file is missing or empty, if
+source and target have different numbers of lines, or if a line is not UTF-8.
 
-- in train the pair is dropped;
-- in valid it is dropped if a side is empty or too long, which training could not batch, and else kept;
-- in test it is kept, so that BLEU compares with everybody's on that test set.
+A faulty pair is counted under the first reason that applies:
 
-If more than validate.max_dropped_share of a split is faulty, kept or not, the stage stops with the counts: that is
-more likely a wrong file.
+- In train it is dropped.
+- In valid it is dropped if a sentence is empty or too long, because training
+  could not batch it; otherwise it is kept.
+- In test it is kept, so that BLEU can be compared with other results on that
+  test set.
 
-Empty is a side without a character that can be seen. Pairs with equal sides, such as names, numbers, or what nobody
-has translated, are counted in the report; with validate.drop_copies they are faults.
+If more than validate.max_dropped_share of a split is faulty, dropped or kept,
+the stage stops and prints the counts, because the file is probably a wrong one.
 
-A leak is a training pair whose source sentence is also in test or valid; it is dropped from train. Equal means
-equal after NFKC and lower-casing. The source alone decides: with another translation it would still be a lesson for
-the test. Short common sentences ("Thank you .") are no exception: to drop them costs training next to nothing, to
-keep them would let the test ask for what was learned by heart.
+A sentence is empty if it has no visible character. Pairs whose source and
+target are equal (names, numbers, untranslated text) are counted in the report;
+with validate.drop_copies they are faults.
+
+A training pair whose source is also in test or valid is a leak and is dropped
+from train. Sources are compared after NFKC and lower-casing. Translations are
+not compared: another translation would still teach the model a test sentence.
+Short common sentences ("Thank you .") are dropped too: training loses next to
+nothing, and the test does not ask for sentences that were learned by heart.
 """
 
 from collections import Counter
@@ -45,8 +52,9 @@ from pipeline.common.text import VISIBLE
 
 CHUNK_PAIRS = 100_000
 LONG_WORD = 10
-"""Characters: a sentence of longer words on average (URLs, base64) counts a word for each so many."""
-OTHER_SCRIPT_SHARE = 0.5  # of a sentence's letters; names and quotations stay below
+"""Characters. If the words of a sentence are longer on average (URLs, base64), every LONG_WORD characters count as a
+word."""
+OTHER_SCRIPT_SHARE = 0.5  # of the letters of a sentence; names and quotations are below that
 
 REASONS = (
     "empty",
@@ -78,10 +86,10 @@ SCRIPTS = {  # as in a regular expression's character class -> languages
 
 
 def validate(languages: Data, limits: Validate) -> dict[str, dict[str, Any]]:
-    """Write data/clean/ and the report, which is also returned. Raises ValueError where the stage must stop.
+    """Write data/clean/ and reports/validation.json; return the report. Raises ValueError where the stage must stop.
 
-    The text is read twice, a chunk at a time: first for what pairs have to do with each other, then for the pairs
-    themselves. Of the corpus memory holds three hashes a pair.
+    The text is read twice, in chunks: first to find duplicates and leaks, which need all pairs, then to check each
+    pair by itself. Memory holds three hashes per pair and one chunk of text.
     """
     src, tgt = languages.src, languages.tgt
     paths = {split: raw_paths(split, src, tgt) for split in ("train", "valid", "test")}
@@ -95,7 +103,7 @@ def validate(languages: Data, limits: Validate) -> dict[str, dict[str, Any]]:
             counts, faults = _clean(split, paths[split], pairs, schema, folder, listing)
             check_share(paths[split]["src"], counts["pairs_in"], faults, limits.max_dropped_share)
             if not counts["pairs"]:
-                raise ValueError(f"{paths[split]['src']}: no pair is left, all are faulty: {_counts(faults)}")
+                raise ValueError(f"{paths[split]['src']}: all pairs are faulty, none is left: {_counts(faults)}")
             report[split] = _summary(split, counts, faults)
     for split in ("valid", "test"):
         found = hashes[split]["key"].is_in(hashes["train"]["key"].implode())
@@ -105,23 +113,24 @@ def validate(languages: Data, limits: Validate) -> dict[str, dict[str, Any]]:
 
 
 def raw_paths(split: str, src: str, tgt: str) -> dict[str, Path]:
-    """The files of src, tgt and trees (if there are). Raises ValueError if one is missing or empty."""
+    """Return the paths of src, tgt and, if it exists, trees. Raises ValueError if a file is missing or empty."""
     paths = {"src": RAW / f"{split}.{src}", "tgt": RAW / f"{split}.{tgt}", "trees": RAW / f"{split}.trees"}
     if not paths["trees"].exists():
         del paths["trees"]
     for path in paths.values():
         if not path.exists():
-            raise ValueError(f"{path} is missing: run the download stage")
+            raise ValueError(f"{path} does not exist: run the download stage first")
         if not path.stat().st_size:
-            raise ValueError(f"{path} is empty: at least one sentence is needed")
+            raise ValueError(f"{path} is empty: it must have at least one sentence")
     return paths
 
 
 def read_hashes(split: str, paths: dict[str, Path]) -> pl.DataFrame:
-    """One row a pair: the hashes of `src` and of `tgt`, and `key`, of the source by which leaks are found.
+    """Return one row per pair: the hashes of `src` and `tgt`, and `key`, the hash of the normalised source that finds
+    leaks.
 
-    Of 64 bits each: among 5 million, the odds that any two keys meet by chance are 1 to 10^6. Raises ValueError
-    for hard faults.
+    Each hash has 64 bits: among 5 million keys, the probability that any two collide is about 10^-6. Raises
+    ValueError if the files do not have the same number of lines or are not UTF-8.
     """
     key = pl.col("src").str.normalize("NFKC").str.to_lowercase().hash().alias("key")
     hashes = {"src": [pl.col("src").hash(), key], "tgt": [pl.col("tgt").hash()], "trees": [pl.col("trees").hash()]}
@@ -134,8 +143,8 @@ def read_hashes(split: str, paths: dict[str, Path]) -> pl.DataFrame:
         found, expected = len(frame), len(sides[0])
         if found != expected:
             raise ValueError(
-                f"{path} has {found:,} lines, {paths['src']} has {expected:,}: from line "
-                f"{min(found, expected) + 1:,} on they are no pairs; line i of each must be the same sentence"
+                f"{path} has {found:,} lines, but {paths['src']} has {expected:,}: line i of both must be the same "
+                f"sentence, but line {min(found, expected) + 1:,} exists in only one"
             )
     return pl.concat(sides[:2], how="horizontal")
 
@@ -143,10 +152,10 @@ def read_hashes(split: str, paths: dict[str, Path]) -> pl.DataFrame:
 def read_pairs(
     split: str, paths: dict[str, Path], languages: dict[str, str], marks: pl.DataFrame
 ) -> Iterator[pl.DataFrame]:
-    """Chunks of one row a pair: index; src, tgt and trees (if there are); words and length; whether spaces changed;
-    `marks`.
+    """Yield chunks with one row per pair: index; src, tgt and, if they exist, trees; words and length; whether spaces
+    changed; the columns of `marks`.
 
-    Every run of white space becomes one space, and none stays at the edges.
+    Every run of white space becomes one space; white space at the start and end is removed.
     """
     start = 0
     with _bar(f"{split}: check", paths) as bar:
@@ -162,12 +171,12 @@ def read_pairs(
 
 
 def _respaced(side: str) -> pl.Expr:
-    """Only what is not yet a single space is replaced: four times as fast as to replace every run."""
-    return pl.col(side).str.replace_all(r"[\s--[ ]]\s*| \s+", " ").str.strip_chars(" \ufeff")  # that mark is no text
+    """Replaces only what is not yet a single space: four times as fast as replacing every run."""
+    return pl.col(side).str.replace_all(r"[\s--[ ]]\s*| \s+", " ").str.strip_chars(" \ufeff")  # byte order mark
 
 
 def _num_words(side: str, language: str) -> pl.Expr:
-    """Of respaced text; as `num_words` of pipeline/common/languages.py counts them."""
+    """Counts the words of respaced text as `num_words` of pipeline/common/languages.py does."""
     if characters := WORD_CHARACTERS.get(language_of(language)):
         return (
             pl.col(side).str.len_chars() - pl.col(side).str.count_matches(" ", literal=True) + (characters - 1)
@@ -176,7 +185,7 @@ def _num_words(side: str, language: str) -> pl.Expr:
 
 
 def _length(side: str) -> pl.Expr:
-    """In words, but of LONG_WORD characters at most on average: what the limits are about."""
+    """The length that the limits apply to: the number of words, or of characters / LONG_WORD if that is larger."""
     return pl.max_horizontal(f"{side}_words", (pl.col(side).str.len_chars() + (LONG_WORD - 1)) // LONG_WORD)
 
 
@@ -193,7 +202,7 @@ def _read_lines(path: Path, bar: tqdm) -> Iterator[pl.Series]:
 
 
 def _bar(title: str, paths: dict[str, Path]) -> tqdm:
-    """For a long text."""
+    """A progress bar, shown only if reading takes longer than a second."""
     total = sum(path.stat().st_size for path in paths.values())
     return tqdm(desc=title, total=total, unit="B", unit_scale=True, delay=1, leave=False)
 
@@ -211,10 +220,10 @@ def _raise_broken_utf8(path: Path) -> None:
 
 
 def mark(split: str, hashes: dict[str, pl.DataFrame]) -> pl.DataFrame:
-    """A column for each of ONLY_IN_TRAIN: whether a pair of this split is such a one."""
+    """Return one row per pair of this split, with a boolean column for each reason of ONLY_IN_TRAIN."""
     if split != "train":
         return hashes[split].select(pl.repeat(False, pl.len()).alias(reason) for reason in ONLY_IN_TRAIN)
-    pair = pl.col("src").cast(pl.UInt128) * 2**64 + pl.col("tgt")  # as a struct they take five times the memory
+    pair = pl.col("src").cast(pl.UInt128) * 2**64 + pl.col("tgt")  # a struct of both takes five times the memory
     return hashes["train"].select(
         pl.col("key").is_in(hashes["test"]["key"].implode()).alias("train_in_test"),
         pl.col("key").is_in(hashes["valid"]["key"].implode()).alias("train_in_valid"),
@@ -223,10 +232,11 @@ def mark(split: str, hashes: dict[str, pl.DataFrame]) -> pl.DataFrame:
 
 
 def pair_schema(src: str, tgt: str, limits: Validate) -> pa.DataFrameSchema:
-    """A sound pair: one check for each of REASONS, named after it, copies only if they are to be dropped.
+    """The schema of pairs without a fault: one check for each of REASONS, with its name ("copy" only if
+    validate.drop_copies).
 
-    The length ratio is (longer side + 3) / (shorter side + 3), in words (see `_length`): in a short sentence a few
-    words more are no fault.
+    The length ratio is (longer + 3) / (shorter + 3), in words (see `_length`), so that a few more words in a short
+    sentence are not a fault.
     """
     sides = pl.col("src", "tgt")
     shorter = pl.min_horizontal("src_length", "tgt_length") + 3
@@ -260,12 +270,13 @@ def _check(name: str, sound: pl.Expr) -> pa.Check:
 
 
 def _in_script(side: str, language: str) -> pl.Expr:
-    """At most OTHER_SCRIPT_SHARE of the letters are of another script; any letter will do if we know none."""
+    """True if at most OTHER_SCRIPT_SHARE of the letters are from another script than the language's; always true if
+    SCRIPTS does not have the language."""
     known = next((script for script, codes in SCRIPTS.items() if language in codes.split()), None)
     if known is None:
         return pl.lit(True)
     others = pl.col(side).str.count_matches(rf"[\p{{L}}--[{known}]]")
-    mixed = pl.when(others > 0).then(side).otherwise(pl.lit(""))  # to count all letters takes long
+    mixed = pl.when(others > 0).then(side).otherwise(pl.lit(""))  # counting all letters is slow
     return others <= OTHER_SCRIPT_SHARE * mixed.str.count_matches(r"\p{L}")
 
 
@@ -277,7 +288,8 @@ def _clean(
     folder: Path,
     listing: TextIO,
 ) -> tuple[Counter[str], pl.DataFrame]:
-    """Write what is kept and list what is faulty; return sums, and `index` and `reason` of every faulty pair."""
+    """Write the pairs that are kept and list the faulty ones; return the counts, and `index` and `reason` of every
+    faulty pair."""
     sums: Counter[str] = Counter()
     faults = []
     with ExitStack() as opened:
@@ -287,7 +299,7 @@ def _clean(
             dropped = found.filter(pl.col("reason").is_in(DROPPED[split]))
             kept = chunk.join(dropped, on="index", how="anti", maintain_order="left")
             for side, file in files.items():
-                # Not by write_csv itself: its error on a full disk has no number for `name_enospc` to see.
+                # write_csv could write the file itself, but its error on a full disk has no errno for `name_enospc`.
                 file.write(kept.select(side).write_csv(include_header=False, quote_style="never"))
             _list_faults(listing, split, chunk, found)
             faults.append(found)
@@ -303,9 +315,9 @@ def _clean(
 
 
 def find_faults(chunk: pl.DataFrame, schema: pa.DataFrameSchema) -> pl.DataFrame:
-    """`index` and first `reason` of every faulty pair, by index."""
+    """Return `index` and first `reason` of every faulty pair, sorted by index."""
     try:
-        # Said explicitly, because the environment could otherwise turn the checks off.
+        # Explicit, because environment variables of pandera could turn the checks off.
         with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
             schema.validate(chunk, lazy=True)
     except SchemaErrors as errors:
@@ -322,7 +334,7 @@ def check_share(path: Path, pairs: int, faults: pl.DataFrame, max_share: float) 
     raise ValueError(
         f"{path}: {len(faults):,} of {pairs:,} pairs are faulty, more than validate.max_dropped_share "
         f"({max_share}) allows: {_counts(faults)}; the first is line {index + 1:,} ({reason}). Correct the "
-        "files, or change the limits (validate, in conf/data/)"
+        "files, or change the limits (section validate of params.yaml)"
     )
 
 
@@ -350,7 +362,8 @@ def _create(path: Path) -> TextIO:
 
 
 def _list_faults(listing: TextIO, split: str, chunk: pl.DataFrame, faults: pl.DataFrame) -> None:
-    """split, line in data/raw/, reason, kept or dropped, and the sentences (which hold no tab any more)."""
+    """Write a row per fault: split, line in data/raw/, reason, kept or dropped, and the sentences, whose tabs have
+    become spaces."""
     rows = faults.join(chunk, on="index", how="left", maintain_order="left")
     for index, reason, src, tgt in rows.select("index", "reason", "src", "tgt").iter_rows():
         fate = "dropped" if reason in DROPPED[split] else "kept"
@@ -364,7 +377,7 @@ def main() -> None:
         report = validate(settings.data, settings.validate)
     for split, found in report.items():
         counts = ", ".join(f"{reason} {number:,}" for reason, number in found["faults"].items() if number)
-        copies = f"; {found['copies']:,} with equal sides" if found["copies"] else ""
+        copies = f"; {found['copies']:,} with equal source and target" if found["copies"] else ""
         print(f"{split}: {found['pairs']:,} of {found['pairs_in']:,} pairs kept; faults: {counts or 'none'}{copies}")
 
 

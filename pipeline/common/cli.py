@@ -25,9 +25,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help is the module's docstring: purpose, example, what it reads and writes."""
+    """A parser whose --help is the module's docstring (purpose, example, what is read and written) and exit codes."""
     return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {module}",
+        description=doc,
+        epilog="Exit code: 0 if done, 1 after an error (one line on stderr), 2 for wrong\n"
+        "arguments, 128 + signal if stopped (130: Ctrl-C).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

@@ -52,6 +52,6 @@ def test_main_names_a_lock_that_dvc_cannot_read(capsys):
 
 def test_main_wants_an_own_corpus_or_what_pulls_it(capsys):
     write_presets(["data=own"])
-    assert refused(capsys) == "check: data.corpus is own, and data/own does not exist: put the texts there\n"
+    assert refused(capsys) == "check: data.corpus is own, but data/own does not exist: put your texts there\n"
     Path("data/own.dvc").touch()
     check.main()

@@ -239,14 +239,14 @@ def test_download_gives_up_part_of_another_file(server):
     ("content", "message"),
     [
         (PACKED[TRAIN][:601], r"is truncated: 601 of [\d,]+ bytes"),
-        (b"?" * len(PACKED[TRAIN]), "wrong checksum: sha256 [0-9a-f]{64} was found, [0-9a-f]{64} is expected"),
-        (PACKED[TRAIN] * 2, "wrong checksum"),
+        (b"?" * len(PACKED[TRAIN]), "wrong SHA-256: expected [0-9a-f]{64}, got [0-9a-f]{64}"),
+        (PACKED[TRAIN] * 2, "wrong SHA-256"),
     ],
 )
 def test_download_refuses_and_removes_wrong_content(server, mirror, content, message):
     download(SETTINGS, str(mirror))
     server.files[TRAIN] = content
-    with pytest.raises(ValueError, match=f"{TRAIN} .*{message}.* what came was removed. Run again, or set"):
+    with pytest.raises(ValueError, match=f"{TRAIN} .*{message}.* it was deleted here. Run again, or set"):
         download(SETTINGS, server.address)
     assert list(Path("data/downloads/toy").iterdir()) == []
     assert_whole()  # of the run before
@@ -254,7 +254,7 @@ def test_download_refuses_and_removes_wrong_content(server, mirror, content, mes
 
 def test_download_reports_a_missing_file_at_once(server):
     del server.files[TRAIN]
-    with pytest.raises(ValueError, match=f"{TRAIN} cannot be fetched: the server answers 404 Not Found"):
+    with pytest.raises(ValueError, match=f"{TRAIN} cannot be downloaded: the server answers 404 Not Found"):
         download(SETTINGS, server.address)
     assert server.requests == [(TRAIN, 0)]
 
@@ -263,7 +263,8 @@ def test_download_reports_a_host_that_is_down():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(ValueError, match=r"train\.en\.gz cannot be fetched: Failed to .*refused; 0 of") as caught:
+        message = r"train\.en\.gz cannot be downloaded: Failed to .*refused; 0 of"
+        with pytest.raises(ValueError, match=message) as caught:
             download(SETTINGS, address)
     assert "\n" not in str(caught.value)
 
@@ -273,7 +274,7 @@ def test_download_reports_an_unknown_host(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with pytest.raises(ValueError, match=r"fetched: Failed to resolve 'corpora\.invalid'.*Name or service"):
+    with pytest.raises(ValueError, match=r"downloaded: Failed to resolve 'corpora\.invalid'.*Name or service"):
         download(SETTINGS, "http://corpora.invalid")
 
 
@@ -291,7 +292,7 @@ def test_download_gives_up_a_server_that_drips(server, monkeypatch, what):
     server.drip = what
     started = time.monotonic()
     with pytest.raises(
-        ValueError, match=r"fetched: the server sends less than [\d,]+ bytes a second; \d+ of [\d,]+ b"
+        ValueError, match=r"downloaded: the server sends less than [\d,]+ bytes a second; \d+ of [\d,]+ b"
     ):
         download(SETTINGS, server.address)
     assert time.monotonic() - started < 5  # three tries
@@ -310,10 +311,10 @@ def test_download_continues_after_a_drip(server, monkeypatch):
 
 def test_download_reports_a_server_that_answers_416_for_ever(server):
     server.faults = [701, 416]
-    with pytest.raises(ValueError, match=r"is truncated: 701 of [\d,]+ bytes; what came was removed"):
+    with pytest.raises(ValueError, match=r"is truncated: 701 of [\d,]+ bytes; it was deleted here"):
         download(SETTINGS, server.address)
     server.faults = [416] * 9
-    with pytest.raises(ValueError, match=r"fetched: the server answers 416 .*; 0 of [\d,]+ bytes are here"):
+    with pytest.raises(ValueError, match=r"downloaded: the server answers 416 .*; 0 of [\d,]+ bytes are here"):
         download(SETTINGS, server.address)
 
 
@@ -369,7 +370,7 @@ def test_download_reports_a_mirror_that_is_no_folder():
     ],
 )
 def test_download_shows_no_password_of_an_address_that_is_none(mirror):
-    with pytest.raises(ValueError, match=r"^CORPUS_MIRROR (must be a folder|is no address)") as caught:
+    with pytest.raises(ValueError, match=r"^CORPUS_MIRROR must be (a folder|the address)") as caught:
         download(SETTINGS, mirror)
     assert not re.search("us:|sec", str(caught.value))
 
@@ -398,7 +399,7 @@ def test_download_reports_faults_of_a_mirror_with_the_file(mirror):
     with pytest.raises(ValueError, match=r"mirror/toy/test\.de\.gz is truncated: .* bytes: copy http"):
         download(SETTINGS, str(mirror))
     file.unlink()
-    with pytest.raises(ValueError, match=r"test\.de\.gz is missing: .*CORPUS_MIRROR.* toy/test\.de\.gz"):
+    with pytest.raises(ValueError, match=r"test\.de\.gz does not exist: .*CORPUS_MIRROR.* toy/test\.de\.gz"):
         download(SETTINGS, str(mirror))
     assert not Path("data/raw").exists()
 
@@ -422,10 +423,10 @@ def test_download_reports_own_files_missing_double_or_broken():
     with pytest.raises(ValueError, match=r"both data/own/valid\.en and data/own/valid\.en\.gz exist"):
         download(settings)
     Path("data/own/valid.en").unlink()
-    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a complete gzip file"):
         download(settings)
     packed.write_bytes(b"plain after all")
-    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"data/own/valid\.en\.gz is not a complete gzip file"):
         download(settings)
     packed.unlink()
     Path("data/own/test.de").unlink()
@@ -439,7 +440,7 @@ def test_download_refuses_own_files_that_are_none(make):
     write_own_files()
     Path("data/own/train.en").unlink()
     make("data/own/train.en")
-    with pytest.raises(ValueError, match=r"data/own/train\.en is no file, nor a link to one"):
+    with pytest.raises(ValueError, match=r"data/own/train\.en is neither a file nor a link to one"):
         download(Data(corpus="own", src="en", tgt="de"))
 
 
@@ -455,11 +456,11 @@ def test_download_refuses_packed_files_under_the_name_of_text():
     settings, path = Data(corpus="own", src="en", tgt="de"), Path("data/own/train.en")
     write_own_files()
     path.write_bytes(PACKED[TRAIN])
-    with pytest.raises(ValueError, match=r"train\.en holds what gzip has packed, not text: name it train\.en\.gz"):
+    with pytest.raises(ValueError, match=r"train\.en is compressed by gzip, not text: rename it to train\.en\.gz"):
         download(settings)
     path.unlink()
     path.with_name("train.en.gz").write_bytes(gzip.compress(PACKED[TRAIN]))
-    with pytest.raises(ValueError, match=r"train\.en\.gz holds what gzip has packed, not text: unpack it"):
+    with pytest.raises(ValueError, match=r"train\.en\.gz is compressed by gzip, not text: decompress it"):
         download(settings)
 
 
@@ -486,7 +487,7 @@ def test_download_generates_and_describes_the_grammar():
 @pytest.mark.parametrize(
     ("corpus", "src", "tgt", "message"),
     [
-        ("toy", "en", "fr", "data.tgt is 'fr': toy has en, de"),
+        ("toy", "en", "fr", "data.tgt must be one of en, de for the corpus toy, got 'fr'"),
         ("toi", "en", "de", "data.corpus must be one of grammar, own, toy, got 'toi'"),
     ],
 )

@@ -135,7 +135,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 def test_export_help_example_translates_by_the_folder_alone(project: Path, monkeypatch, capsys):
     run(monkeypatch)
     assert re.fullmatch(
-        r"models/ctranslate2: float32, 0\.0 MB; --help says how to translate with it\n", capsys.readouterr().out
+        r"models/ctranslate2: float32, 0\.0 MB; --help shows how to translate with it\n", capsys.readouterr().out
     )
     names = {"config.json", "model.bin", "shared_vocabulary.json", "spm.model", "SHA256SUMS"}
     assert {path.name for path in (project / "models/ctranslate2").iterdir()} == names
@@ -143,7 +143,7 @@ def test_export_help_example_translates_by_the_folder_alone(project: Path, monke
 
     shutil.rmtree("models/final")
     assert export.__doc__
-    [example] = re.findall(r"that translation needs:\n\n(.*?)\n\n", export.__doc__, re.DOTALL)
+    [example] = re.findall(r"To translate with it:\n\n(.*?)\n\n", export.__doc__, re.DOTALL)
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(textwrap.dedent(example), {})
@@ -187,7 +187,7 @@ def test_export_that_fails_leaves_the_one_before(project: Path, refusal, monkeyp
 def test_export_does_not_replace_a_folder_that_is_no_export(project: Path, refusal):
     for output in ("models", "models/final", ".", "models/final/spm.model"):
         said = refusal("--output", output)
-        assert said == f"export: {output} is there and is no export, so it is not replaced: name another --output"
+        assert said == f"export: {output} exists and is not an export, so it is not replaced: name another --output"
     assert (project / "models/final/weights.safetensors").is_file()
 
 

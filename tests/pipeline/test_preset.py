@@ -73,13 +73,13 @@ def test_write_presets_makes_data_own_a_dependency_only_where_it_is_used(root):
     before = text(root, "dvc.yaml")
     lines = write_presets(["data=own"], root)
     assert lines[-2:] == [
-        "dvc.yaml: the download stage depends on data/own",
+        "dvc.yaml: the download stage now depends on data/own",
         "data/own does not exist yet: put your texts there",
     ]
     assert changed_lines(before, text(root, "dvc.yaml")) == ["- data/own"]
     assert yaml.safe_load(text(root, "dvc.yaml"))["stages"]["download"]["deps"][-1] == "data/own"
     assert write_presets(["data=own"], root) == []
-    assert write_presets(["data=multi30k"], root)[-1] == "dvc.yaml: the download stage depends on data/own no longer"
+    assert write_presets(["data=multi30k"], root)[-1] == "dvc.yaml: the download stage no longer depends on data/own"
     assert text(root, "dvc.yaml") == before
 
 
@@ -101,7 +101,7 @@ def test_command_prints_what_changed(root):
     printed = run(root, "model=base").splitlines()
     assert printed[0].split() == ["model.num_layers", "1", "->", "6"]
     assert all(" -> " in line for line in printed)
-    assert run(root, "model=base") == "params.yaml has these values already\n"
+    assert run(root, "model=base") == "params.yaml already has these values\n"
 
 
 def test_command_lists_and_shows_all(root):
@@ -133,5 +133,5 @@ def test_command_says_that_it_has_written_where_other_values_are_bad(root):
     path = root / "params.yaml"
     path.write_text(path.read_text().replace("  - heads\n", "  - headz\n"))
     printed = run(root, "model=tiny", code=1)
-    assert "preset: the values are written, but params.yaml: sweep.rows" in printed.replace(f"{root}/", "")
+    assert "preset: the values were written, but params.yaml: sweep.rows" in printed.replace(f"{root}/", "")
     assert "d_model: 128" in path.read_text()

@@ -184,8 +184,8 @@ def test_translate_ends_at_bytes_that_are_not_utf8_with_what_came_before(run, te
         (["--alpha=nan"], "--alpha must be a number >= 0, got nan"),
         (["--nbest=5"], "--nbest must be in [1, --beam (4)], got 5"),
         (["--nbest=0"], "--nbest must be in [1, --beam (4)], got 0"),
-        (["gone"], "gone is no file that can be read"),
-        (["."], ". is no file that can be read"),
+        (["gone"], "gone is not a readable file"),
+        (["."], ". is not a readable file"),
         (["--model=gone"], "gone/weights.safetensors does not exist: run the train stage first (dvc repro train)"),
     ],
 )

@@ -241,12 +241,12 @@ def run_command(environment):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("train.de", None, r"data/raw/train\.de is missing: run the download stage"),
-        ("valid.en", b"", r"data/raw/valid\.en is empty: at least one sentence"),
-        ("test.de", b"eins\nzwei\n", r"test\.de has 2 lines, data/raw/test\.en has 1: from line 2 on"),
-        ("train.en", b"one\ntwo", r"train\.de has 5 lines, data/raw/train\.en has 2: from line 3 on"),
+        ("train.de", None, r"data/raw/train\.de does not exist: run the download stage"),
+        ("valid.en", b"", r"data/raw/valid\.en is empty: it must have at least one sentence"),
+        ("test.de", b"eins\nzwei\n", r"test\.de has 2 lines, but data/raw/test\.en has 1: .* line 2 exists"),
+        ("train.en", b"one\ntwo", r"train\.de has 5 lines, but data/raw/train\.en has 2: .* line 3 exists"),
         ("train.en", b"a\nb\nc\xc3\xa4 \xff\nd\ne\n", r"train\.en line 3, byte 5 \(0xff\) is not UTF-8"),
-        ("train.trees", b"(S)\n", r"train\.trees has 1 lines, data/raw/train\.en has 5"),
+        ("train.trees", b"(S)\n", r"train\.trees has 1 lines, but data/raw/train\.en has 5"),
     ],
 )
 def test_validate_stops_at_a_hard_fault_with_file_and_line(file, content, message):
@@ -295,7 +295,7 @@ def test_check_share_stops_a_test_split_of_a_wrong_file():
 
 def test_validate_stops_at_a_split_without_a_sound_pair():
     write_raw([("", "leer")])
-    with pytest.raises(ValueError, match=r"data/raw/train\.en: no pair is left, all are faulty: empty 1"):
+    with pytest.raises(ValueError, match=r"data/raw/train\.en: all pairs are faulty, none is left: empty 1"):
         validate(LANGUAGES, LIMITS)
 
 

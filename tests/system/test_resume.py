@@ -96,7 +96,7 @@ def test_train_interrupted_prints_one_line_and_leaves_no_process(trained, tmp_pa
         ours = training.children(recursive=True)
         training.send_signal(signal.SIGINT)
         assert training.wait(PATIENCE_S) == 130, project.log()
-    assert project.log().endswith("train: interrupted; the same command goes on from the last checkpoint\n")
+    assert project.log().endswith("train: interrupted; the same command resumes from the last checkpoint\n")
     assert "Traceback" not in project.log()
     assert project.only_run().info.status == "KILLED"
     assert not [title(process) for process in ours if process.is_running()]

@@ -42,6 +42,7 @@ def test_help_teaches_purpose_example_and_files_in_the_users_words(name, monkeyp
     assert re.fullmatch(r"[A-Z].*\.", purpose), "one line, a sentence"
     assert f"python -m {name}" in rest.split("\n\n")[0], "an example"
     assert re.search(r"\b(reads|writes|gets)\b", rest, re.IGNORECASE), "the files"
+    assert "Exit code: 0 if done, 1 after an error" in rest
     names = {name for name in vars(module) if re.search("_|[a-z][A-Z]|^[A-Z]+$", name.strip("_"))}
     words = re.findall(r"\w+", shown.replace(name, ""))
     assert not names & set(words), "the code's own names teach a user nothing"
