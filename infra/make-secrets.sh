@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes the secrets that compose.yaml names, in infra/secrets or the folder given; those that are there are kept.
+# Make the secrets of compose.yaml in infra/secrets, or in the folder given as argument. Existing secrets are kept.
 set -euo pipefail
 folder=${1:-$(dirname "$0")/secrets}
 mkdir -p "$folder"
-chmod 700 "$folder" # the files are readable to all: containers read them as other users, and nobody else gets here
+chmod 700 "$folder" # containers read the files as other users, so all may read them; the folder keeps others out
 cd "$folder"
 umask 022
 
 random() { od -An -v -N24 -tx1 /dev/urandom | tr -d ' \n'; }
-keep() { # a file's name; its content comes on stdin
+keep() { # keep FILE: write stdin to FILE unless it exists
     if [ -e "$1" ]; then cat > /dev/null; else cat > "$1.partial" && mv "$1.partial" "$1"; fi
 }
 
