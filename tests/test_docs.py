@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -33,6 +34,7 @@ RUN = ["dvc metrics show", "python -m pipeline.preset --list", "python -m pipeli
 """Run as they are: they only read."""
 ELSEWHERE = {
     "docker": "needs Docker",
+    "echo": "text for the command behind it",
     "for": "a loop over docker's commands",
     "do": "a loop over docker's commands",
     "done": "a loop over docker's commands",
@@ -278,6 +280,22 @@ def test_settings_of_the_documents_exist(document):
     sections = {key.partition(".")[0] for key in settings}
     named = [text for text in quoted(document) if re.fullmatch(r"[a-z]+\.(?!(py|en|fr)$)[a-z_0-9]+", text)]
     assert [name for name in named if name.partition(".")[0] in sections and name not in settings] == []
+
+
+def test_badges_of_readme_are_true():
+    """They are files of the project, so that they need no network, and so nobody renews them."""
+    project = tomllib.loads(prose("pyproject.toml"))["project"]
+    expected = {"licence": project["license"], "python": project["requires-python"].removeprefix(">=") + "+"}
+    for name, value in expected.items():
+        assert f"{value}</text>" in prose(f"docs/badges/{name}.svg")
+        assert f"docs/badges/{name}.svg" in prose("README.md")
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    assert len(prose("README.md").split()) <= 1300
+    pages = [path for path in tracked() if re.fullmatch(r"docs/[\w-]+\.md|CONTRIBUTING\.md|infra/README\.md", path)]
+    assert len(pages) > 10
+    assert [page for page in pages if f"({page})" not in prose("README.md")] == []
 
 
 @cache
