@@ -20,7 +20,7 @@ from pipeline.common.settings import Settings
 from pipeline.data.batching import BatchPlan, collate
 from pipeline.data.dataset import CorpusInfo, EncodedSplit
 from pipeline.training.loop import summed_loss
-from pipeline.training.siblings import steps_left
+from pipeline.training.siblings import start_of, steps_left
 from pipeline.training.trainer import batch_plan
 from sweeps.record import read_trials
 from sweeps.render import Table, amount, counted, markdown_table
@@ -165,14 +165,15 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
 
 def known_rate(sweep: SweepPlan, root: Path, gpu: bool) -> Rate | None:
     """The rate of the sweep's trials on devices of this kind, validation and checkpoints included: of those that are
-    done; else of those that are trained, as base is by the train stage; else of those in data/sweep, if they ran on
-    a machine like this one. None if there are none."""
-    done = (trial for trial in sweep.trials if is_done(trial))
-    trained = (trial for trial in sweep.trials if steps_left(trial.folder, trial.settings.train) == 0)
+    done; else of those that are trained, as base is by the train stage, or a shorter run that a trial continues; else
+    of those in data/sweep, if they ran on a machine like this one. None if there are none."""
+    done = ((trial, trial.folder) for trial in sweep.trials if is_done(trial))
+    starts = ((trial, start_of(trial.folder, trial.settings.train)) for trial in sweep.trials)
+    trained = ((trial, start[0].parent) for trial, start in starts if start and start[1].finished)
     for trials in (done, trained):
         flops, seconds, names = 0.0, 0.0, []
-        for trial in trials:
-            used = total_usage(trial.folder)
+        for trial, folder in trials:
+            used = total_usage(folder)
             if used.steps and used.device_seconds > 0 and used.on_gpus == gpu:
                 flops += used.steps * flops_per_step(trial.settings, root)
                 seconds += used.device_seconds

@@ -18,7 +18,7 @@ from pipeline.common.settings import Train
 from pipeline.common.storage import AnyPath, as_os_error, remove
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import DamagedCheckpointError, folder_of, step_of
-from pipeline.training.loop import end_of
+from pipeline.training.loop import TrainState, end_of
 
 ORIGIN = "continues.json"
 
@@ -67,16 +67,22 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
     return None
 
 
-def steps_left(run_folder: AnyPath, settings: Train) -> int:
-    """How many steps training in this folder still has to take: from its newest checkpoint, or else from what
-    `continue_sibling` would bring, to max_steps or to where `patience` has ended it. Of a checkpoint only state.json
-    is read. Raises OSError when the store cannot be reached."""
+def start_of(run_folder: AnyPath, settings: Train) -> tuple[AnyPath, TrainState] | None:
+    """The checkpoint from which training in this folder would go on, its newest or else the newest that
+    `continue_sibling` would bring, and its state; None if it would begin at step 0. Of checkpoints only state.json is
+    read. Raises OSError when the store cannot be reached."""
     origins = (folder_of(origin.folder, origin.step) for origin, _ in _origins(run_folder, settings, lambda _: None))
     for folder in reversed(checkpoint.folders(run_folder) or list(islice(origins, 1))):
         with suppress(DamagedCheckpointError):
-            state = checkpoint.load_state(folder)
-            return max(0, end_of(state, settings) - state.step)
-    return settings.max_steps
+            return folder, checkpoint.load_state(folder)
+    return None
+
+
+def steps_left(run_folder: AnyPath, settings: Train) -> int:
+    """How many steps training in this folder still has to take, from `start_of` to max_steps or to where `patience`
+    has ended it."""
+    start = start_of(run_folder, settings)
+    return max(0, end_of(start[1], settings) - start[1].step) if start else settings.max_steps
 
 
 def _origins(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -> Iterator[tuple[Origin, list[int]]]:

@@ -290,7 +290,8 @@ def use(folder: Path, steps: int, seconds: float, on_gpus: bool = False) -> None
 
 def test_render_plan_measures_a_rate_that_is_neither_stated_nor_known(unstated):
     base = load_sweep(unstated).trials[0]
-    use(base.folder, steps=13, seconds=5.0)  # and no checkpoint: it has not come to its end
+    save_checkpoint(base.folder, TrainState(step=3))
+    use(base.folder, steps=4, seconds=5.0)  # most of which may be its start
     assert rate_line(unstated) == "Rate: 7e+06 FLOPs a second, from a measurement of 3 seconds here."
 
 
@@ -302,6 +303,15 @@ def test_render_plan_has_the_rate_of_the_train_stage(unstated):
     assert rate_line(unstated) == f"Rate: {rate:.2g} FLOPs a second, from the training of base, seed 3."
     use(base.folder, steps=16, seconds=5.0, on_gpus=True)
     assert "a measurement" in rate_line(unstated)
+
+
+def test_render_plan_has_the_rate_of_the_shorter_run_that_a_trial_continues(unstated):
+    base = load_sweep(unstated).trials[0]
+    save_checkpoint(base.folder, TrainState(step=13, finished=True))
+    use(base.folder, steps=13, seconds=5.0)
+    edit(unstated, "train", max_steps=20)
+    rate = 13 * flops_per_step(base.settings, unstated) / 10.0
+    assert rate_line(unstated) == f"Rate: {rate:.2g} FLOPs a second, from the training of base, seed 3."
 
 
 def test_render_plan_has_the_rate_of_trials_that_are_done(unstated):
