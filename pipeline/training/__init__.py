@@ -1,4 +1,4 @@
-"""Training on one worker: batches through the loop, threads, checkpoints, the identity of a run and its results.
+"""Training on one worker: the loop, threads, checkpoints, the identity of a run and its results.
 
-Imports data/, common/ and model/; no Ray, no MLflow.
+Imports data/, common/ and model/, but neither Ray nor MLflow.
 """

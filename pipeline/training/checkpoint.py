@@ -1,14 +1,14 @@
-"""Checkpoints: complete, verified, safe to load (no pickled objects), the last k of them.
+"""Checkpoints: written atomically, verified on load, without pickled objects. A run keeps the last k of them.
 
-A run's folder holds step_00000100/ and so on, each with tensors.safetensors (weights, Adam's moments), state.json
-(the loop's TrainState, the settings) and SHA256SUMS. There is no random state: loop.py derives it from seed and step.
-A checkpoint is written by `replace_folder`: one that has its name is whole. Checksums are verified on load, and a
-damaged one is passed over for the one before it.
+A run's folder has subfolders such as step_00000100/, each with tensors.safetensors (weights, Adam's moments),
+state.json (the loop's TrainState, the settings) and SHA256SUMS. There is no random state: loop.py derives it from
+seed and step. `replace_folder` writes a checkpoint, so a folder with the final name is complete. Checksums are
+verified on load. If a checkpoint is damaged, the one before it is used.
 
-Not ray.train.Checkpoint with CheckpointConfig: Ray knows which checkpoint is the newest, not whether it is whole; it
-saves when metrics are reported, and keeps checkpoints under names and in a store of its own, so that the same files
-could not be read without it. Not torch.distributed.checkpoint: it is for weights that are sharded over ranks, and
-has no checksums. Here every rank holds all weights, and what is read back has to be the bits that were written.
+Why not ray.train.Checkpoint with CheckpointConfig: Ray tracks the newest checkpoint, but not whether it is complete.
+It saves only together with reported metrics, and keeps checkpoints under its own names, so that the files could not
+be read without Ray. Why not torch.distributed.checkpoint: it is for weights that are sharded over ranks, and has no
+checksums. Here every rank has all weights, and a checkpoint must be read back bit for bit.
 """
 
 import errno
@@ -40,23 +40,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is incomplete or differs from what was written."""
 
 
 class DiskFullError(OSError):
-    """There is no room for a checkpoint, nor will there be before somebody makes some."""
+    """The disk is full: a retry cannot help before somebody frees some space."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found: `tensors` by name, "model.…" and "adam.exp_avg.…"."""
+    """A loaded checkpoint. The names of `tensors` are "model.…", "adam.exp_avg.…" and "adam.exp_avg_sq.…"."""
 
     folder: AnyPath
     tensors: dict[str, Tensor]
     state: TrainState
 
     def restore(self, model: Transformer, optimizer: torch.optim.Adam) -> TrainState:
-        """Put weights and moments back; returns where training was."""
+        """Load weights and moments into `model` and `optimizer`. Returns the state of training."""
         model.load_state_dict(_part(self.tensors, "model."))
         for name, p in model.named_parameters():
             moments = {m: self.tensors[f"adam.{m}.{name}"].to(p.device) for m in MOMENTS}
@@ -74,11 +74,12 @@ def save(
     keep: int,
     every: int = 1,
 ) -> AnyPath:
-    """Write step_<n>, then delete all but the last `keep` up to it; and one from which training has gone on although
-    its step is no multiple of `every`, for it is the end of a shorter run.
+    """Write step_<n>, then delete old checkpoints.
 
-    Later ones, which are damaged (or training would have gone on from them), are replaced at their step; the last
-    checkpoint of a run removes them. Raises DiskFullError or OSError; earlier checkpoints are kept.
+    It keeps the last `keep` up to this one. It deletes earlier ones whose step is not a multiple of `every`: they are
+    the end of a shorter run that this run continues. Later ones are damaged, or training would have resumed from
+    them. They are overwritten when training reaches their step, and the last checkpoint of a run deletes the rest.
+    Raises DiskFullError or OSError, and then keeps the earlier checkpoints.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
@@ -106,8 +107,10 @@ def save(
 
 
 def copy(source: AnyPath, target: AnyPath) -> None:
-    """Bring a checkpoint into another run's folder, verified, whole or not at all; on one disk by hard links. Raises
-    DamagedCheckpointError, also for one that was deleted meanwhile, and OSError."""
+    """Copy a checkpoint atomically into another run's folder and verify it. On one disk, hard links are used.
+
+    Raises DamagedCheckpointError, also if the checkpoint was deleted in the meantime, and OSError.
+    """
     with _damage_named(source), replace_folder(target) as partial:
         _require_files(source, *FILES, SUMS)
         with as_os_error(source):
@@ -135,15 +138,18 @@ def step_of(folder: AnyPath) -> int:
 
 
 def folders(run_folder: AnyPath) -> list[AnyPath]:
-    """The run's checkpoints, oldest first. Raises OSError when their store cannot be reached."""
+    """The folders of a run's checkpoints, oldest first. Raises OSError when the store cannot be reached."""
     with as_os_error(run_folder):
         found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted((path for path in found if not isinstance(path, Path) or path.is_dir()), key=step_of)
 
 
 def load(folder: AnyPath) -> Checkpoint:
-    """Read and verify one. Raises DamagedCheckpointError; and OSError when it cannot be read, for it may well be
-    whole, and to go back behind it would lose work."""
+    """Load and verify a checkpoint.
+
+    Raises DamagedCheckpointError, and OSError when the files cannot be read: they may be intact, and going back to an
+    earlier checkpoint would lose work.
+    """
     with _damage_named(folder), local_copy(folder) as local:
         for name in FILES:
             _verify(local, name, folder)
@@ -151,17 +157,17 @@ def load(folder: AnyPath) -> Checkpoint:
 
 
 def load_state(folder: AnyPath) -> TrainState:
-    """The state of one, verified, without its tensors. Raises DamagedCheckpointError and OSError as `load`."""
+    """Load and verify the state of a checkpoint, without its tensors. Raises the errors of `load`."""
     with _damage_named(folder), as_os_error(folder):
         _verify(folder, "state.json", folder)
         return _read_state(folder)
 
 
 def finished_state(run_folder: AnyPath, settings: Train) -> TrainState | None:
-    """The state of the newest checkpoint, if training by these settings ends with it and it is whole. None otherwise.
+    """The state of the newest checkpoint if training with these settings ends there and it is intact, else None.
 
-    Of a checkpoint that is not the last of its run, only state.json is read; tensors are read but never loaded, for
-    their checksum.
+    Reads only state.json, unless the checkpoint is the last of its run. Then it verifies the checksum of the tensors
+    too, without loading them.
     """
     for folder in folders(run_folder)[-1:]:
         try:
@@ -171,7 +177,7 @@ def finished_state(run_folder: AnyPath, settings: Train) -> TrainState | None:
                     _verify(folder, "tensors.safetensors", folder)
                 return state
         except DamagedCheckpointError:
-            pass  # `load_latest`, which passes it over, names it
+            pass  # `load_latest` will log it
     return None
 
 
@@ -183,17 +189,17 @@ def _read_state(folder: AnyPath) -> TrainState:
 
 
 def _require_files(folder: AnyPath, *names: str) -> None:
-    """Refuse on a disk what would be another error, or be waited for: folders, links to nowhere, pipes."""
+    """On a disk, raise FileNotFoundError for anything but a file: a folder, a dangling link, a pipe, which blocks."""
     for name in names:
         path = folder / name
         if isinstance(path, Path) and not path.is_file():
-            raise FileNotFoundError(f"{name} is missing, or no file")
+            raise FileNotFoundError(f"{name} is missing or not a file")
 
 
 def _verify(folder: AnyPath, name: str, shown: AnyPath) -> None:
     _require_files(folder, name, SUMS)
     if sha256_of(folder / name) != read_sums(folder)[name]:
-        raise DamagedCheckpointError(f"{shown / name} is damaged: its checksum is not the one in {SUMS}")
+        raise DamagedCheckpointError(f"{shown / name} is damaged: its checksum differs from {SUMS}")
 
 
 @contextmanager
@@ -209,7 +215,7 @@ def _damage_named(folder: AnyPath) -> Iterator[None]:
 
 
 def load_latest(run_folder: AnyPath, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole one, or None; each damaged one that is passed over is named to `warn`."""
+    """Load the newest intact checkpoint; None if there is none. `warn` gets a line for each damaged one."""
     for folder in reversed(folders(run_folder)):
         try:
             return load(folder)
@@ -219,7 +225,10 @@ def load_latest(run_folder: AnyPath, warn: Callable[[str], None]) -> Checkpoint 
 
 
 def average(run_folder: AnyPath, count: int, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], list[int]]:
-    """The mean of the weights of the last `count` whole checkpoints (section 6.1), and their steps."""
+    """The mean weights of the last `count` intact checkpoints (section 6.1), and their steps, latest first.
+
+    `warn` gets a line for each damaged one. Raises ValueError if none is intact.
+    """
     total: dict[str, Tensor] = {}
     steps: list[int] = []
     for folder in reversed(folders(run_folder)):
@@ -234,7 +243,7 @@ def average(run_folder: AnyPath, count: int, warn: Callable[[str], None]) -> tup
             total[name] = total[name] + value.double() if name in total else value.double()
         steps.append(checkpoint.state.step)
     if not steps:
-        raise ValueError(f"{run_folder} holds no whole checkpoint")
+        raise ValueError(f"{run_folder} has no intact checkpoint")
     return {name: (value / len(steps)).float() for name, value in total.items()}, steps
 
 
@@ -249,8 +258,10 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConf
 
 
 def load_model(folder: Path) -> Transformer:
-    """The model of `save_model`, verified, in evaluation mode. Raises ValueError that names what is missing or
-    damaged, before it takes memory for a model."""
+    """Verify and load a model of `save_model`, in evaluation mode.
+
+    Raises ValueError that names what is missing or damaged, before it allocates memory for the model.
+    """
     verify(folder, MODEL_FILES, "train")
     try:
         config = TransformerConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -258,24 +269,25 @@ def load_model(folder: Path) -> Transformer:
         model = Transformer(config)
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]  # torch names every tensor, each on a line
+        reason = " ".join(str(error).split())[:200]  # torch lists every tensor, one per line
         again = "run the train stage again (dvc repro --force --single-item train)"
         raise ValueError(f"{folder} is damaged ({reason}): {again}") from error
     return model.eval()
 
 
 def _check_tensors(path: Path, config: TransformerConfig) -> None:
-    """Raise ValueError if the file's header has other names, types or shapes than a model of these sizes."""
+    """Raise ValueError if the names, types or shapes in the file's header are not those of a model of this config."""
     with safe_open(path, "pt") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
         stored = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
     if config.num_layers > len(stored):
-        raise ValueError(f"config.json has {config.num_layers} layers, {path.name} {len(stored)} tensors")
+        raise ValueError(f"config.json has {config.num_layers} layers, but {path.name} has {len(stored)} tensors")
     with torch.device("meta"):
         expected = {name: f"F32 {list(value.shape)}" for name, value in Transformer(config).state_dict().items()}
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
-            raise ValueError(f"{name} is {stored.get(name)} in {path.name}, {expected.get(name)} by config.json")
+            found, wanted = stored.get(name, "missing"), expected.get(name, "missing")
+            raise ValueError(f"{name} is {found} in {path.name}, but {wanted} by config.json")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -283,7 +295,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' own error, of a full disk for example, is no OSError."""
+    """Write tensors. Raises OSError, because safetensors raises its own error for a full disk, for example."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:

@@ -1,9 +1,10 @@
-"""The training loop (section 5 of the paper), on one rank of any number. It knows no Ray, no MLflow and no files.
+"""The training loop (section 5 of the paper), on one of any number of ranks. It uses no Ray, no MLflow and no files.
 
-A step is a list of micro-batches, the same list whatever the number of ranks, which take them round-robin. Loss and
-gradient are sums over target tokens, divided by the tokens of the whole step: two ranks equal one, and, but for
-dropout, four micro-batches equal one large batch. Dropout is seeded for every micro-batch by (seed, step, its place
-in the step): there is no random state to save, and a resumed run draws what the undisturbed one would have drawn.
+A step is a list of micro-batches that does not depend on the number of ranks; they are dealt round-robin to the
+ranks. Loss and gradient are sums over target tokens, divided by the target tokens of the whole step. So two ranks
+compute the same step as one, and, without dropout, four micro-batches the same as one large batch. Dropout is seeded
+for every micro-batch by (seed, step, index of the micro-batch). So there is no random state to save, and a resumed
+run draws the same numbers as an uninterrupted one.
 """
 
 import hashlib
@@ -26,35 +27,35 @@ from pipeline.data.batching import Position
 from pipeline.training.threads import ThreadedDataParallel
 
 ADVICE = (
-    "lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1, or use norm pre; "
-    "with bf16, see whether fp32 is finite. The last checkpoint is intact"
+    "Lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1, or set model.norm to pre; "
+    "with bf16, try fp32. The last checkpoint is intact"
 )
 START = Position(epoch=0, step=0)
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss or the gradient is infinite or no number; the weights were not changed by it."""
+    """The loss or the gradient is infinite or NaN. It has not changed the weights."""
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """This rank's share of the micro-batches of one step."""
 
-    next_position: Position  # of the step after this one
-    micro_batches: Iterable[tuple[int, Batch]]  # each with its place in the whole step
+    next_position: Position  # position of the next step in the plan
+    micro_batches: Iterable[tuple[int, Batch]]  # each with its index in the whole step
     num_tokens: int  # target tokens of the whole step, over all ranks
 
 
 @dataclass
 class TrainState:
-    """How far training is: all that a checkpoint needs besides weights and optimizer."""
+    """The progress of training: the content of a checkpoint besides the weights and the optimizer's state."""
 
     step: int = 0
     position: Position = START  # of the next step in the plan
     tokens: int = 0  # target tokens trained on
-    seconds: float = 0.0  # spent on steps: without validation and checkpoints
+    seconds: float = 0.0  # spent on steps, without validation and checkpoints
     finished: bool = False
-    since_loss: float = 0.0  # summed since the last point that log_every asked for, as are the next two
+    since_loss: float = 0.0  # this and the next two: sums since the last multiple of log_every
     since_tokens: int = 0
     since_seconds: float = 0.0
     training_curve: list[dict[str, float]] = field(default_factory=list)
@@ -76,15 +77,15 @@ def train_loop(
     report: Callable[[dict[str, float], int], None],
     progress: Callable[[TrainState, float], None],
 ) -> TrainState:
-    """Train from `state` to the end; every rank calls this, with its own share in `batches`.
+    """Train from `state` to the end. Every rank calls this, with its own share of the micro-batches in `batches`.
 
-    At the end it validates, reports and saves, if it did not do so at this step anyway. What is added there changes
-    nothing for a longer run, which goes on from it (`go_on`) as if this one had never ended. `log_every`, which may
-    differ in that run, holds from there on.
+    The last step always validates, reports and saves. A longer run that continues from it (`go_on`) discards the
+    points that only the end added, and trains as if this run had not ended. Its `log_every` may differ, and applies
+    from there on.
 
-    `learning_rate` is a function of the step: 1, 2, ...; `validate` returns metrics, "valid_loss" among them; `save`
-    writes a checkpoint; `report` gets metrics and their step; `progress` gets the state and the loss after each step.
-    Raises NotFiniteError.
+    `learning_rate` maps the step (1, 2, ...) to the rate. `validate` returns metrics with "valid_loss" (nats per
+    token), `save` writes a checkpoint, `report` gets metrics and their step, and `progress` gets the state and the
+    loss after each step. Raises NotFiniteError.
     """
     while not state.finished:
         started = time.perf_counter()
@@ -125,8 +126,11 @@ def train_loop(
 
 
 def end_of(state: TrainState, settings: Train) -> int:
-    """The step at which training by these settings ends, as far as `state` tells: max_steps, or where `patience`
-    validations in a row were no better than the best before. What a run's end adds to them does not count."""
+    """The step at which training with these settings ends, as far as known from `state`.
+
+    It is max_steps, or the step at which `patience` validations in a row have not improved on the best one. Only
+    validations at multiples of validate_every count, not the extra one at the end of a run.
+    """
     best, stale = math.inf, 0
     for point in state.validation_curve:
         if point["step"] % settings.validate_every == 0:
@@ -138,10 +142,10 @@ def end_of(state: TrainState, settings: Train) -> int:
 
 
 def go_on(state: TrainState, settings: Train) -> None:
-    """Undo the end of a shorter run, if training by these settings goes on: the points that it added."""
+    """Remove the points that only the end of a shorter run added, if training with these settings continues it."""
     if not state.finished or state.step >= end_of(state, settings):
         return
-    if state.since_tokens:  # log_every, by which it has this point, may have been another
+    if state.since_tokens:  # not step % log_every: that run's log_every may have been different
         state.training_curve.pop()
     if state.step % settings.validate_every:
         state.validation_curve.pop()
@@ -159,8 +163,11 @@ def train_step(
     bf16: bool,
     rate: float,
 ) -> tuple[float, float]:
-    """The step after `state`. Returns the loss per target token (label-smoothed, nats) and the gradient's norm before
-    clipping, both of the whole step over all ranks. Raises NotFiniteError before the weights change."""
+    """Take the step after `state`. Raises NotFiniteError before the weights change.
+
+    Returns the label-smoothed loss (nats per target token) and the norm of the gradient before clipping, both of the
+    whole step over all ranks.
+    """
     step, device = state.step + 1, parallel.gradient.device
 
     def loss_of(model: Transformer, placed: tuple[int, Batch]) -> Tensor:
@@ -177,8 +184,8 @@ def train_step(
     loss_value, norm_value = loss.item(), grad_norm.item()
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise NotFiniteError(
-            f"step {step} (epoch {state.position.epoch}, batch {state.position.step} of it): the loss is "
-            f"{loss_value}, the gradient's norm {norm_value}, the learning rate {rate:.3g}. {ADVICE}"
+            f"step {step} (epoch {state.position.epoch}, batch {state.position.step}): the loss is "
+            f"{loss_value}, the gradient norm {norm_value}, the learning rate {rate:.3g}. {ADVICE}"
         )
     if settings.max_grad_norm and norm_value > settings.max_grad_norm:
         gradient.mul_(settings.max_grad_norm / norm_value)
@@ -198,13 +205,13 @@ def summed_loss(
 
 
 def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.optim.Adam:
-    """Section 5.3; `train_step` sets the rate."""
+    """Adam as in section 5.3. `train_step` sets the learning rate."""
     return torch.optim.Adam(model.parameters(), lr=0.0, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 def seed_dropout(device: torch.device, *parts: Any) -> None:
-    """Seed the generator that dropout draws from in this thread, by a digest of the parts: torch's generators on CPUs
-    use only the low 32 bits of a seed."""
+    """Seed this thread's dropout generator with a digest of `parts`: torch's CPU generators use only the low 32 bits
+    of a seed."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    # torch.manual_seed records its caller, for GPUs, which takes longer than to seed.
+    # Not torch.manual_seed on a CPU: it also records its caller, for GPUs, which takes longer than the seeding.
     (dropout.generator() if device.type == "cpu" else torch).manual_seed(int.from_bytes(digest, "little") >> 1)

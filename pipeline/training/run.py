@@ -27,7 +27,7 @@ WEIGHTS_CODE = (
     "model/cpu/library.py",
     "model/cpu/matmul.py",
     "model/loss.py",
-    "model/perplexity.py",  # by the validation loss, patience ends training
+    "model/perplexity.py",  # train.patience ends training by the validation loss
     "model/schedule.py",
     "model/transformer.py",
     "pipeline/data/batching.py",
@@ -37,13 +37,14 @@ WEIGHTS_CODE = (
     "pipeline/training/threads.py",
     "pipeline/training/trainer.py",
 )
-"""The files that decide the weights, besides settings and data: what trainer.py imports, directly or not, without
-those that tests/pipeline/training/test_run.py lists with the reason why each does not count."""
+"""The code that determines the weights, besides settings and data: trainer.py and its direct and indirect imports.
+
+tests/pipeline/training/test_run.py lists the imports that are left out, with the reasons."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A run that is finished, and where MLflow has it."""
+    """A finished run, and its id and store in MLflow."""
 
     key: str
     run_id: str
@@ -53,21 +54,21 @@ class TrainResult:
 
 
 def run_folder(settings: Settings, root: Path, key: str) -> AnyPath:
-    """Where the checkpoints of the run with this `run_key` are."""
+    """The folder with the checkpoints of the run with this `run_key`."""
     name = f"{settings.data_name}-{settings.model_name}-{settings.seed}-{key}"
     return run_storage(root) / CHECKPOINTS.name / name
 
 
 NO_TRAJECTORY = ("max_steps", "patience", "log_every", "bleu_sentences", "keep_checkpoints", "average_checkpoints")
-"""The settings of `train` that say where training ends, what is looked at and kept, but not which steps it takes."""
+"""The settings of `train` that do not change the steps, but only the end, what is logged, and what is kept."""
 
 
 def run_key(settings: Settings, root: Path) -> str:
-    """What decides the weights of a run: its trajectory, and where it ends.
+    """The identity of a run: its trajectory and its end, as "<trajectory>-<max_steps>" or, if patience may end it
+    sooner, "<trajectory>-<max_steps>-p<patience>".
 
-    "<trajectory>-<max_steps>", and "-p<patience>" if patience may end it sooner. The trajectory is a digest of all
-    that decides a step: data, settings, code. Not the number of workers, which only changes the order of sums, nor
-    comments, docstrings and formatting of the code.
+    The trajectory is a digest of everything that determines a step: data, settings and code. It does not depend on
+    the number of workers, which only changes the order of sums, nor on comments, docstrings and formatting.
     """
     train = settings.train
     patience = f"-p{train.patience}" if train.patience else ""
@@ -88,22 +89,24 @@ def _trajectory(settings: Settings, root: Path) -> str:
 
 
 def log_how_it_starts(folder: AnyPath, origin: Origin | None) -> None:
-    """Log whether training continues in this run folder, begins with what `continue_sibling` has brought there, or
-    that other settings, data or code make it a new run."""
+    """Log whether training resumes in this run folder, continues a sibling whose checkpoints `continue_sibling` has
+    copied there, or is a new run because settings, data or code changed."""
     if origin:
         log(f"{folder.name} continues from {origin.description}: they differ only in where they end")
     elif checkpoint.folders(folder):
-        log(f"settings, data and code are those of {folder.name}")
+        log(f"settings, data and code are the same as in {folder.name}")
     elif isinstance(folder, Path) and (
         others := [path for path in folder.parent.glob("*") if path != folder and checkpoint.folders(path)]
     ):
         last = max(others, key=lambda path: path.stat().st_mtime)
-        log(f"a new run: settings, data or code are not those of {last.name}, the last one")
+        log(f"a new run: settings, data or code differ from the last run, {last.name}")
 
 
 def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPath) -> dict[str, Any]:
-    """Write the final model, the average of the last checkpoints, with its tokenizer and checksums to the folder
-    `target`. Returns the metrics."""
+    """Write the final model to the folder `target`: the average of the last checkpoints, tokenizer and checksums.
+
+    Returns the run's metrics.
+    """
     weights, steps = checkpoint.average(run.run_folder, settings.train.average_checkpoints, log)
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
     state = run.state
@@ -142,16 +145,16 @@ def write_model(run: TrainResult, settings: Settings, root: Path, target: AnyPat
 
 
 def _log_fewer_averaged(number: int, last: int, settings: Train, folder: AnyPath) -> None:
-    """Say that `number` checkpoints, fewer than a run to the step `last` writes, are averaged, and why."""
+    """Log that only `number` checkpoints were averaged, and why, if a run to step `last` writes more."""
     written = last // settings.checkpoint_every + bool(last % settings.checkpoint_every)
     if number < min(settings.average_checkpoints, written):
         log(
-            f"{number} checkpoints are averaged, not {settings.average_checkpoints} (train.average_checkpoints): "
-            "when they were written, train.keep_checkpoints or a sweep kept fewer, or some are damaged; to have all, "
+            f"averaged {number} checkpoints instead of {settings.average_checkpoints} (train.average_checkpoints): "
+            "a lower train.keep_checkpoints or a sweep had kept fewer, or some are damaged; to average all, "
             f"delete {all_of_trajectory(folder)} and train again"
         )
 
 
 def log(line: str) -> None:
-    """To stderr, for the user."""
+    """Print a line for the user to stderr."""
     print(without_passwords(f"train: {line}"), file=sys.stderr, flush=True)

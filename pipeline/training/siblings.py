@@ -1,8 +1,9 @@
-"""Runs that differ only in where they end: one begins with what another has trained.
+"""Runs that differ only in their end (siblings): a run starts from the checkpoints of another.
 
-Their folders' names have the same trajectory (`run_key`). k steps and then 2k give the weights of 2k at once, bit for
-bit: a shorter run's checkpoint is one of the longer run's, and what its end added is undone (`go_on` in loop.py).
-Each run has a folder of its own, so the shorter one stays, and both may be trained at the same time.
+Siblings have the same trajectory (`run_key`) in the names of their folders. Training to step k and then to 2k gives
+the same weights, bit for bit, as training to 2k at once: a checkpoint of the shorter run is also one of the longer
+run, and `go_on` in loop.py removes what the end of the shorter run added. Each run has its own folder, so the shorter
+run is kept, and both can train at the same time.
 """
 
 import json
@@ -25,7 +26,7 @@ ORIGIN = "continues.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run began with: `step` steps of the run in `folder`, a `share` of its training (1: all of it)."""
+    """The start of a run: step `step` of the run in `folder`, after a `share` in [0, 1] of that run's training."""
 
     folder: AnyPath
     step: int
@@ -37,7 +38,7 @@ class Origin:
 
 
 def origin_of(run_folder: AnyPath) -> Origin | None:
-    """What the run in this folder continues; None if it began at step 0."""
+    """The origin of the run in this folder; None if it started at step 0."""
     path = run_folder / ORIGIN
     if isinstance(path, Path) and not path.is_file():
         return None
@@ -50,11 +51,11 @@ def origin_of(run_folder: AnyPath) -> Origin | None:
 
 
 def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -> Origin | None:
-    """Bring the newest checkpoint from which training by these settings can go on into a folder that has none.
+    """Copy into `run_folder` the newest checkpoint of a sibling from which training with these settings can continue.
 
-    It comes from a run of the same trajectory. Those before it that its own run would have kept come too, first: a
-    kill in between leaves an earlier start. Returns where they are from; None if the folder has checkpoints, or there
-    is nothing to bring. Raises OSError when the store cannot be reached or the disk is full.
+    The earlier checkpoints that this run would have kept are copied first, so that a kill in between leaves a valid
+    earlier start. Returns the origin, or None if the folder has checkpoints already or no sibling has a usable one.
+    Raises OSError when the store cannot be reached or the disk is full.
     """
     if checkpoint.folders(run_folder):
         return None
@@ -103,12 +104,12 @@ def _origins(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -
 
 
 def all_of_trajectory(run_folder: AnyPath) -> AnyPath:
-    """A pattern for this run's folder and those of its siblings: without all of them, it begins at step 0."""
+    """A pattern for the folders of this run and its siblings. If all are deleted, the run starts at step 0."""
     return run_folder.parent / f"*-{trajectory_of(run_folder)}-*"
 
 
 def trajectory_of(run_folder: AnyPath) -> str:
-    """The part of the folder's name that all runs of its trajectory share."""
+    """The trajectory in a folder's name. Raises ValueError if the name is not that of a run."""
     key = re.search(r"-([0-9a-f]{12})-\d+(-p\d+)?$", run_folder.name)
     if key is None:
         raise ValueError(f"{run_folder} is not named after a run")
@@ -116,23 +117,26 @@ def trajectory_of(run_folder: AnyPath) -> str:
 
 
 def _siblings(run_folder: AnyPath) -> list[AnyPath]:
-    """The folders of the other runs of its trajectory. The name before it may differ: it tells how they differ."""
+    """The folders of the other runs of this trajectory. The parts of their names before it may differ."""
     with as_os_error(run_folder):
         found: list[AnyPath] = list(run_folder.parent.glob(all_of_trajectory(run_folder).name))
     return [path for path in found if path.name != run_folder.name]
 
 
 def _is_on_the_way(folder: AnyPath, settings: Train) -> bool:
-    """Whether training by these settings comes past this checkpoint, or ends with it as the run that wrote it."""
+    """Whether training with these settings passes this checkpoint, or ends at it like the run that wrote it."""
     state = checkpoint.load_state(folder)
     end = end_of(state, settings)
     return state.step < end or (state.step == end and state.finished)
 
 
 def _has_what_is_averaged(steps: list[int], start: int, settings: Train) -> bool:
-    """Whether a run that starts at `start`, from the one that has checkpoints of these `steps`, will have all that it
-    averages at max_steps. A longer run has deleted what a shorter one needs. Where it is not longer, its own settings
-    kept fewer, and then fewer are averaged (`write_model` says so): better than to train all of it again."""
+    """Whether a run that starts at `start` will have all checkpoints to average at max_steps.
+
+    `steps` are the checkpoints of the run that it would start from. If that run is longer, it may have deleted some
+    that are needed. If it is not longer, missing ones are accepted: its settings kept fewer, and averaging fewer
+    (which `write_model` logs) is better than training again from step 0.
+    """
     every, last = settings.checkpoint_every, settings.max_steps
     averaged = sorted({*range(every, last + 1, every), last})[-settings.average_checkpoints :]
     return steps[-1] <= last or all(step in steps for step in averaged if step < start)
@@ -152,10 +156,10 @@ def _bring(
 
 @contextmanager
 def _passing_over_damage(folder: AnyPath, log: Callable[[str], None]) -> Iterator[None]:
-    """Without a word if it is gone: its run may be in training, and has deleted it."""
+    """Log a damaged checkpoint. No line if its folder is gone: a run in training may have deleted it."""
     try:
         yield
     except DamagedCheckpointError as error:
         with as_os_error(folder):
             if folder.exists():
-                log(f"{error}; not continued from")
+                log(f"{error}; not used")

@@ -1,20 +1,21 @@
-"""Data parallelism by the threads of one process: each computes the gradient of micro-batches of its own.
+"""Data parallelism over the threads of one process: each thread computes the gradient of its own micro-batches.
 
-On a CPU, two threads at one micro-batch wait for each other at every operator; with a micro-batch each they wait
-once, at the end of the step. torch.nn.parallel.DistributedDataParallel is no substitute: it connects processes, and
-wants equally many micro-batches on each. The hazards, and what is done about them:
+On a CPU, two threads that share a micro-batch synchronise at every operator. With a micro-batch each, they
+synchronise once, at the end of the step. torch.nn.parallel.DistributedDataParallel is no substitute: it connects
+processes, and needs the same number of micro-batches on each. The hazards and their remedies:
 
-- Gradients. A parameter has one `.grad`, which two threads must not write to. Each thread has a replica of the
-  model: parameters of its own that share the memory of the weights, so that the optimizer changes all at once.
-- Random numbers. torch's default generator belongs to all threads: which numbers dropout draws would depend on who is
-  first. Each thread has a generator of its own, which the loop seeds for every micro-batch.
-- Determinism. Which replica takes which micro-batch, and the order of sums, depend only on the numbers of threads and
-  micro-batches. With the same number of threads a run has the same weights bit for bit; with another number, the same
-  up to rounding.
-- torch.set_num_threads. The number belongs to a thread, but a new thread starts with the number that any thread has
-  set last. Each thread sets its share before it computes, and the caller's number is set again afterwards.
-- Faults. The first exception is raised when every thread is done, so none is still at work in the caller's model.
-- Memory. A replica adds a gradient and the activations of a micro-batch: there are MAX_REPLICAS at most.
+- Gradients. Two threads must not write to the `.grad` of one parameter. Each thread has a replica of the model with
+  its own parameters, which share the memory of the weights, so that one optimizer step updates all replicas.
+- Random numbers. torch's default generator is shared by all threads, so dropout would depend on their timing. Each
+  thread has its own generator, which the loop seeds for every micro-batch.
+- Determinism. The assignment of micro-batches to replicas and the order of sums depend only on the numbers of threads
+  and micro-batches. With the same number of threads, a run gives the same weights bit for bit; with another number,
+  the same up to rounding.
+- torch.set_num_threads. The number is a property of the calling thread, but a new thread inherits the number that was
+  set last by any thread. Each thread sets its share before it computes, and the caller's number is restored
+  afterwards.
+- Exceptions. The first exception is raised when every thread is done, so that none still uses the caller's model.
+- Memory. A replica needs a gradient and the activations of a micro-batch. There are at most MAX_REPLICAS.
 """
 
 import copy
@@ -31,7 +32,7 @@ from model.transformer import Transformer
 
 MAX_REPLICAS = 8
 MIN_EFFICIENCY = 0.85
-"""Share of the threads' time that replicas must use; otherwise there are fewer, with more threads each."""
+"""The least share of the threads' time that must be used. Otherwise there are fewer replicas, with more threads."""
 
 T = TypeVar("T")
 
@@ -48,9 +49,10 @@ class Replica:
 
 
 class ThreadedDataParallel:
-    """A model and its gradient over micro-batches, by threads on a CPU; elsewhere, and compiled, by the caller alone.
+    """A model whose gradient over micro-batches is computed by threads on a CPU.
 
-    A context manager, which ends the threads.
+    On another device, or with `compile`, the calling thread computes it alone. Use it as a context manager, which
+    ends the threads.
     """
 
     def __init__(self, model: Transformer, *, compile: bool = False) -> None:
@@ -58,7 +60,7 @@ class ThreadedDataParallel:
         self._compiled = torch.compile(model, dynamic=True) if compile else None
         self._threads = ThreadPoolExecutor(
             MAX_REPLICAS, "replica", initializer=dropout.use_own_generator
-        )  # started as needed
+        )  # starts threads only when they are needed
 
     def __enter__(self) -> "ThreadedDataParallel":
         return self
@@ -70,13 +72,13 @@ class ThreadedDataParallel:
 
     @property
     def gradient(self) -> Tensor:
-        """That of the last `backward`, as one vector: the parameters' .grad are views of it."""
+        """The gradient of the last `backward` as one vector. The `.grad` of the parameters are views into it."""
         return self.replicas[0].gradient
 
     def backward(self, micro_batches: Iterable[T], loss_of: Callable[[Transformer, T], Tensor]) -> Tensor:
-        """Set `gradient` to that of the sum of `loss_of(model, micro_batch)`, and return the sum.
+        """Compute the sum of `loss_of(model, micro_batch)` and its gradient. Returns the sum; sets `gradient`.
 
-        `loss_of` is called in several threads at once, each time with the replica (or compiled model) to use.
+        `loss_of` is called in several threads at once, with the replica (or compiled model) to use.
         """
         if self._compiled is not None or self.gradient.device.type != "cpu":
             return self._backward(self.replicas[0], micro_batches, loss_of)
@@ -108,7 +110,7 @@ class ThreadedDataParallel:
     ) -> Tensor:
         model = replica.model.train()
         if self._compiled is not None:
-            model = cast(Transformer, self._compiled)  # it has the attributes of the model, too
+            model = cast(Transformer, self._compiled)  # it also has the model's attributes
         replica.gradient.zero_()
         total = torch.zeros((), device=replica.gradient.device)
         for micro_batch in micro_batches:
@@ -119,7 +121,7 @@ class ThreadedDataParallel:
 
 
 def number_of_replicas(num_threads: int, num_micro_batches: int) -> int:
-    """The most replicas that keep the threads busy, MIN_EFFICIENCY of their time; one if none do."""
+    """The largest number of replicas that uses at least MIN_EFFICIENCY of the threads' time; 1 if there is none."""
     for number in range(min(num_threads, num_micro_batches, MAX_REPLICAS), 1, -1):
         used = (num_threads // number) * number / num_threads
         if used * parallel_efficiency(num_micro_batches, number) >= MIN_EFFICIENCY:
@@ -128,5 +130,5 @@ def number_of_replicas(num_threads: int, num_micro_batches: int) -> int:
 
 
 def parallel_efficiency(num_micro_batches: int, num_workers: int) -> float:
-    """Of micro-batches that are dealt round-robin: the mean load of a worker over the largest."""
+    """Parallel efficiency of dealing micro-batches round-robin: mean load of a worker / largest load, in (0, 1]."""
     return num_micro_batches / (num_workers * -(-num_micro_batches // num_workers))

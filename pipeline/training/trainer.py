@@ -1,4 +1,4 @@
-"""One rank of a training run: data, model, validation and checkpoints around the loop. No Ray, no MLflow."""
+"""One rank of a training run: data, model, validation and checkpoints around the loop. Uses no Ray and no MLflow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,14 +37,14 @@ def train_rank(
     saved: Callable[[], None] = lambda: None,
     score: Callable[[Transformer], dict[str, float]] | None = None,
 ) -> TrainState:
-    """Train on the encoded corpus in `data` to the end, from the last checkpoint in `run_folder` if there is one.
+    """Train on the encoded corpus in `data` to the end. Resumes from the last checkpoint in `run_folder`, if any.
 
-    Every rank calls this with the same arguments; `report` gets metrics and their step, `progress` the state and the
-    loss after each step, `log` a line for the user. On rank 0 alone, `saved` is called after each checkpoint, and at
-    each validation `score` adds metrics of the model. Raises NotFiniteError, and ValueError for data that does not
-    fit the settings.
+    Every rank calls this with the same arguments except `rank`. `report` gets metrics and their step, `progress` the
+    state and the loss after each step, and `log` a line for the user. On rank 0 only, `saved` is called after each
+    checkpoint, and `score` adds metrics of the model to each validation. Raises NotFiniteError, and ValueError for
+    data that does not fit the settings.
     """
-    # torch's own folder, which Adam makes, is one that any user of the machine can make first.
+    # torch's default folder for compiled code, which Adam creates, could have been created by another user.
     set_defaults({COMPILE_CACHE_ENV: str(cache() / "inductor")})
     train_split, valid_split = EncodedSplit.open(data, "train"), EncodedSplit.open(data, "valid")
     info = CorpusInfo.open(data)
@@ -53,13 +53,13 @@ def train_rank(
     optimizer = adam(model, settings.train.beta1, settings.train.beta2, settings.train.eps)
     state = _resume(run_folder, model, optimizer, rank, device, log)
     go_on(state, settings.train)
-    for curve in (state.training_curve, state.validation_curve):  # a worker that died may not have delivered them
+    for curve in (state.training_curve, state.validation_curve):  # a worker that died may not have reported them
         for point in curve:
             report({key: value for key, value in point.items() if key != "step"}, int(point["step"]))
 
     plan = batch_plan(train_split, settings)
     if plan.num_skipped and rank == 0:
-        log(f"{plan.num_skipped} training pairs are longer than model.max_length and left out")
+        log(f"{plan.num_skipped} training pairs are longer than model.max_length and are left out")
     if rank == 0 and (advice := share_advice(plan, num_ranks)):
         log(advice)
     valid_batches = [collate(valid_split, part) for part in _valid_batches(valid_split, settings)[rank::num_ranks]]
@@ -88,8 +88,8 @@ def train_rank(
             write_checkpoint(state)
         except checkpoint.DiskFullError:
             raise
-        except OSError as error:  # a store that is away may be back for the next one
-            log(f"{error}; training goes on")
+        except OSError as error:  # the store may be reachable again at the next checkpoint
+            log(f"{error}; training continues")
 
     batches = _global_batches(plan, train_split, state.position, rank, num_ranks)
     with ThreadedDataParallel(model, compile=settings.hardware.compile) as parallel:
@@ -110,13 +110,13 @@ def train_rank(
 
 
 def rate_of_step(settings: Settings) -> Callable[[int], float]:
-    """The learning rate of step 1, 2, ... (section 5.3)."""
+    """The learning rate as a function of the step 1, 2, ... (section 5.3)."""
     t = settings.train
     return lambda step: learning_rate(step, settings.model.d_model, t.warmup_steps, t.lr_scale)
 
 
 def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
-    """The micro-batches of every step, the same on all ranks."""
+    """The batch plan of training, the same on all ranks. Raises ValueError as BatchPlan, with the split's name."""
     with _naming("train"):
         return BatchPlan(
             split.src.lengths,
@@ -130,7 +130,7 @@ def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
 
 @contextmanager
 def _naming(split: str) -> Iterator[None]:
-    """Add the split to an error that names a line."""
+    """Add the name of the split to a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -138,24 +138,24 @@ def _naming(split: str) -> Iterator[None]:
 
 
 def share_advice(plan: BatchPlan, num_ranks: int) -> str | None:
-    """A line for the user if workers would wait for others for too long; None if they would not."""
+    """A line of advice if workers would wait too long for each other, else None."""
     num_micro = plan.most_micro_batches
     if parallel_efficiency(num_micro, num_ranks) >= MIN_EFFICIENCY:
         return None
     enough = num_micro
     while enough != easily_shared(enough) or parallel_efficiency(enough, num_ranks) < MIN_EFFICIENCY:
         enough += 1
-    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more: sentences do not fill it
+    micro_batch_tokens = plan.budget * num_micro // enough * 8 // 7  # a little more, because batches are not full
     way_out = (
-        f"set hardware.micro_batch_tokens to {micro_batch_tokens}, which is another run"
+        f"set hardware.micro_batch_tokens to {micro_batch_tokens}, which starts another run"
         if micro_batch_tokens >= plan.longest
-        else "take fewer workers"
+        else "use fewer workers"
     )
-    return f"{num_ranks} workers share {num_micro} micro-batches a step, and some wait for others: {way_out}"
+    return f"{num_ranks} workers share {num_micro} micro-batches per step, so some wait for others: {way_out}"
 
 
 def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
-    """Micro-batches of the validation split. Raises ValueError for a pair that is too long: none is left out."""
+    """Micro-batches of the validation split. Raises ValueError for a pair that is too long: none may be left out."""
     allowed = settings.model.max_length
     lengths = np.stack([split.src.lengths, split.tgt.lengths]) + 1  # end of sentence counted
     side, pair = np.unravel_index(lengths.argmax(), lengths.shape)
@@ -165,7 +165,7 @@ def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
         raise ValueError(
             f"{text}, line {pair + 1}, has {longest} tokens, more than model.max_length ({allowed})"
             f"{f', and {others} more pairs are too long' if others else ''}: set model.max_length to {longest}, or "
-            "drop such pairs by a lower validate.max_words"
+            "lower validate.max_words to drop such pairs"
         )
     budget = settings.hardware.micro_batch_tokens
     with _naming("valid"):
@@ -175,7 +175,7 @@ def _valid_batches(split: EncodedSplit, settings: Settings) -> list[np.ndarray]:
 def _global_batches(
     plan: BatchPlan, split: EncodedSplit, start: Position, rank: int, num_ranks: int
 ) -> Iterator[GlobalBatch]:
-    """This rank's micro-batches of every step from `start` on."""
+    """Yield this rank's micro-batches of every step from `start` on, without end."""
 
     def collated(micro_batches: list[np.ndarray]) -> Iterator[tuple[int, MicroBatch]]:
         for place in range(rank, len(micro_batches), num_ranks):
@@ -195,7 +195,7 @@ def _resume(
     device: torch.device,
     log: Callable[[str], None],
 ) -> TrainState:
-    """Restore the last whole checkpoint that rank 0 finds, on all ranks: they have to start at the same step."""
+    """Load the last intact checkpoint that rank 0 finds on all ranks, so that they start at the same step."""
     found = retry_unreachable(lambda: checkpoint.load_latest(run_folder, log), run_folder, log) if rank == 0 else None
     step = torch.tensor(found.state.step if found else -1, device=device)
     if dist.is_initialized():

@@ -406,7 +406,7 @@ def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
     flipped.write_bytes(content)
     log = new_run.submit()
     for path in (cut, flipped):
-        assert f"{path} is damaged: its checksum is not the one in SHA256SUMS; going back" in log
+        assert f"{path} is damaged: its checksum differs from SHA256SUMS; going back" in log
     resumed = STEPS - 2 * CHECKPOINT_EVERY
     assert f"continuing from the checkpoint of step {resumed}" in log
     assert_same_weights(new_run, undisturbed)

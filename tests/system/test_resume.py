@@ -107,9 +107,9 @@ def test_train_with_other_settings_starts_over_and_stops_at_a_loss_of_nan(traine
     before = project.checkpoints()
     project.edit("params.yaml", "train.lr_scale", 1e30)
     output = project.run("python", "-m", "pipeline.train", code=1)
-    assert f"a new run: settings, data or code are not those of {before[-1].parent.name}" in output
-    assert "train: step 2 (epoch 0, batch 1 of it): the loss is nan" in output
-    assert "lower train.lr_scale" in output
+    assert f"a new run: settings, data or code differ from the last run, {before[-1].parent.name}" in output
+    assert "train: step 2 (epoch 0, batch 1): the loss is nan" in output
+    assert "Lower train.lr_scale" in output
     assert "Traceback" not in output
     assert project.checkpoints() == before
     assert project.only_run().info.status == "FAILED"

@@ -67,7 +67,7 @@ def test_size_advice_of_a_small_own_corpus_names_vocabulary_and_model(corpus):
     )
     number = sum(p.numel() for p in Transformer(tiny.config(8_000)).parameters())
     assert parameters.startswith(
-        f"{number:,} parameters are many for 2,600 pairs, {number / 52_000:.0f} for each target token: "
+        f"{number:,} parameters are many for 2,600 pairs ({number / 52_000:.0f} per target token): "
     )
 
 
@@ -117,8 +117,8 @@ def curve(*points: tuple[int, float]) -> list[dict[str, float]]:
 
 def test_overfitting_advice_names_steps_perplexities_and_the_ways_out():
     assert overfitting_advice(curve((200, 7.0), (600, 5.9610), (4000, 6.2519))) == (
-        "the best validation loss was at step 600 of 4,000 (perplexity 388 then, 519 at the end): the model "
-        "overfits; lower train.max_steps, set train.patience, raise model.dropout, or take a smaller model or "
+        "the best validation loss was at step 600 of 4,000 (perplexity 388 there, 519 at the end): the model "
+        "overfits; lower train.max_steps, set train.patience, raise model.dropout, or use a smaller model or "
         "tokenize.vocab_size"
     )
 
@@ -127,7 +127,7 @@ def test_overfitting_advice_has_bleu_if_it_was_measured():
     points = curve((600, 2.0), (4000, 2.3))
     for point, bleu in zip(points, (12.34, 11.0), strict=True):
         point["valid_bleu"] = bleu
-    assert "(perplexity 7.39 then, 9.97 at the end; BLEU of the sample 12.3 and 11.0)" in overfitting_advice(points)  # type: ignore[operator]
+    assert "(perplexity 7.39 there, 9.97 at the end; sample BLEU 12.3 and 11.0)" in overfitting_advice(points)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

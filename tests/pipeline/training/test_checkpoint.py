@@ -148,7 +148,7 @@ def test_copy_of_a_damaged_checkpoint_leaves_nothing(tmp_path, name, change):
 def test_copy_of_what_is_no_file_leaves_nothing(tmp_path, name, what):
     path = save(tmp_path / "one", 7) / name
     DAMAGES[what](path)
-    with pytest.raises(DamagedCheckpointError, match=f"{name} is missing, or no file"):
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is missing or not a file"):
         checkpoint.copy(path.parent, checkpoint.folder_of(tmp_path / "other", 7))
     assert not checkpoint.folders(tmp_path / "other")
 
@@ -477,7 +477,7 @@ def test_average_of_more_than_there_are_is_that_of_all(tmp_path):
 
 
 def test_average_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="has no intact checkpoint"):
         checkpoint.average(tmp_path, 5, pytest.fail)
 
 
@@ -524,16 +524,16 @@ EMBEDDING = "embedding.weight"
     [
         (lambda folder: (folder / "config.json").write_text("{"), "Expecting"),
         (lambda folder: (folder / "config.json").write_text('{"vocab_size": 23}'), "missing 10 required"),
-        (edit_config("17", "19"), r"w_1.bias is F32 \[17\] in weights.safetensors, F32 \[19\] by config.json"),
-        (edit_config('"num_layers": 1', '"num_layers": 1000000000'), "config.json has 1000000000 layers, weights"),
-        (edit_config('"d_ff": 17', '"d_ff": 1000000000000'), r"\[17\] in .*, F32 \[1000000000000\] by config.json"),
+        (edit_config("17", "19"), r"w_1.bias is F32 \[17\] in weights.safetensors, but F32 \[19\] by config.json"),
+        (edit_config('"num_layers": 1', '"num_layers": 1000000000'), "config.json has 1000000000 layers, but"),
+        (edit_config('"d_ff": 17', '"d_ff": 1000000000000'), r"\[17\] in .*, but F32 \[1000000000000\] by"),
         (lambda folder: os.truncate(folder / "weights.safetensors", 1009), "deserializing"),
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"something else"), "deserializing"),
-        (edit_weights(lambda weights: weights.pop(EMBEDDING)), f"{EMBEDDING} is None in"),
-        (edit_weights(lambda weights: weights.update(x=torch.zeros(3))), r"x is F32 \[3\] in .*, None by"),
+        (edit_weights(lambda weights: weights.pop(EMBEDDING)), f"{EMBEDDING} is missing in"),
+        (edit_weights(lambda weights: weights.update(x=torch.zeros(3))), r"x is F32 \[3\] in .*, but missing by"),
         (
             edit_weights(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].double()})),
-            rf"{EMBEDDING} is F64 \[23, 14\] in weights.safetensors, F32 \[23, 14\] by config.json",
+            rf"{EMBEDDING} is F64 \[23, 14\] in weights.safetensors, but F32 \[23, 14\] by config.json",
         ),
         (edit_weights(lambda weights: weights.update({EMBEDDING: weights[EMBEDDING].int()})), f"{EMBEDDING} is I32"),
     ],

@@ -345,9 +345,9 @@ def test_train_step_refuses_a_loss_that_is_not_finite_and_says_where():
             progress=nothing,
         )
     message = str(error.value)
-    assert message.startswith("step 3 (epoch 1, batch 0 of it): the loss is inf, the gradient's norm nan")
+    assert message.startswith("step 3 (epoch 1, batch 0): the loss is inf, the gradient norm nan")
     assert "the learning rate 0.00333" in message
-    assert "lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1" in message
+    assert "Lower train.lr_scale, raise train.warmup_steps, set train.max_grad_norm to 1" in message
     assert torch.equal(weights(model), before[0])
     assert (state.step, state.position, saved) == (2, (1, 0), [])
 
@@ -356,7 +356,7 @@ def test_train_step_refuses_a_gradient_that_is_not_finite():
     model = new_model()
     before = weights(model)
     next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NotFiniteError, match=r"step 1 .*the loss is \d\.\d+, the gradient's norm (nan|inf)"):
+    with pytest.raises(NotFiniteError, match=r"step 1 .*the loss is \d\.\d+, the gradient norm (nan|inf)"):
         run(model, [micro_batches([3])])
     assert torch.equal(weights(model), before)
 
@@ -420,7 +420,7 @@ def test_patience_keeps_the_last_training_point():
 
 def test_train_loop_refuses_a_validation_loss_that_is_no_number():
     settings = replace(SETTINGS, max_steps=4, validate_every=2, checkpoint_every=2)
-    with pytest.raises(NotFiniteError, match=r"step 4: the validation loss is nan. lower train.lr_scale"):
+    with pytest.raises(NotFiniteError, match=r"step 4: the validation loss is nan. Lower train.lr_scale"):
         events(settings, [1.0, math.nan])
 
 
@@ -604,7 +604,7 @@ def test_ranks_share_validation_though_one_has_none_of_it(two_ranks):
 
 def test_ranks_both_stop_when_one_gradient_is_not_finite(two_ranks):
     for results in two_ranks:
-        assert str(results["error"]).startswith("step 1 (epoch 0, batch 0 of it)")
+        assert str(results["error"]).startswith("step 1 (epoch 0, batch 0)")
 
 
 # --- it learns

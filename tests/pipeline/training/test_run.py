@@ -172,10 +172,10 @@ def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, ca
         write_checkpoint(folder, 3)
         os.utime(folder, (time, time))
     log_how_it_starts(first, None)
-    assert capsys.readouterr().err == "train: settings, data and code are those of first\n"
+    assert capsys.readouterr().err == "train: settings, data and code are the same as in first\n"
     (tmp_path / "newest, but no run").mkdir()
     log_how_it_starts(third, None)
-    assert "a new run: settings, data or code are not those of second" in capsys.readouterr().err
+    assert "a new run: settings, data or code differ from the last run, second" in capsys.readouterr().err
     log_how_it_starts(third, Origin(second, 3, 1.0))
     assert capsys.readouterr().err == (
         "train: third continues from second, trained to step 3: they differ only in where they end\n"
@@ -214,7 +214,7 @@ def test_write_model_says_that_the_best_validation_was_long_before_the_end(root,
     state.validation_curve.insert(0, {"step": 4, "valid_loss": 1.2, "valid_ppl": 3.3, "valid_ppl_word": 7.0})
     metrics = write_model(TrainResult("", "", folder, state, ""), SETTINGS, root, tmp_path / "final")
     assert (metrics["best_valid_ppl"], metrics["best_valid_step"], metrics["valid_ppl"]) == (3.3, 4, 4.5)
-    assert "train: the best validation loss was at step 4 of 9 (perplexity 3.30 then, 4.50" in capsys.readouterr().err
+    assert "the best validation loss was at step 4 of 9 (perplexity 3.30 there, 4.50" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_write_model_says_that_fewer_checkpoints_are_averaged_and_why(root, tmp_
     metrics = write_model(run, settings(train={"average_checkpoints": average}), root, tmp_path / "final")
     assert metrics["averaged_steps"] == list(reversed(steps))[:average]
     line = (
-        f"train: {len(steps)} checkpoints are averaged, not {average} (train.average_checkpoints): when they were "
-        "written, train.keep_checkpoints or a sweep kept fewer, or some are damaged; to have all, "
+        f"train: averaged {len(steps)} checkpoints instead of {average} (train.average_checkpoints): a lower "
+        "train.keep_checkpoints or a sweep had kept fewer, or some are damaged; to average all, "
         f"delete {tmp_path}/*-0123456789ab-* and train again\n"
     )
     assert capsys.readouterr().err == (line if said else "")

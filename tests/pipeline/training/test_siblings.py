@@ -282,7 +282,7 @@ def test_continue_sibling_passes_over_a_damaged_checkpoint_and_ends_the_same(dat
     train(data, tmp_path / "parts", whole, log=messages.append)
     assert len(messages) == 2
     assert f"{name} is damaged" in messages[0]
-    assert messages[0].endswith("; not continued from")
+    assert messages[0].endswith("; not used")
     assert messages[1] == "continuing from the checkpoint of step 3"
     assert_same(*(result(folder_of(tmp_path / n, whole.train), 3) for n in ("parts", "once")))
 

@@ -218,8 +218,8 @@ def test_share_advice_that_is_followed_is_not_repeated(batch_tokens, num_ranks):
     advice = share_advice(plan_of(batch_tokens, 100_000), num_ranks)
     assert advice is not None
     found = re.fullmatch(
-        f"{num_ranks} workers share 4 micro-batches a step, and some wait for others: "
-        r"set hardware\.micro_batch_tokens to (\d+), which is another run",
+        f"{num_ranks} workers share 4 micro-batches per step, so some wait for others: "
+        r"set hardware\.micro_batch_tokens to (\d+), which starts another run",
         advice,
     )
     assert found is not None
@@ -232,7 +232,7 @@ def test_share_advice_is_none_for_one_two_and_four_workers(num_ranks):
 
 
 @pytest.mark.parametrize(
-    ("longest", "way_out"), [(64, "set hardware.micro_batch_tokens to 64"), (65, "take fewer workers")]
+    ("longest", "way_out"), [(64, "set hardware.micro_batch_tokens to 64"), (65, "use fewer workers")]
 )
 def test_share_advice_is_a_size_that_has_room_for_the_longest_pair(longest, way_out):
     plan = SimpleNamespace(most_micro_batches=4, budget=112, longest=longest)  # 112 * 4 // 8 * 8 // 7 = 64
@@ -241,7 +241,7 @@ def test_share_advice_is_a_size_that_has_room_for_the_longest_pair(longest, way_
 
 def test_share_advice_is_fewer_workers_if_sentences_are_too_long():
     assert share_advice(plan_of(1024, 1100), 64) == (
-        "64 workers share 4 micro-batches a step, and some wait for others: take fewer workers"
+        "64 workers share 4 micro-batches per step, so some wait for others: use fewer workers"
     )
 
 
@@ -299,7 +299,7 @@ def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
     settings = make_settings()
     messages: list[str] = []
     run(data, tmp_path / "run", replace(settings, model=replace(settings.model, max_length=9)), log=messages.append)
-    assert messages == [f"{too_long} training pairs are longer than model.max_length and left out"]
+    assert messages == [f"{too_long} training pairs are longer than model.max_length and are left out"]
 
 
 def test_train_rank_refuses_validation_pairs_that_are_too_long(data, tmp_path):
