@@ -63,7 +63,7 @@ def training(setting: Setting) -> list[str]:
     lines = [
         f"**Training**, steps of about 4,096 target tokens, single precision. {found}",
         "",
-        "| | target tokens/s | padding | GFLOP/s | share of the ceiling | ours to it | peak memory |",
+        "| | target tokens/s | padding | GFLOP/s | share of the ceiling | ours / theirs | peak memory |",
         "|---|---:|---:|---:|---:|---|---:|",
     ]
     profiles = []
@@ -92,13 +92,13 @@ def decoding(setting: Setting) -> list[str]:
     """Sentences per second of ours, MarianMTModel.generate and CTranslate2, from the same weights."""
     ceiling, found = _ceiling()
     lines = [
-        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs; base has random weights, two "
-        "lengths of 64 sentences, and every output has its source's tokens and 10 more. CTranslate2 ends a search "
-        "with four finished outputs, whatever else is growing; with patience 2, which evaluate.engine has for the "
-        "outputs of ours, with eight. The share of the ceiling is of what four hypotheses as long as the output "
-        f"need. {found}",
+        "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs. Base has random weights and "
+        "translates sentences of two lengths, 64 of each; an output has 10 tokens more than its source. CTranslate2 "
+        "ends a search when four outputs are finished, even if other hypotheses still grow; with patience 2, which "
+        "evaluate.engine uses to get our outputs, when eight are. The share of the ceiling counts the FLOPs of four "
+        f"hypotheses as long as the output. {found}",
         "",
-        "| | sentences/s | output tokens/s | share of the ceiling | ours to it | peak memory |",
+        "| | sentences/s | output tokens/s | share of the ceiling | ours / theirs | peak memory |",
         "|---|---:|---:|---:|---|---:|",
     ]
     profiles = []
@@ -136,10 +136,10 @@ def data(setting: Setting) -> list[str]:
     _clear(project)
     new_project(project, data="own", model="mini")
     if setting.text:
-        what, vocab_size = f"of {setting.text[0].name} again and again, numbered", WMT_VOCAB_SIZE
+        what, vocab_size = f"from {setting.text[0].name}, repeated and numbered", WMT_VOCAB_SIZE
         _write_copies(setting.text, project / "data/own", setting.pairs)
     else:
-        what, vocab_size = "each two of Multi30k's by chance", VOCAB_SIZE
+        what, vocab_size = "each of two random pairs of Multi30k", VOCAB_SIZE
         _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
     lines = [
         f"**Data**, {setting.pairs:,} pairs, {what}, a vocabulary of {vocab_size:,}.",
@@ -153,7 +153,7 @@ def data(setting: Setting) -> list[str]:
         log(stage)
         rows.append((stage, *run([sys.executable, "-m", f"pipeline.{stage}"], project)))
     rows.append(("download to encoded", sum(took for _, took, _ in rows), max(peak for *_, peak in rows)))
-    names = {"encode": "tokens by encode", "sentencepiece": "tokens by SentencePiece alone", "decode": "text again"}
+    names = {"encode": "encode alone", "sentencepiece": "SentencePiece alone", "decode": "decode the tokens"}
     systems = [
         System(name, module("preparation", sys.executable, what, "--data", project / "data"))
         for what, name in names.items()
@@ -169,11 +169,13 @@ def data(setting: Setting) -> list[str]:
     (block,) = plan.blocks
     lines += [
         "",
-        f"Encode over SentencePiece alone, pairs a second: {systems[0].ratio(systems[1], 'pairs_per_s')}. Of its "
-        f"processor time, {shares[1]:.0%} is SentencePiece's for the tokens, {shares[2]:.0%} for the text again, by "
-        f"which each sentence is compared, and {1 - shares[1] - shares[2]:.0%} reads, compares, counts and writes.",
-        f"The plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s an epoch, "
-        f"{block['resume_s']:.1f} s to the first batch in the middle of one, {plan.peak_bytes / 1e9:.2f} GB.",
+        f"- The rate of encode divided by SentencePiece's: {systems[0].ratio(systems[1], 'pairs_per_s')}. Of the CPU "
+        f"time of encode, SentencePiece takes {shares[1]:.0%} to encode, and {shares[2]:.0%} to decode each sentence "
+        f"for a comparison with its source text. Reading, comparing, counting and writing take "
+        f"{1 - shares[1] - shares[2]:.0%}.",
+        f"- The batch plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s for each "
+        f"epoch, {block['resume_s']:.1f} s to the first batch of a run that resumes in the middle of an epoch, "
+        f"{plan.peak_bytes / 1e9:.2f} GB.",
     ]
     return lines
 
@@ -231,8 +233,8 @@ def start(setting: Setting) -> list[str]:
     return [
         "**Start**",
         "",
-        f"- Command to first step: {first_steps}: {imports:.1f} s of imports, checks "
-        f"and MLflow's store, {first:.1f} s of data, model and the first step.",
+        f"- Command to first step: {first_steps}. Of the last, {imports:.1f} s are imports, checks and MLflow's "
+        f"store, {first:.1f} s data, model and the first step.",
     ]
 
 
@@ -260,9 +262,9 @@ def orchestration(setting: Setting) -> list[str]:
     lines = [
         "**Orchestration**",
         "",
-        "- A step of tiny by `python -m pipeline.train`, with MLflow and a checkpoint every 100, beside "
-        f"the bare loop's: {statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
-        f"- Of the cores' time, in the last round: {shares[0]}. Of the bare loop: {shares[1]}.",
+        "- Time of a step of tiny by `python -m pipeline.train`, with MLflow and a checkpoint every 100 steps, "
+        f"against the bare loop: {statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
+        f"- Use of the cores in the last round: {shares[0]}. By the bare loop: {shares[1]}.",
     ]
     write_presets(["model=base"], project)
     _lengths(project, max_steps=6, checkpoint_every=6)
@@ -281,8 +283,8 @@ def orchestration(setting: Setting) -> list[str]:
     ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
     one, two = map(statistics.median, rates.values())
     lines.append(
-        f"- Base on workers of one thread, from the third step on: {one:,.0f} tokens/s by one, {two:,.0f} by two: "
-        f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})."
+        f"- Base on workers with one thread each, from the third step on: {one:,.0f} tokens/s with one worker, "
+        f"{two:,.0f} with two: {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})."
     )
     _clear(project)
     new_project(project, data="grammar", model="mini")
@@ -351,8 +353,8 @@ def _forget(project: Path) -> None:
 def _profile(system: System) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in system.shares.items() if name != OPERATORS)
     return (
-        f"- {system.name}: {system.shares[OPERATORS]:.0%} of the threads' time in operators, the rest between them "
-        f"and waiting. Of the operators' time: {shares}."
+        f"- {system.name}: operators take {system.shares[OPERATORS]:.0%} of the threads' time; the rest is between "
+        f"operators, or waiting. Of the operators' time: {shares}."
     )
 
 
@@ -373,9 +375,9 @@ def _config(preset: str) -> Any:
 def _ceiling() -> tuple[float, str]:
     """FLOP/s of large products, and a sentence about it for the table."""
     rates = multiply_rates(THREADS)
-    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s by {name}" for name, rate in rates.items())
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s with {name}" for name, rate in rates.items())
     return max(rates.values()), (
-        f"The ceiling is the better of torch's libraries at a product of 2048 x 2048 x 2048: {found}."
+        f"The ceiling is the faster of torch's libraries at a matrix product of 2048 x 2048 x 2048: {found}."
     )
 
 

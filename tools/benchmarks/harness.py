@@ -255,7 +255,7 @@ def machine() -> str:
     return (
         f"{machine_name()} ({vectors()}), "
         f"Python {platform.python_version()}; "
-        f"load of others when it began: {os.getloadavg()[0]:.1f}"
+        f"load of other processes at the start: {os.getloadavg()[0]:.1f}"
     )
 
 
