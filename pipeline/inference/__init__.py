@@ -1,4 +1,4 @@
-"""From a trained model to text and scores: search in batches, the CTranslate2 engine, metrics, serving, evaluation.
+"""Use a trained model: search in batches (torch or CTranslate2), translate lines, compute scores, evaluate, serve.
 
 Imports tracking/, training/ (to load a model), data/, common/ and model/. Only serving.py, which MLflow runs, imports
 MLflow itself.

@@ -1,4 +1,4 @@
-"""Beam search by CTranslate2: on CPUs faster than ours, by rules of its own."""
+"""Beam search by CTranslate2: faster on CPUs than the search in torch, with three different rules."""
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,29 +22,31 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 QUANTIZATION: dict[str, Quantization] = {"ctranslate2": "float32", "ctranslate2-int8": "int8"}
-"""By evaluate.engine."""
+"""The weights' format for each value of evaluate.engine."""
 SEARCH_PATIENCE = 2
-"""A search ends with SEARCH_PATIENCE * beam finished outputs: the more, the slower, and the more of them are those of
-torch; with 2, nearly all are."""
+"""A search ends when SEARCH_PATIENCE * beam outputs have finished. A larger value is slower and gives more outputs
+that equal torch's; with 2, nearly all are equal."""
 
 
 class CTranslate2Engine:
-    """A pipeline.inference.translate.Engine, by a temporary export of the model.
+    """A pipeline.inference.translate.Engine that runs a temporary export of the model.
 
-    As many batches at once as torch has threads, which share batch_tokens, one thread to each: two at work on one
-    batch take longer. A batch has sentences of one length, for CTranslate2 has one limit for all outputs of a batch.
+    It searches as many batches at once as torch has threads, with one thread each, because two threads on one batch
+    take longer. The batches share batch_tokens. A batch has sentences of one length, because CTranslate2 has one
+    limit for all outputs of a batch.
 
-    With float32 the outputs are nearly always those of model.decoding.beam_search: limits and length penalty are the
-    same. Three rules are not, and which of equally probable continuations comes first:
+    With float32 the outputs nearly always equal those of model.decoding.beam_search: limits and length penalty are
+    the same. Ties between equally probable continuations may be broken differently, and three rules differ:
 
-    - an output that ends counts when it is among the first `beam` continuations of a step, ours among 2 * beam. A
-      model that has not learned to end its outputs has more of them cut off;
-    - a search ends with SEARCH_PATIENCE * beam finished outputs, ours when no other can come to score better. If
-      there are more, or some that the limit cuts off, only so many are ranked: the first by log_prob / |Y|^alpha;
-    - PAD and BOS have no share in the softmax, ours just never takes them: every token's log-probability is higher
-      by -ln(1 - p(PAD) - p(BOS)), some 1e-5 for a trained model.
+    - A finished output counts if it is among the first `beam` continuations of a step; in ours, among the first
+      2 * beam. A model that has not learned to end its outputs has more of them cut off.
+    - A search ends when SEARCH_PATIENCE * beam outputs have finished; ours ends when no other output can score
+      better. If more outputs finish in a step, or the limit cuts some off, only that many are ranked: the first by
+      log_prob / |Y|^alpha.
+    - PAD and BOS are excluded from the softmax; ours only never chooses them. So every token's log-probability is
+      higher by -ln(1 - p(PAD) - p(BOS)), about 1e-5 for a trained model.
 
-    int8 rounds what the model computes, so that others may be more probable.
+    int8 rounds the computation, so another output may be the most probable.
     """
 
     def __init__(
@@ -58,9 +60,8 @@ class CTranslate2Engine:
         with tempfile.TemporaryDirectory() as folder:
             write_export(model, tokenizer, Path(folder), QUANTIZATION[settings.engine])
             self._translator = ctranslate2.Translator(folder, "cpu", inter_threads=self._num_workers, intra_threads=1)
-            torch.set_num_threads(
-                self._num_workers
-            )  # in this thread, CTranslate2 has set torch's to its intra_threads
+            # In this thread, CTranslate2 has set torch's number of threads to its intra_threads.
+            torch.set_num_threads(self._num_workers)
 
     def batches(self, lengths: np.ndarray) -> list[np.ndarray]:
         batch_tokens = max(1, self._settings.batch_tokens // self._num_workers)
@@ -70,20 +71,21 @@ class CTranslate2Engine:
         return ThreadPoolExecutor(self._num_workers)
 
     def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
-        """`sources` have one length."""
+        """Return the best outputs for each source; all sources must have one length."""
         length = len(sources[0])
         if length == 0:
             return [self._of_empty_source] * len(sources)
         limit = min(length + self._settings.max_extra, self._model.config.max_length - 1)  # of an output, without EOS
         found = self._translate(sources, limit + 1)
-        cut = [i for i, best in enumerate(found) if not best[0].finished]  # a token too many, where EOS could be
+        # An unfinished output has limit + 1 tokens, the last in the place of EOS: search it again with `limit`.
+        cut = [i for i, best in enumerate(found) if not best[0].finished]
         for i, best in zip(cut, self._translate([sources[i] for i in cut], limit), strict=True):
             found[i] = best
         return found
 
     @cached_property
     def _of_empty_source(self) -> list[Hypothesis]:
-        """By the other engine: CTranslate2 does not ask the model for one."""
+        """Searched by torch, because CTranslate2 does not run the model on an empty source."""
         [best] = TorchEngine(self._model, self._settings, self._num_best).search([np.empty(0, np.int64)])
         return best
 
@@ -96,7 +98,7 @@ class CTranslate2Engine:
             num_hypotheses=1 if beam == 1 else SEARCH_PATIENCE * beam,
             length_penalty=self._settings.alpha,
             suppress_sequences=[[self._pieces[PAD]], [self._pieces[BOS]]],
-            max_input_length=0,  # as it is
+            max_input_length=0,  # do not cut
             min_decoding_length=0,
             max_decoding_length=max_tokens,
             return_end_token=True,
@@ -105,12 +107,12 @@ class CTranslate2Engine:
         return [self._ranked(list(map(self._hypothesis, result.hypotheses, result.scores))) for result in results]
 
     def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
-        """The best, as model.decoding.beam_search ranks them: what is cut off counts if all is."""
+        """The `num_best` best, ranked as by model.decoding.beam_search: unfinished ones only if none has finished."""
         finished = [hypothesis for hypothesis in found if hypothesis.finished]
         return sorted(finished or found, key=lambda best: best.score, reverse=True)[: self._num_best]
 
     def _hypothesis(self, output: list[str], score: float) -> Hypothesis:
-        """`score` is log_prob / |Y|^alpha."""
+        """Convert CTranslate2's `score`, log_prob / |Y|^alpha, to ours."""
         log_prob = score * len(output) ** self._settings.alpha
         score = log_prob / self._penalties[len(output)]
         tokens = [self._tokens[piece] for piece in output]

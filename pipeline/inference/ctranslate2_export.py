@@ -1,4 +1,4 @@
-"""Our model in CTranslate2's format: the files of an export and the mapping of weights."""
+"""Write our model in CTranslate2's format: the files of an export, and the mapping of the weights."""
 
 import math
 from pathlib import Path
@@ -25,10 +25,10 @@ def write_export(
 ) -> None:
     """Write model.bin, config.json, shared_vocabulary.json and spm.model into an existing folder.
 
-    Raises ValueError for weights that are not finite: CTranslate2 would translate with them as if they were.
+    Raises ValueError if a weight is not finite: CTranslate2 would translate with it without an error.
     """
     if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ValueError("the model's weights are not finite numbers: train it anew with a lower train.lr_scale")
+        raise ValueError("the model has weights that are not finite: train it again with a lower train.lr_scale")
     spec = specification(model, tokenizer)
     spec.validate()
     spec.optimize(quantization)  # one copy of the shared embeddings; with int8, every matrix in 8 bits, row by row
@@ -39,15 +39,16 @@ def write_export(
 
 
 def specification(model: Transformer, tokenizer: "SentencePieceProcessor") -> transformer_spec.TransformerSpec:
-    """The same Transformer in CTranslate2's terms, whatever its settings: its numbers differ from ours by rounding.
+    """Return the same Transformer as a CTranslate2 spec, for all settings of the model. Its outputs differ from ours
+    by rounding only.
 
-    CTranslate2 adds EOS to a source by itself, scales embeddings by sqrt(d_model) and begins an output with BOS, as
-    we do. What it has no name for is put in terms of what it has:
+    Like our model, CTranslate2 appends EOS to a source, scales embeddings by sqrt(d_model) and starts an output with
+    BOS. Settings that it does not have are expressed by others:
 
-    - d_k and d_v that differ: the smaller heads are filled up with zeros, which add nothing to any product;
-    - alibi, which it knows for decoders alone, and forwards: T5's bias for each offset, see `alibi_bias`;
-    - relative positions on keys alone: Shaw et al.'s, without the values;
-    - none: a table of zeros, for without a table it adds sinusoids of its own, which are not the paper's.
+    - d_k and d_v that differ: the smaller heads are padded with zeros, which add nothing to any product;
+    - alibi, which it has for decoders only, with offsets in one direction: T5's bias by offset, see `alibi_bias`;
+    - relative positions on keys only: those of Shaw et al., without the values;
+    - positions "none": a table of zeros. Without a table it adds sinusoids of its own, which differ from the paper's.
     """
     c = model.config
     options = {
@@ -102,26 +103,26 @@ def _attention(
     if len(spec.linear) == 2:  # self-attention
         qkv_linear, output_linear = spec.linear
         qkv_linear.weight = _array(torch.cat((q, k, v)))
-    else:  # cross-attention, whose keys and values are of another sequence than its queries
+    else:  # cross-attention: keys and values come from another sequence than the queries
         q_linear, kv_linear, output_linear = spec.linear
         q_linear.weight, kv_linear.weight = _array(q), _array(torch.cat((k, v)))
     output_linear.weight = _array(_fill_heads(attention.w_o.weight.T, c.num_heads, size).T)
-    spec.queries_scale = 1 / math.sqrt(c.d_k)  # its own would be that of the filled heads
+    spec.queries_scale = 1 / math.sqrt(c.d_k)  # the default divides by the root of the padded size
     _norm(spec.layer_norm, residual.norm)
     if attention.positions == "relative":
         spec.relative_position_keys = _array(F.pad(attention.offset_keys, (0, size - c.d_k)))
         spec.relative_position_values = model_spec.OPTIONAL
     if attention.positions == "alibi":
         spec.relative_attention_bias = _array(alibi_bias(c.max_length, c.num_heads))
-        spec.relative_attention_max_distance = np.int32(4 * c.max_length)  # is asked for; no offset comes near
+        spec.relative_attention_max_distance = np.int32(4 * c.max_length)  # required; larger than any offset
 
 
 def alibi_bias(max_length: int, num_heads: int) -> Tensor:
-    """What head i's logit loses for every offset between two positions: [4 * max_length, num_heads].
+    """Return ALiBi's bias on the logits of each head as T5's bias table: [4 * max_length, num_heads], by offset.
 
-    T5 gives an offset a row of its own in the first half of those that there are for its direction, and lets longer
-    ones share the rest. A decoder, which looks back alone, has all rows for that: distance n is row n. An encoder
-    has half of them for either direction: n back is row n, n ahead is row 2 * max_length + n.
+    T5 divides its rows by direction. In the first half of a direction's rows, each distance has its own row; longer
+    distances share the second half. A decoder, which only looks back, uses all rows: distance n is row n. An encoder
+    uses half of them for each direction: n back is row n, n ahead is row 2 * max_length + n.
     """
     distance = torch.arange(4 * max_length) % (2 * max_length)
     head = torch.arange(1, num_heads + 1)
@@ -143,15 +144,15 @@ def _head_dim(c: TransformerConfig) -> int:
 
 
 def _fill_heads(weight: Tensor, num_heads: int, size: int) -> Tensor:
-    """[heads * d, d_model] -> [heads * size, d_model], with rows of zeros at the end of every head."""
+    """[heads * d, d_model] -> [heads * size, d_model], each head padded with rows of zeros."""
     by_head = weight.unflatten(0, (num_heads, -1))
     return F.pad(by_head, (0, 0, 0, size - by_head.size(1))).flatten(0, 1)
 
 
 def _to_seven_bits(layer: model_spec.LayerSpec, name: str, value: object) -> None:
-    """Weights from -64 to 64. Where a processor has no instruction for it (AVX2 without VNNI), a library adds up two
-    products in 16 bits: 2 * 255 * 64 fits, and with all 8 bits sums overflow, on AMD's processors unnoticed ("Nuances
-    of int8 computations" in oneDNN's guide)."""
+    """Halve int8 weights to [-64, 64], and their scales. Without VNNI (AVX2), libraries add two products in 16 bits.
+    2 * 255 * 64 fits; with all 8 bits the sums overflow, on AMD's processors unnoticed ("Nuances of int8
+    computations" in oneDNN's guide)."""
     scale = getattr(layer, f"{name.rpartition('/')[2]}_scale", None)
     if isinstance(scale, model_spec.NumpyVariable) and isinstance(value, model_spec.NumpyVariable):
         value.array = np.rint(value.array / 2).astype(np.int8)
@@ -159,5 +160,5 @@ def _to_seven_bits(layer: model_spec.LayerSpec, name: str, value: object) -> Non
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """A copy, for CTranslate2 quantizes what it is given in its place: it would be our model's own weights."""
+    """A copy, because CTranslate2 quantizes arrays in place, which would change our model's weights."""
     return tensor.detach().cpu().numpy().copy()

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: translate test and validation split, score them, compute perplexities, report."""
+"""Evaluate a trained model: translate the test and validation splits, score them, compute perplexities, report."""
 
 import json
 import math
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 def evaluate_run(
     settings: Settings, root: Path = Path(), final: Path = FINAL, reports: Path = REPORTS, progress: bool = True
 ) -> Evaluation:
-    """Evaluate the model in `root` / `final`, write the reports, add them to the MLflow run that trained it.
+    """Evaluate the model in `root` / `final`, write the reports, and add them to the MLflow run that trained it.
 
-    Raises ValueError with one line.
+    Raises ValueError with a one-line message if the model, its tokenizer or the texts are damaged or do not match.
     """
     model, tokenizer = load_trained(root / final)
     trained_on = read_run(root / final)
     if load_tokenizer(root / TOKENIZER).serialized_model_proto() != tokenizer.serialized_model_proto():
         raise ValueError(
-            f"{root / TOKENIZER} is another tokenizer than that of {root / final}: run the train stage again"
+            f"the tokenizer in {root / TOKENIZER} is not the one in {root / final}: run the train stage again"
         )
     languages = settings.data.src, settings.data.tgt
     test, valid = (read_split(name, *languages, root) for name in ("test", "valid"))
@@ -92,7 +92,7 @@ def evaluate_model(
     of_valid = _scores(valid, translations["valid"]) | {"ppl": valid_ppl, "ppl_word": valid_ppl_word}
     metrics = {
         "test": _scores(test, translations["test"]) | {"ppl": test_ppl, "ppl_word": test_ppl_word},
-        # of the final weights, an average: train.json has the perplexity of the last step's
+        # "averaged", because the final weights are an average; train.json has the perplexity of the last step's
         "valid": {f"averaged_{name}": value for name, value in of_valid.items()},
         "sentences_per_second": sum(map(len, translations.values())) / seconds,
     }
@@ -107,7 +107,7 @@ def evaluate_model(
 
 
 def _scores(split: Split, translations: list[Translation]) -> dict[str, Any]:
-    """Each score and its signature; those on Moses tokens where Moses knows the language."""
+    """Return each score and its signature; scores on Moses tokens only if Moses has rules for the language."""
     outputs = [translation.text for translation in translations]
     found = {"bleu": sacre_bleu(outputs, split.references, split.tgt)}
     if moses_knows(split.tgt):
@@ -122,10 +122,12 @@ def _scores(split: Split, translations: list[Translation]) -> dict[str, Any]:
 
 
 def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: bool = True) -> tuple[float, float]:
-    """exp of the mean of -ln p, without smoothing, per token (EOS is one) and per word of the reference.
+    """Return the perplexity per token (EOS included) and per word of the reference: exp of the mean of -ln p, without
+    label smoothing.
 
-    Words are as `num_words` counts them. The second figure has the same numerator, EOS and all, so it compares
-    models of different vocabularies. Pairs longer than max_length are left out.
+    Both have the same sum of -ln p, EOS included, so the perplexity per word compares models with different
+    vocabularies. Words are counted by `num_words`. Pairs longer than max_length are left out. Raises ValueError if
+    the loss is not finite.
     """
     longest = model.config.max_length
     src, tgt = split.tokens.src.lengths, split.tokens.tgt.lengths
@@ -142,12 +144,13 @@ def perplexities(model: Transformer, split: Split, batch_tokens: int, progress: 
 
     total, num_tokens = cross_entropy(model, collated())
     if not math.isfinite(total):
-        raise ValueError(f"{label}: the model's loss is {total}; train it anew with a lower train.lr_scale")
+        raise ValueError(f"{label}: the model's loss is {total}: train it again with a lower train.lr_scale")
     return perplexity(total, num_tokens), perplexity(total, max(1, words))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json: which run trained the model."""
+    """Read `folder`/run.json: the key of the run that trained the model, and its step. Raises ValueError if the file
+    is missing or damaged."""
     path = folder / "run.json"
     verify(folder, [path.name], "train")
     try:

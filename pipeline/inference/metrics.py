@@ -1,8 +1,8 @@
-"""How good translations are: two kinds of BLEU that must not be mixed, chrF, lengths.
+"""Scores of translations: two kinds of BLEU that must not be mixed, chrF, and the length ratio.
 
-sacreBLEU (detokenised text, its own tokenisation) is the number to compare across papers. The paper's BLEU and that
-of the Multi30k papers are counted on Moses tokens: for the same output they differ from sacreBLEU, mostly upwards,
-and compare with those papers alone.
+sacreBLEU (detokenised text, its own tokenisation) is the number to compare across papers. The BLEU of the paper and
+that of the Multi30k papers are computed on Moses tokens. For the same output they differ from sacreBLEU, and are
+mostly higher, so compare them only with those papers.
 """
 
 import math
@@ -18,33 +18,33 @@ from sacremoses.corpus import NonbreakingPrefixes
 from pipeline.common.languages import WORD_CHARACTERS, language_of, num_words
 
 TOKENIZERS = dict.fromkeys((*WORD_CHARACTERS, "ko"), "char") | dict.fromkeys(("zh", "yue", "wuu", "lzh"), "zh")
-"""sacreBLEU's tokenizers for languages that its 13a makes a single token of a sentence of. For Japanese and Korean
-its own choice is MeCab, of packages that this project does without; by characters a score is the same everywhere."""
+"""sacreBLEU's tokenizers for languages in which its default, 13a, finds one token per sentence. For Japanese and
+Korean its own choice is MeCab, which needs further packages; by characters, a score is the same everywhere."""
 _COMPOUND = re.compile(rb"(\S)-(\S)")
 BUCKET_WORDS = 5
-"""Source words that a group of `bleu_by_length` spans."""
+"""The range of source lengths, in words, of a group of `bleu_by_length`."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A corpus score, 0 to 100, and the conditions under which another may be compared with it."""
+    """A corpus score in [0, 100], and its signature: scores are comparable only if their signatures are equal."""
 
     value: float
     signature: str
 
 
 def bleu_tokenizer(language: str) -> str:
-    """sacreBLEU's tokenizer for text in this language."""
+    """Return the name of sacreBLEU's tokenizer for this language."""
     return TOKENIZERS.get(language_of(language), BLEU.TOKENIZER_DEFAULT)
 
 
 def moses_knows(language: str) -> bool:
-    """Whether Moses' tokenizer has rules for it. Of Chinese it has, but leaves words together."""
+    """Whether Moses' tokenizer has rules for the language. False for Chinese: its rules do not separate words."""
     return language_of(language) not in WORD_CHARACTERS and language in NonbreakingPrefixes().available_langs
 
 
 def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
-    """BLEU of detokenised text: mixed case, the language's `bleu_tokenizer`, else sacreBLEU's defaults."""
+    """BLEU of detokenised text, mixed case, with the language's `bleu_tokenizer`, else with sacreBLEU's defaults."""
     _check_lengths(hypotheses, references)
     metric = BLEU(tokenize=bleu_tokenizer(language))
     value = metric.corpus_score(hypotheses, [references]).score
@@ -52,7 +52,7 @@ def sacre_bleu(hypotheses: Sequence[str], references: Sequence[str], language: s
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
-    """chrF2: F-score of character n-grams, sacreBLEU's defaults."""
+    """chrF2, the F-score of character n-grams, with sacreBLEU's defaults."""
     _check_lengths(hypotheses, references)
     metric = CHRF()
     value = metric.corpus_score(hypotheses, [references]).score
@@ -60,7 +60,7 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
 
 
 def paper_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
-    """BLEU as the paper counts it (Table 2): Moses tokens, mixed case, German compounds split."""
+    """BLEU as in the paper (Table 2): on Moses tokens, mixed case, with German compounds split."""
     outputs, expected = moses_tokens(hypotheses, language), moses_tokens(references, language)
     compounds = "whole"
     if language == "de":
@@ -70,14 +70,14 @@ def paper_bleu(hypotheses: Sequence[str], references: Sequence[str], language: s
 
 
 def lowercase_bleu(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Score:
-    """BLEU as papers on Multi30k count it: Moses tokens, lower-cased, compounds whole."""
+    """BLEU as in papers on Multi30k: on lower-cased Moses tokens, with compounds whole."""
     outputs = [line.lower() for line in moses_tokens(hypotheses, language)]
     expected = [line.lower() for line in moses_tokens(references, language)]
     return Score(_token_bleu(outputs, expected), _token_signature(language, "lc", compounds="whole"))
 
 
 def length_ratio(hypotheses: Sequence[str], references: Sequence[str], language: str) -> float:
-    """Tokens of all hypotheses per token of the references, as the brevity penalty of `sacre_bleu` counts them."""
+    """Tokens of all hypotheses divided by tokens of all references, as in the brevity penalty of `sacre_bleu`."""
     _check_lengths(hypotheses, references)
     return BLEU(tokenize=bleu_tokenizer(language)).corpus_score(hypotheses, [references]).ratio
 
@@ -85,10 +85,10 @@ def length_ratio(hypotheses: Sequence[str], references: Sequence[str], language:
 def bleu_by_length(
     sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], src: str, tgt: str
 ) -> list[dict[str, float]]:
-    """sacreBLEU of the sentences whose source has 1 to 5 words, 6 to 10, and so on; empty groups are left out. `src`
-    and `tgt` are the languages.
+    """sacreBLEU of the sentences whose source has 1 to 5 words, 6 to 10, and so on.
 
-    Rows of `source_words` (the most in the group), `num_sentences` and `bleu`.
+    `src` and `tgt` are the languages. Returns a row for each group that is not empty: `source_words` (the largest
+    length of the group), `num_sentences` and `bleu`.
     """
     _check_lengths(hypotheses, references)
     groups: dict[int, list[tuple[str, str]]] = {}
@@ -106,24 +106,24 @@ def bleu_by_length(
 
 
 def moses_tokens(lines: Sequence[str], language: str) -> list[str]:
-    """What Moses' tokenizer.perl -l `language` makes of each line: tokens between spaces, special characters
-    escaped (in outputs and references alike, so that no score changes). A language that Moses does not know is
-    treated as English."""
+    """Tokenize each line as Moses' tokenizer.perl -l `language` does: tokens separated by spaces, special characters
+    escaped (in outputs and references alike, which changes no score). A language without rules in Moses is treated
+    as English."""
     tokenizer = sacremoses.MosesTokenizer(language)
     return [tokenizer.tokenize(line, return_str=True) for line in lines]
 
 
 def split_compounds(tokens: str) -> str:
-    """A hyphen between two other characters becomes a token of its own: rich-text -> rich ##AT##-##AT## text.
+    """Make each hyphen between two other characters a token: rich-text -> rich ##AT##-##AT## text.
 
-    Equal to the published recipe, perl -ple 's{(\\S)-(\\S)}{$1 ##AT##-##AT## $2}g': matches do not overlap, so
-    a-b-c keeps its second hyphen, and perl's characters are the bytes of UTF-8, so ä-ö-ü does not.
+    It equals the published recipe, perl -ple 's{(\\S)-(\\S)}{$1 ##AT##-##AT## $2}g'. Matches do not overlap, so a-b-c
+    keeps its second hyphen. Perl matches the bytes of UTF-8, so both hyphens of ä-ö-ü are split.
     """
     return _COMPOUND.sub(rb"\1 ##AT##-##AT## \2", tokens.encode()).decode()
 
 
 def _token_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of lines that are tokenised already, not smoothed, as Moses' multi-bleu.perl."""
+    """BLEU of tokenised lines, without smoothing, as Moses' multi-bleu.perl computes it."""
     _check_lengths(hypotheses, references)
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
     return metric.corpus_score(hypotheses, [references]).score
@@ -139,5 +139,6 @@ def _token_signature(language: str, case: str, compounds: str) -> str:
 def _check_lengths(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if len(hypotheses) != len(references) or not hypotheses:
         raise ValueError(
-            f"{len(hypotheses)} translations and {len(references)} references: as many, and at least one, are needed"
+            f"the numbers of translations and references must be equal and at least 1, got {len(hypotheses)} and "
+            f"{len(references)}"
         )

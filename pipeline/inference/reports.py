@@ -1,4 +1,4 @@
-"""What an evaluation leaves: files in reports/, a table for the terminal, scores and samples in MLflow."""
+"""The results of an evaluation: files in reports/, a table for the terminal, scores and samples in MLflow."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ TRANSLATIONS, VALID_TRANSLATIONS = "translations.tsv", "translations_valid.tsv"
 
 @dataclass(frozen=True)
 class Translated:
-    """An entry for every sentence of a split."""
+    """The sentences of a split: one entry of each list per sentence."""
 
     sources: list[str]
     references: list[str]
@@ -33,7 +33,7 @@ class Translated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` and `by_length` are the content of the reports, as are the translations."""
+    """The content of the reports: `metrics` of evaluation.json, `by_length` of bleu_by_length.csv, translations."""
 
     metrics: dict[str, Any]
     by_length: list[dict[str, float]]
@@ -55,13 +55,13 @@ def write_reports(evaluation: Evaluation, folder: Path) -> list[Path]:
 def _write_translations(path: Path, split: Translated) -> None:
     lines = ["source\treference\ttranslation\tscore"]
     for source, reference, best in zip(split.sources, split.references, split.translations, strict=True):
-        columns = (" ".join(text.split()) for text in (source, reference, best.text))  # no tab within one
+        columns = (" ".join(text.split()) for text in (source, reference, best.text))  # without tabs
         lines.append("\t".join((*columns, f"{best.score:.4f}")))
     write_text(path, "\n".join(lines) + "\n")
 
 
 def shown_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """What `dvc metrics show` prints of an evaluation, on one screen: BLEU and perplexity of the test split."""
+    """The few metrics that `dvc metrics show` prints on one screen: BLEU and perplexity of the test split."""
     test = metrics["test"]
     names = {"bleu": "bleu", "bleu_paper": "bleu_paper", "bleu_lc": "bleu_lowercase", "ppl": "ppl"}
     return {short: round(test[name], 3) for short, name in names.items() if name in test}
@@ -75,17 +75,17 @@ def log_to_mlflow(
     root: Path,
     final: Path,
 ) -> None:
-    """Add the model, the scores and some translations to the MLflow run that trained it."""
+    """Add the model, the scores and some translations to the MLflow run that trained the model."""
     uri = tracking_uri(root)
     run_id = find_training_run(uri, settings, trained_on["run_key"], root)
-    search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # it is served by torch
+    search = {key: getattr(settings.evaluate, key) for key in ("beam", "alpha", "max_extra")}  # torch serves it
     log_model(uri, run_id, final, search)
     flat = {"sentences_per_second": evaluation.metrics["sentences_per_second"]}
     for split in ("test", "valid"):
         flat |= {f"{split}_{name}": value for name, value in evaluation.metrics[split].items()}
     test = evaluation.test
     num_samples = min(settings.evaluate.num_samples, len(test.sources))
-    shown = [len(test.sources) * i // num_samples for i in range(num_samples)]  # from all over the split
+    shown = [len(test.sources) * i // num_samples for i in range(num_samples)]  # evenly spaced
     log_evaluation(
         uri,
         settings,
@@ -105,11 +105,11 @@ def log_to_mlflow(
 
 
 def format_scores(metrics: dict[str, Any]) -> str:
-    """The metrics for people; each score with its signature below it."""
+    """Format the metrics as a table, each score with its signature below it."""
     test, valid = metrics["test"], metrics["valid"]
     counts = f"{test['sentences']} test and {valid['averaged_sentences']} validation sentences"
     lines = [
-        f"{counts}, {metrics['sentences_per_second']:.1f} translated a second",
+        f"{counts}, {metrics['sentences_per_second']:.1f} translated per second",
         f"  {'':56}{'test':>11}{'valid':>11}",
     ]
 

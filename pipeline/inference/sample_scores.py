@@ -1,4 +1,4 @@
-"""BLEU and chrF of a sample of the validation split, while a model is being trained."""
+"""BLEU and chrF of a sample of the validation split, during training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,14 @@ from pipeline.inference.split import read_split
 from pipeline.inference.translate import translate
 
 SAMPLE_SEED = 0
-"""The same sentences in every run, so that the curves of two runs can be compared."""
+"""Fixed, so that all runs score the same sentences and their curves can be compared."""
 
 
 class SampleScorer:
-    """Scores models on `train.bleu_sentences` pairs of the validation split, in a folder with data/.
+    """Scores models on `train.bleu_sentences` pairs of the validation split. `root` is the folder that has data/.
 
-    By greedy search, whose BLEU rises and falls with that of `evaluate`, at a fraction of its cost; the other
-    settings of the search are those of `evaluate`, on torch. Raises ValueError if text or tokenizer are not there.
+    It uses greedy search in torch: its BLEU rises and falls with that of beam search, at a fraction of the cost. All
+    other settings of the search are those of `evaluate`. Raises ValueError if the texts or the tokenizer are missing.
     """
 
     def __init__(self, settings: Settings, root: Path) -> None:
@@ -34,8 +34,8 @@ class SampleScorer:
         self._search = replace(settings.evaluate, beam=1, engine="torch")
 
     def __call__(self, model: Transformer) -> dict[str, float]:
-        """{"valid_bleu", "valid_chrf"}; the model is as before afterwards."""
-        from pipeline.inference.metrics import chrf, sacre_bleu  # here: the first step does not wait for it
+        """Return {"valid_bleu": ..., "valid_chrf": ...}. The model's training mode is restored."""
+        from pipeline.inference.metrics import chrf, sacre_bleu  # a late import: the first step does not wait for it
 
         training = model.training
         translations = translate(model.eval(), self._tokenizer, self._sources, self._search, progress=False)

@@ -1,11 +1,11 @@
-"""The model as MLflow stores and serves it: sentences in, translations out. `tracking.results.log_model` logs it.
+"""The model that MLflow serves: it takes sentences and returns translations. `tracking.results.log_model` logs it.
 
     source .venv/bin/activate; export MLFLOW_TRACKING_URI=sqlite:///mlflow.db
     mlflow models serve --model-uri models:/m-... --env-manager local
     curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' -d '{"inputs": ["the dog sleeps"]}'
 
-MLflow runs this file to get the object that it calls (`set_model` below), which is why something happens here at
-import, and why this file imports mlflow, as only pipeline/tracking/ does otherwise.
+MLflow runs this file to get the object to call (`set_model` below). That is why importing it has an effect, and why
+it imports mlflow, as otherwise only pipeline/tracking/ does.
 """
 
 import logging
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class Translator(PythonModel):
-    """Beam search with the beam, alpha and max_extra that the model was evaluated with. What is too long for it is
-    translated in parts or cut, and the log has it; an empty sentence stays empty."""
+    """Translates by beam search, with the beam, alpha and max_extra of the model's evaluation. A sentence that is too
+    long is translated in parts or cut, and a warning is logged. An empty sentence stays empty."""
 
     def load_context(self, context: PythonModelContext) -> None:
         model, tokenizer = load_trained(Path(context.artifacts["weights"]).parent)
@@ -33,11 +33,11 @@ class Translator(PythonModel):
         self.search = threading.Lock()
 
     def predict(self, model_input: list[str]) -> list[str]:  # type: ignore[override]  # MLflow wants the types
-        def say(index: int, fate: str) -> None:
-            logger.warning("sentence %d of %d %s", index + 1, len(model_input), fate)
+        def log(index: int, message: str) -> None:
+            logger.warning("sentence %d of %d %s", index + 1, len(model_input), message)
 
-        with self.search:  # it has all cores, and changes the number of torch's threads, which others would take over
-            found = self.translate(model_input, say)
+        with self.search:  # one at a time: a search uses all cores and changes torch's number of threads for all
+            found = self.translate(model_input, log)
         return [best[0].text if best else "" for best in found]
 
 

@@ -1,4 +1,4 @@
-"""Sentence pairs as tokens and as text: what is translated and scored."""
+"""The sentence pairs of a split, as tokens to translate and as text to score."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.data.dataset import CorpusInfo, EncodedSplit
 
 @dataclass(frozen=True)
 class Split:
-    """Sentence pairs as tokens and as text. `src` and `tgt` are their languages."""
+    """A split of the corpus: its sentence pairs as tokens and as text. `src` and `tgt` are the languages."""
 
     name: str
     src: str
@@ -21,7 +21,7 @@ class Split:
 
 
 def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
-    """Raises ValueError if text and tokens do not belong together."""
+    """Read a split from `root`/data. Raises ValueError if the tokens were not made from these texts."""
     tokens, info = EncodedSplit.open(root / ENCODED, name), CorpusInfo.open(root / ENCODED)
     texts = []
     for code in (src, tgt):
@@ -30,8 +30,8 @@ def read_split(name: str, src: str, tgt: str, root: Path = Path()) -> Split:
             raise ValueError(f"{path} does not exist: run the validate stage first")
         if sha256_of(path) != info.texts.get(path.name):
             raise ValueError(
-                f"{path} is not the text that {root / ENCODED} was made of, it is damaged or has been changed: run "
-                "the stages up to tokenize again (dvc repro --force tokenize)"
+                f"{path} is not the text that {root / ENCODED} was made from: it is damaged or was changed; run the "
+                "stages up to tokenize again (dvc repro --force tokenize)"
             )
         texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     return Split(name, src, tgt, tokens, *texts)

@@ -1,4 +1,4 @@
-"""The beam search of model/decoding.py on batches of sources."""
+"""Beam search in torch (model/decoding.py) on batches of sources."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +14,15 @@ from pipeline.common.settings import Evaluate
 from pipeline.data.bucketing import pad, search_batches
 
 LEAST_WORK = 1 << 15
-"""Positions times d_model of a batch below which two threads at half a batch each take longer than one at the whole:
-most of what they do is to start operators."""
+"""The smallest batch worth splitting between threads, in positions times d_model. On smaller batches most of the time
+goes into starting operators, so two threads with half a batch each take longer than one with all of it."""
 
 
 class TorchEngine:
-    """A pipeline.inference.translate.Engine, on the model's device.
+    """A pipeline.inference.translate.Engine that runs on the model's device.
 
-    On a CPU, as many batches are searched at once as torch has threads; they share batch_tokens, and each has a
-    thread to itself: two at work on one batch would wait for one another at every operator.
+    On a CPU it searches as many batches at once as torch has threads, with one thread each, because two threads on
+    one batch would wait for each other at every operator. The batches share batch_tokens.
     """
 
     def __init__(self, model: Transformer, settings: Evaluate, num_best: int = 1) -> None:
@@ -41,13 +41,13 @@ class TorchEngine:
 
     @contextmanager
     def workers(self) -> Iterator[ThreadPoolExecutor]:
-        """In each of them an operator of torch uses one thread."""
+        """Yield the worker threads; in each of them, torch uses one thread per operator."""
         threads = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 yield pool
         finally:
-            torch.set_num_threads(threads)  # other threads may have followed the workers
+            torch.set_num_threads(threads)  # the workers' value may have reached other threads
 
     def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
         lengths = np.array([len(source) for source in sources])

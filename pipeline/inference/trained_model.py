@@ -1,4 +1,4 @@
-"""A trained model with the tokenizer that it was trained with, from one folder."""
+"""Load a trained model and its tokenizer from one folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 
 def load_trained(folder: Path) -> tuple[Transformer, "SentencePieceProcessor"]:
-    """What the train stage has written, verified. Raises ValueError that names what is missing or damaged."""
+    """Load and verify the model and tokenizer that the train stage wrote to `folder`.
+
+    Raises ValueError, which names the file, if one is missing or damaged, or if the two do not match.
+    """
     model, tokenizer = load_model(folder), load_tokenizer(folder, "train")
     if tokenizer.get_piece_size() != model.config.vocab_size:
         raise ValueError(
-            f"{folder} has a tokenizer of {tokenizer.get_piece_size()} tokens and a model of "
+            f"{folder} has a tokenizer with {tokenizer.get_piece_size()} tokens, but a model with "
             f"{model.config.vocab_size}: run the train stage again"
         )
     return model, tokenizer

@@ -1,7 +1,7 @@
-"""Tokens to text by beam search (section 6.1), in batches: what evaluation and a served model share.
+"""Translate token sequences to text by beam search (section 6.1 of the paper), in batches.
 
-`translate` is the whole way: cut sources, group them by length, let an engine search each group, decode. An engine
-is pipeline/inference/torch_engine.py or ctranslate2_engine.py. Text to text is pipeline/inference/lines.py.
+`translate` cuts the sources, groups them by length, lets an engine search each batch, and decodes the outputs. The
+engine is in torch_engine.py or ctranslate2_engine.py. To translate text to text, see lines.py.
 """
 
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Translation:
-    """One output. `score` is the search's: log-probability in nats over the length penalty."""
+    """One output. `score` is its log-probability in nats divided by the length penalty."""
 
     text: str
     score: float
-    finished: bool  # False: cut off at the longest length
+    finished: bool  # False: cut off at the maximum length
 
 
 class Engine(Protocol):
     """A beam search. Sources have at most model.max_length - 1 tokens, EOS not counted."""
 
     def batches(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """Which sources, of these lengths, are searched together: arrays of indices, each source once."""
+        """Group sources with these lengths into batches: arrays of indices, with each source once."""
 
     def workers(self) -> AbstractContextManager[ThreadPoolExecutor]:
-        """The threads that search batches at the same time."""
+        """The threads that call `search` on different batches at the same time."""
 
     def search(self, sources: list[np.ndarray]) -> list[list[Hypothesis]]:
-        """The best outputs for each source of a batch, best first, at least one; called by the workers."""
+        """Return at least one output for each source of a batch, best first. Called in the workers."""
 
 
 def translate(
@@ -54,11 +54,11 @@ def translate(
     title: str = "translating",
     engine: Engine | None = None,
 ) -> list[Translation]:
-    """The best output for each sentence (its tokens, without EOS), in their order, by the engine of the settings.
+    """Return the best output for each source (tokens of a sentence, without EOS), in the same order.
 
-    An output has at most max_extra tokens more than its source, and never more than max_length - 1; a source longer
-    than max_length - 1 is cut. Sentences of similar length are decoded together; with whom changes no translation.
-    `engine` is one that `engine_of` has made of the same, for several calls.
+    An output has at most max_extra tokens more than its source, and at most max_length - 1. A source longer than
+    max_length - 1 is cut. Sentences of similar length are decoded together, which changes no translation. `engine`:
+    to translate several times, pass an engine made by `engine_of` from the same model and settings; None makes one.
     """
     longest = model.config.max_length - 1
     cut = [np.asarray(sources[i][:longest], dtype=np.int64) for i in range(len(sources))]
@@ -73,7 +73,7 @@ def search_all(
     progress: bool = True,
     title: str = "translating",
 ) -> list[list[Translation]]:
-    """The best outputs for each source, as many as the engine gives, best first."""
+    """Return for each source all outputs of the engine, best first."""
     batches = engine.batches(np.array([len(source) for source in sources], dtype=np.int64))
     translations: list[list[Translation]] = [[] for _ in sources]
     with (
@@ -91,16 +91,16 @@ def search_all(
 def engine_of(
     model: Transformer, tokenizer: "SentencePieceProcessor", settings: Evaluate, num_best: int = 1
 ) -> Engine:
-    """The engine of the settings, which gives the `num_best` best outputs, fewer if a search finds fewer."""
+    """Make the engine that `settings.engine` names. It returns the `num_best` best outputs, or fewer if the search
+    finds fewer."""
     if settings.engine == "torch":
         return TorchEngine(model, settings, num_best)
-    from pipeline.inference.ctranslate2_engine import (
-        CTranslate2Engine,  # here: a served model does without CTranslate2
-    )
+    # A late import, because a served model does not need CTranslate2.
+    from pipeline.inference.ctranslate2_engine import CTranslate2Engine
 
     return CTranslate2Engine(model, tokenizer, settings, num_best)
 
 
 def _as_text(tokenizer: "SentencePieceProcessor", best: Hypothesis) -> Translation:
-    """On one line, though byte tokens can spell a line break."""
+    """Decode to one line of text: byte tokens can spell a line break."""
     return Translation(" ".join(tokenizer.decode(best.tokens).split()), best.score, best.finished)

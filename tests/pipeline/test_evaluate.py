@@ -132,7 +132,7 @@ def test_perplexities_of_a_model_that_gives_no_numbers_are_an_error(project: Pat
     model = load_model(project / "models/final")
     with torch.no_grad():
         model.embedding.weight[7] = math.nan
-    with pytest.raises(ValueError, match=r"^perplexity, test: the model's loss is nan; train it anew with a lower"):
+    with pytest.raises(ValueError, match=r"^perplexity, test: the model's loss is nan: train it again with a lower"):
         perplexities(model, read_split("test", "en", "de", project), 4096, progress=False)
 
 
@@ -308,7 +308,7 @@ def test_evaluate_refuses_the_tokenizer_of_another_model(project: Path, tmp_path
     root = shutil.copytree(project, tmp_path / "project")
     train_tokenizer(root / "data/clean/train.en", root / "data/clean/train.de", root / "data/tokenizer", 323)
     assert fault(root) == (
-        "evaluate: data/tokenizer is another tokenizer than that of models/final: run the train stage again"
+        "evaluate: the tokenizer in data/tokenizer is not the one in models/final: run the train stage again"
     )
 
 
@@ -316,14 +316,16 @@ def test_evaluate_refuses_text_that_is_not_the_encoded_one(project: Path, tmp_pa
     root = shutil.copytree(project, tmp_path / "project")
     with open(root / "data/clean/test.de", "a") as file:
         file.write("Noch ein Satz.\n")
-    assert fault(root).startswith("evaluate: data/clean/test.de is not the text that data/encoded was made of, it is")
+    assert fault(root).startswith(
+        "evaluate: data/clean/test.de is not the text that data/encoded was made from: it is"
+    )
 
 
 @pytest.mark.parametrize("name", ["test.en", "test.de", "valid.en", "valid.de"])
 def test_evaluate_refuses_a_damaged_text(project: Path, tmp_path: Path, fault, name: str):
     root = shutil.copytree(project, tmp_path / "project")
     flip_a_bit(root / "data/clean" / name)
-    assert fault(root).startswith(f"evaluate: data/clean/{name} is not the text that data/encoded was made of")
+    assert fault(root).startswith(f"evaluate: data/clean/{name} is not the text that data/encoded was made from")
 
 
 def test_evaluate_names_a_damaged_run_json(project: Path, tmp_path: Path, fault):

@@ -200,13 +200,13 @@ def test_export_reports_what_is_missing_or_does_not_match_in_one_line(project: P
         broken.encoder[0].feed_forward.w_1.weight[1, 1] = torch.nan
     save(broken, project / "models/broken")
     assert refusal("--model", "models/broken") == (
-        "export: the model's weights are not finite numbers: train it anew with a lower train.lr_scale"
+        "export: the model has weights that are not finite: train it again with a lower train.lr_scale"
     )
     config = json.loads((project / "models/final/config.json").read_text())
     model = Transformer(TransformerConfig(**config | {"vocab_size": 43}))
     save(model, project / "models/final")
     assert refusal() == (
-        "export: models/final has a tokenizer of 41 tokens and a model of 43: run the train stage again"
+        "export: models/final has a tokenizer with 41 tokens, but a model with 43: run the train stage again"
     )
     (project / "models/final/spm.model").unlink()
     assert refusal() == ("export: models/final/spm.model does not exist: run the train stage first (dvc repro train)")
