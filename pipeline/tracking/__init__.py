@@ -1,4 +1,4 @@
 """MLflow: the store, runs with their names and descriptions, the metric writer, results, views, provenance.
 
-Imports common/ and MLflow, which nothing else of the pipeline imports but inference/serving.py.
+Of the pipeline, it imports only common/. Only this package and inference/serving.py import MLflow.
 """

@@ -1,4 +1,4 @@
-"""Curves from inside training to MLflow, whatever becomes of the server."""
+"""Log curves from inside training to MLflow, also when the server is unreachable for a while."""
 
 import logging
 import threading
@@ -17,25 +17,27 @@ from pipeline.tracking.store import connect, server_answers
 logger = logging.getLogger(__name__)
 
 MAX_METRICS_PER_CALL = 1000
-"""MLflow's own limit."""
+"""MLflow's limit."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
-"""Answers that trying again will not change: a run that was deleted, a metric's name that MLflow forbids."""
+"""Errors that a retry cannot fix, such as a deleted run or an invalid metric name."""
 
 
 class MetricWriter:
-    """Logs curves from inside training: `log` returns at once and never fails, whatever becomes of the server.
+    """Logs curves from inside training. `log` returns at once and never raises, even if the server is unreachable.
 
-    A thread delivers the points in order, again and again until MLflow has them. A point at or before the last
-    step that MLflow has of a metric is dropped: it comes from steps that are taken a second time after a resume.
-    A point that reaches MLflow twice is recognised there by its time and value: because an answer got lost, or a slow
-    server wrote what a killed worker had sent after its successor had asked for the last steps. So the time is no
-    time, but the run's start and a millisecond for each step.
+    A thread sends the points in order and retries until MLflow has them. Each metric has one point per step:
 
-    What a killed process had still to deliver is in its last checkpoint, or is computed again from there: a worker
-    that resumes logs the checkpoint's curves first. Nothing bounds the queue, as a day's points are a few megabytes.
+    - Steps repeated after a resume: a point is dropped if MLflow already has this or a later step of the metric.
+    - A point sent twice, because a response was lost, or because a slow server wrote the points of a killed worker
+      after the next worker had read the last steps: MLflow ignores it, because its timestamp and value are equal. For
+      this, the timestamp is not the time, but the start of the run plus one millisecond per step.
 
-    Not MLflow's asynchronous logging (`synchronous=False`): that does not drop the points of steps that a resumed run
-    takes again, and gives a batch up when the server is away for longer than the client's own few retries.
+    The points that a killed process had not sent are in its last checkpoint or are computed again after it: a worker
+    that resumes first logs the checkpoint's curves. The queue has no limit, since a day's points take a few
+    megabytes.
+
+    Why not MLflow's asynchronous logging (`synchronous=False`): it does not drop the points of repeated steps, and it
+    discards a batch when the server is unreachable for longer than the client's few retries.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
@@ -50,20 +52,20 @@ class MetricWriter:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Steps must grow from call to call, for each metric by itself."""
+        """Add a point. The steps of each metric must increase from call to call."""
         self._points.append({"step": step, "metrics": {key: float(value) for key, value in metrics.items()}})
 
     def close(self, timeout_s: float = 60) -> bool:
-        """Deliver what waits; False if that did not succeed in time."""
+        """Send the remaining points and stop the thread. Returns False if points are left after `timeout_s`."""
         self._deadline = time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s + 1)
         if self._points:
-            logger.warning("MLflow run %s lacks %d points.", self._run_id, len(self._points))
+            logger.warning("MLflow run %s is missing %d points.", self._run_id, len(self._points))
         return not self._points
 
     def _run(self) -> None:
-        pause_s = 1.0  # so that a fast loop's points share calls
+        pause_s = 1.0  # so that several points share a call
         while not self._refused:
             closing = self._closing.wait(pause_s)
             delivered = self._deliver()
@@ -74,7 +76,7 @@ class MetricWriter:
                 time.sleep(0.5)
 
     def _deliver(self) -> bool:
-        """Deliver the queue; whether that succeeded."""
+        """Send the queue. Returns whether that succeeded."""
         try:
             if self._points and not server_answers(self._uri):
                 raise ConnectionError("no answer")
@@ -82,24 +84,25 @@ class MetricWriter:
             if self._last_steps is None:
                 run = client.get_run(self._run_id)
                 self._start_ms, self._last_steps = run.info.start_time, _last_steps(run)
-            waiting = len(self._points)  # what comes meanwhile shares the next call
+            waiting = len(self._points)  # points added in the meantime wait for the next call
             while waiting > 0:
                 waiting -= self._deliver_batch(client, self._last_steps)
-        except Exception as error:  # a thread has nobody to raise to
+        except Exception as error:  # an exception in a thread has no caller
             if isinstance(error, MlflowException) and error.error_code in REFUSALS:
                 self._refused = True
-                logger.warning("MLflow refuses the metrics of run %s: %s", self._run_id, error)
+                logger.warning("MLflow rejects the metrics of run %s: %s", self._run_id, error)
             elif not self._away:
                 self._away = True
-                logger.warning("MLflow at %s is away (%s); training goes on.", without_passwords(self._uri), error)
+                shown = without_passwords(self._uri)
+                logger.warning("MLflow at %s is unreachable (%s); training continues.", shown, error)
             return False
         if self._away:
             self._away = False
-            logger.warning("MLflow at %s is back; it has all points.", without_passwords(self._uri))
+            logger.warning("MLflow at %s is reachable again and has all points.", without_passwords(self._uri))
         return True
 
     def _deliver_batch(self, client: MlflowClient, last_steps: dict[str, int]) -> int:
-        """Deliver as many points as one call takes; returns how many left the queue."""
+        """Send as many points as one call allows. Returns the number of points removed from the queue."""
         batch: list[Metric] = []
         reached = dict(last_steps)
         num_points = 0
@@ -120,5 +123,5 @@ class MetricWriter:
 
 
 def _last_steps(run: Run) -> dict[str, int]:
-    # `data.metrics` has values alone, and a metric's history takes a second for 10,000 points.
+    # `data.metrics` has no steps, and reading a metric's history takes a second for 10,000 points.
     return {metric.key: metric.step for metric in run.data.to_proto().metrics}

@@ -1,4 +1,4 @@
-"""What runs are called: the model, the data, and what was changed. Does without MLflow."""
+"""Names of runs, from the model, the data and the changed settings. Does not import MLflow."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.common.settings import Settings
 
 MOST_CHANGES = 3
-"""A name with more would not fit into a column of MLflow's."""
+"""The most changes in a name: a longer one would not fit into a column of MLflow's table."""
 COUNTED = {
     "num_heads": "heads",
     "num_layers": "layers",
@@ -16,16 +16,16 @@ COUNTED = {
     "valid_pairs": "validation pairs",
     "test_pairs": "test pairs",
 }
-"""Settings that are numbers of something."""
+"""Settings that count something, with the noun."""
 
 
 def run_name(settings: Settings) -> str:
-    """ "mini on grammar, dropout 0.15, 100 steps, seed 2"."""
+    """The name of a run, such as "mini on grammar, dropout 0.15, 100 steps, seed 2"."""
     return f"{setup_name(settings)}, seed {settings.seed}"
 
 
 def setup_name(settings: Settings) -> str:
-    """The nearest presets and what differs from them, no seed: "mini on grammar, dropout 0.15, 100 steps"."""
+    """The nearest presets and the differences from them: "mini on grammar, dropout 0.15, 100 steps"."""
     model = settings.model
     sizes = f" ({setting_name('model.num_layers', model.num_layers)}, {setting_name('model.d_model', model.d_model)})"
     name = settings.model_name + (sizes if settings.model_name == "custom" else "")
@@ -36,14 +36,16 @@ def setup_name(settings: Settings) -> str:
 
 
 def changes_text(settings: Settings) -> str:
-    """All that differs from the nearest presets: "dropout 0.15, 100 steps"; "none" if nothing does, "custom" if the
-    model is far from all."""
+    """All differences from the nearest presets: "dropout 0.15, 100 steps".
+
+    "none" if there are none, "custom" if the model is far from all presets.
+    """
     nothing = "custom" if settings.model_name == "custom" else "none"
     return ", ".join(setting_name(key, value) for key, value in settings.changes.items()) or nothing
 
 
 def setting_name(key: str, value: Any, counted: Mapping[str, str] = COUNTED) -> str:
-    """A setting as people say it: "4 heads", "no positions", "100 steps", "d_ff 64"; `counted`: {setting: noun}."""
+    """A setting in words: "4 heads", "no positions", "100 steps", "d_ff 64". `counted` is {setting: plural noun}."""
     name = key.partition(".")[2]
     if name in counted:
         noun = counted[name]

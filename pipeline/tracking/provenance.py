@@ -1,4 +1,4 @@
-"""Where a run comes from: the Git commit, and DVC's hashes of its data. Does without MLflow."""
+"""The provenance of a run: the Git commit and DVC's hashes of its data. Does not import MLflow."""
 
 import os
 import subprocess
@@ -10,7 +10,10 @@ from pipeline.common.paths import CLEAN, TOKENIZER
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """The commit (GIT_COMMIT names it where there is no repository), and whether code or settings differ from it."""
+    """Tags with the commit (from GIT_COMMIT, if set) and whether code or settings differ from it.
+
+    {} without a repository.
+    """
     if commit := os.environ.get(GIT_COMMIT_ENV):
         stated = {"git_dirty": os.environ[GIT_DIRTY_ENV]} if GIT_DIRTY_ENV in os.environ else {}
         return {"git_commit": commit, "mlflow.source.git.commit": commit} | stated
@@ -30,7 +33,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def dvc_hashes(root: Path) -> dict[str, str]:
-    """{"data": DVC's hash of the checked texts, "tokenizer": of the tokenizer}, as far as dvc.lock has them."""
+    """DVC's hashes in dvc.lock of the checked texts, "data", and of the tokenizer, "tokenizer", if there are any."""
     outs = [out for stage in read_lock(root).values() for out in stage.get("outs", [])]
     hashes = {out["path"]: out["md5"] for out in outs if out.get("md5")}
     places = {"data": CLEAN, "tokenizer": TOKENIZER}

@@ -1,4 +1,4 @@
-"""What evaluation and reports add to a run: scores, tables, files, and the model for others to load."""
+"""The results that evaluation and reports add to a run: scores, tables, files, and the model for others to load."""
 
 import tempfile
 import time
@@ -24,18 +24,18 @@ from pipeline.tracking.store import (
 )
 
 SEARCH_SETTINGS = ("beam", "alpha", "max_extra", "engine")
-"""The settings of `evaluate` that change a translation."""
+"""The settings of `evaluate` that change translations."""
 SERVED_WITH = (
     "filelock", "mlflow", "numpy", "pydantic", "ruamel.yaml", "safetensors", "sentencepiece", "torch", "tqdm",
 )  # fmt: skip
-"""What inference/serving.py and what it imports need."""
+"""The packages that inference/serving.py and its imports need."""
 
 
 @refusal_as_connection_error
 def find_training_run(uri: str, settings: Settings, run_key: str, root: Path = Path()) -> str:
-    """The id of the run that trained; a model that was trained elsewhere (`dvc pull`) gets one in this store.
+    """The id of the run that trained the model. A model from elsewhere (`dvc pull`) gets a new run in this store.
 
-    Raises ConnectionError when the server stays away.
+    Raises ConnectionError if the server does not answer within 600 seconds.
     """
     await_server(uri, patience_s=600)
     client = connect(uri)
@@ -57,14 +57,14 @@ def log_evaluation(
     files: Sequence[Path],
     samples: Sequence[Mapping[str, str]],
 ) -> str:
-    """Add results to the run that trained; returns the id of the run that has them now.
+    """Add the results of an evaluation to the run that trained. Returns the id of the run that has them.
 
-    A run holds one evaluation. With another search (SEARCH_SETTINGS) than the one before, the results go into a child
-    of it that carries the same parameters; with the same, what is equal is left and what differs is added.
+    A run has one evaluation. If it was evaluated with another search (SEARCH_SETTINGS) before, the results go into a
+    child run with the same parameters. A second evaluation with the same search only logs metrics that have changed.
 
-    `tags` hold BLEU's signature; `files` go up as they are, and `samples` (columns by name) as a table. The metrics
-    are at step 0, because MLflow draws a bar of them then, and at any other step a curve of one point. Raises
-    ConnectionError when the server stays away.
+    `tags` contain the signature of BLEU. `files` are uploaded unchanged, `samples` (rows by column name) as a table.
+    Metrics are logged at step 0, because MLflow then draws a bar; at any other step it would draw a curve of one
+    point. Raises ConnectionError if the server does not answer within 600 seconds.
     """
     await_server(uri, patience_s=600)
     client = connect(uri)
@@ -91,7 +91,7 @@ def log_evaluation(
 
 
 def search_name(settings: Settings) -> str:
-    """How translations are searched for: "beam 4, alpha 0.6, max_extra 50, engine torch"."""
+    """The search settings in words: "beam 4, alpha 0.6, max_extra 50, engine torch"."""
     return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH_SETTINGS)
 
 
@@ -108,7 +108,7 @@ def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, st
         "run.key": key,
     }
     child = child or client.create_run(parent.info.experiment_id, tags={**inherited, **own})
-    params = {**parent.data.params, **search}  # again, if the evaluation that made the child was killed
+    params = {**parent.data.params, **search}  # logged again if a killed evaluation left the child incomplete
     client.log_batch(child.info.run_id, params=[Param(key, value) for key, value in params.items()])
     client.set_terminated(child.info.run_id, "FINISHED")
     return client.get_run(child.info.run_id)
@@ -116,11 +116,11 @@ def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, st
 
 @refusal_as_connection_error
 def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -> str:
-    """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve; returns its URI.
+    """Log the trained model for others to load (`mlflow.pyfunc.load_model`) or serve. Returns its URI.
 
-    `model` is the folder that the train stage has written, `search` the beam, alpha and max_extra to translate with.
-    The model carries the code it needs and exact versions of the packages; nothing in it is pickled. The same weights
-    are logged once only: what a killed evaluation has begun is completed.
+    `model` is the folder that the train stage wrote, and `search` has beam, alpha and max_extra for translation. The
+    logged model includes the code that it needs and the exact versions of packages; nothing in it is pickled. The
+    same weights are logged only once. A model that a killed evaluation left incomplete is completed.
     """
     await_server(uri, patience_s=600)
     client = connect(uri)
@@ -128,7 +128,7 @@ def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -
     digest = sha256_of(model / "weights.safetensors")
     if run.data.tags.get("run.weights_sha256") == digest:
         return f"models:/{run.data.tags['run.model_id']}"
-    # By way of the client, as mlflow.pyfunc.log_model works on the process's one global store and active run.
+    # Not mlflow.pyfunc.log_model: it uses the global store and active run of the process.
     logged = _begun_model(client, run, digest) or client.create_logged_model(
         run.info.experiment_id,
         "transformer",
@@ -146,8 +146,10 @@ def log_model(uri: str, run_id: str, model: Path, search: Mapping[str, float]) -
 
 
 def _begun_model(client: MlflowClient, run: Run, digest: str) -> LoggedModel | None:
-    """The model of these weights that a killed evaluation of the run has left. Such ones of other weights, which
-    nobody will complete, are ended."""
+    """The incomplete model of these weights that a killed evaluation of the run has left, or None.
+
+    Incomplete models of other weights are marked FAILED, since nobody will complete them.
+    """
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     for logged in found:
         if logged.tags.get("run.weights_sha256") == digest and logged.status != LoggedModelStatus.FAILED:
@@ -181,8 +183,10 @@ def _upload_model(client: MlflowClient, model_id: str, model: Path, search: Mapp
 def log_report(
     uri: str, run_id: str, files: Sequence[Path], metrics: Mapping[str, float], note: str | None = None
 ) -> None:
-    """Add files and figures to a run, in place of those of the same name; `note` becomes its description. Raises
-    ConnectionError when the server stays away, ValueError when there is no such run any more."""
+    """Add files and metrics to a run, replacing those of the same name. `note` becomes its description.
+
+    Raises ConnectionError if the server does not answer within 600 seconds, and ValueError if the run was deleted.
+    """
     await_server(uri, patience_s=600)
     client = connect(uri)
     known = require_run(client, run_id).data.metrics
@@ -199,8 +203,10 @@ def log_report(
 
 @refusal_as_connection_error
 def log_comparison(uri: str, run_id: str, metrics: Mapping[str, float], verdict: str) -> None:
-    """Add to a trial's run how it differs from base: `metrics`, below VS_BASE, and the verdict as a tag. A run that
-    is gone is left out."""
+    """Add the comparison with base to the run of a trial: `metrics` with the prefix VS_BASE, and `verdict` as a tag.
+
+    Does nothing if the run was deleted.
+    """
     client = connect(uri)
     try:
         known = require_run(client, run_id).data

@@ -1,8 +1,8 @@
-"""The life of an MLflow run: opened, owned by a process, ended; and what becomes of those whose process died.
+"""The life cycle of an MLflow run: a process opens, owns and ends it; `reconcile` ends the runs of dead processes.
 
-There is one run per `run_key`, a digest of everything that training depends on: a run that was killed is
-continued, and training that is asked for again finds the run it had. The driver opens and ends a run, the training
-worker draws its curves through a `MetricWriter`, and evaluation adds its results at the end.
+There is one run per `run_key`, which identifies everything that training depends on: training that is resumed or
+repeated uses the same run. The driver opens and ends the run, the training worker logs its curves through a
+`MetricWriter`, and evaluation adds its results.
 """
 
 import contextlib
@@ -31,10 +31,12 @@ from pipeline.tracking.store import await_server, connect, find_run, open_experi
 logger = logging.getLogger(__name__)
 
 LONG_SILENCE_S = 90
-"""After so long without a sign a run is taken for dead. Its worker gives one every 20 s at least (accounting.py)."""
+"""Seconds without a sign of life after which a run counts as dead. Workers write one at least every 20 s
+(accounting.py)."""
 
 ENDING_S = 15
-"""Longer than a process takes to end after its `dvc repro` was killed (cli.begin): a user starts it again."""
+"""Seconds. Longer than a process takes to end after its `dvc repro` was killed (cli.begin), since the user may start
+it again at once."""
 
 
 @refusal_as_connection_error
@@ -47,19 +49,19 @@ def open_run(
     folder: AnyPath | None = None,
     last_sign_at: float | None = None,
 ) -> str:
-    """The id of the run of `run_key`, RUNNING and owned by this process; made if there is none.
+    """Open the run of `run_key`, or create it, and return its id. The run is then RUNNING and owned by this process.
 
-    To be called by the driver before any worker opens the store: it also creates a new database, which several
-    processes at once cannot. `tags` (what the caller knows: workers, device, versions, ...) come on top of ours
-    and may set MLflow's own, such as mlflow.runName, mlflow.parentRunId and mlflow.note.content, the description. The
-    tag `change` is a parameter too: where MLflow compares runs it shows no tags, and of the parameters the first
-    three in the alphabet. Tags that only programs read begin with "run.", so that MLflow's page shows them together.
+    The driver calls this before any worker opens the store, because it also creates a new database, which several
+    processes cannot do at once. `tags` (workers, device, versions, ...) are added to the tags of this function and
+    may set MLflow's own: mlflow.runName, mlflow.parentRunId, mlflow.note.content (the description). The tag `change`
+    is also logged as a parameter, because MLflow's comparison of runs shows no tags, and only the first three
+    parameters in alphabetical order. Tags for programs begin with "run.", so that MLflow's page shows them together.
 
-    A lock in `folder`, that of the run, decides between processes that ask at the same moment. `last_sign_at` is when
-    the run was last heard of there (seconds since the epoch).
+    A lock in `folder`, the folder of the run, decides between processes that call this at the same moment.
+    `last_sign_at` is the time of the last sign of life there (seconds since the epoch).
 
-    Raises ConnectionError when the server does not answer, ValueError when another process of this machine is at
-    work on the same run, or one elsewhere was LONG_SILENCE_S seconds ago.
+    Raises ConnectionError if the server does not answer. Raises ValueError if another process of this machine is
+    training the run, or if one on another machine gave a sign of life in the last LONG_SILENCE_S seconds.
     """
     await_server(uri, patience_s=10)
     client = connect(uri)
@@ -86,13 +88,13 @@ def open_run(
             _refuse_if_elsewhere(run, last_sign_at)
         run_id = run.info.run_id
         missing = {key: value for key, value in params.items() if key not in run.data.params}
-        name = all_tags.pop("mlflow.runName")  # in log_batch it takes four of the 15 connections that a server has
+        name = all_tags.pop("mlflow.runName")  # in log_batch, it would take four of a server's 15 connections
         client.log_batch(
             run_id,
             params=[Param(key, value) for key, value in missing.items()],
             tags=[RunTag(key, str(value)) for key, value in all_tags.items()],
         )
-        client.update_run(run_id, status="RUNNING", name=name)  # after its owner is known: `reconcile` may look
+        client.update_run(run_id, status="RUNNING", name=name)  # after the owner's tags, which `reconcile` reads
     client.log_dict(run_id, asdict(settings), "settings.yaml")
     if "data" in hashes:
         _log_dataset(client, run_id, settings.data.corpus, hashes["data"], root)
@@ -107,38 +109,42 @@ def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, root
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
     try:
         client.log_inputs(run_id, inputs)
-    except MlflowException:  # another process was first to log this data, at the same moment
+    except MlflowException:  # another process has logged this data at the same moment
         client.log_inputs(run_id, inputs)
 
 
 def _refuse_if_running_here(run: Run) -> None:
-    """Raise ValueError when another process of this machine is at work on the run, and does not end in ENDING_S."""
+    """Raise ValueError if another process of this machine owns the run and does not end within ENDING_S seconds."""
     deadline = time.monotonic() + ENDING_S
     while _owner_lives(run) and int(run.data.tags["run.owner_pid"]) != os.getpid():
         if time.monotonic() > deadline:
             raise ValueError(
-                f"the same training is running already (process {run.data.tags['run.owner_pid']}, "
+                f"the same training is already running (process {run.data.tags['run.owner_pid']}, "
                 f"MLflow run {run.info.run_id}): wait for it or stop it"
             )
         time.sleep(0.1)
 
 
 def _refuse_if_elsewhere(run: Run, last_sign_at: float | None) -> None:
-    """Judge by the last sign of life, because another machine's processes cannot be asked. The first sign is that it
-    took the run."""
+    """Raise ValueError if a process of another machine owns the run and has given a sign of life recently.
+
+    Processes of another machine cannot be checked directly. Opening the run counts as a sign of life.
+    """
     host = run.data.tags.get("run.owner_host")
     silence_s = time.time() - max(last_sign_at or 0, float(run.data.tags.get("run.owner_since", 0)))
     if run.info.status == "RUNNING" and host != socket.gethostname() and silence_s < LONG_SILENCE_S:
         raise ValueError(
-            f"{host} is at work on this (MLflow run {run.info.run_id}, heard of {max(0, silence_s):.0f} s ago): wait "
-            f"for it or stop it; if it is dead, start again {LONG_SILENCE_S} s after its last sign"
+            f"{host} is training this run (MLflow run {run.info.run_id}, last sign of life "
+            f"{max(0, silence_s):.0f} s ago): wait for it or stop it; if it has died, start again "
+            f"{LONG_SILENCE_S} s after its last sign of life"
         )
 
 
 def run_params(settings: Settings) -> dict[str, str]:
-    """The settings of training by short names, for MLflow's compare view.
+    """The parameters of an MLflow run: the settings of training by short names, which fit MLflow's compare view.
 
-    `evaluate` is left out: log_evaluation adds it. So are the corpus's own limits, which settings.yaml has.
+    `evaluate` is left out because log_evaluation adds it. `validate` and the sizes of the corpus are only in
+    settings.yaml.
     """
     named = {
         "data": settings.data_name,
@@ -154,7 +160,7 @@ def run_params(settings: Settings) -> dict[str, str]:
 
 
 def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: float = 600) -> None:
-    """End the run. A server that stays away is a warning, not an error: what was trained is safe on disk."""
+    """End the run. If the server does not answer, this is only a warning: the trained model is safe on disk."""
     try:
         await_server(uri, patience_s)
         connect(uri).set_terminated(run_id, status)
@@ -164,8 +170,10 @@ def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: floa
 
 @contextlib.contextmanager
 def run_guard(uri: str, run_id: str) -> Iterator[None]:
-    """Mark a run that does not finish: KILLED if its process is told to stop, else FAILED. Only SIGKILL gets past;
-    see `reconcile`."""
+    """Mark the run KILLED if its process is stopped within the block, and FAILED after another exception.
+
+    It cannot handle SIGKILL; `reconcile` does.
+    """
     try:
         yield
     except BaseException as error:
@@ -176,9 +184,9 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
 
 @refusal_as_connection_error
 def reconcile(uri: str, experiment: str) -> list[str]:
-    """Mark KILLED every run of this machine that is RUNNING although its process is gone; returns their ids.
+    """Mark as KILLED every RUNNING run of this machine whose process is gone. Returns their ids.
 
-    Runs whose owner is on another machine are left as they are: from here nobody can tell.
+    Runs of other machines are not changed, because their processes cannot be checked from here.
     """
     here = socket.gethostname()
 
@@ -190,8 +198,10 @@ def reconcile(uri: str, experiment: str) -> list[str]:
 
 @refusal_as_connection_error
 def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
-    """Mark KILLED every child of the run that is RUNNING; returns their ids. For the driver of a sweep alone, which
-    knows that none of them is: unlike `reconcile`, this holds for children on other machines too."""
+    """Mark as KILLED every RUNNING child of the run, also of other machines. Returns their ids.
+
+    Only for the driver of a sweep, which knows that none of them is running any more.
+    """
     return _kill_running(uri, experiment, lambda run: run.data.tags.get("mlflow.parentRunId") == parent_id)
 
 
@@ -209,7 +219,7 @@ def _kill_running(uri: str, experiment: str, nobody_runs: Callable[[Run], bool])
 
 
 def end_run_of(uri: str, run_key: str, experiment: str, status: str, reason: str) -> None:
-    """End the run of this key, with the reason as a tag: its own process was ended from outside."""
+    """End the run of this key from another process, with the reason as the tag `ended`."""
     client = connect(uri)
     found = client.get_experiment_by_name(experiment)
     run = find_run(client, found.experiment_id, run_key) if found else None
@@ -220,7 +230,7 @@ def end_run_of(uri: str, run_key: str, experiment: str, status: str, reason: str
 
 
 def _owner_tags() -> dict[str, str]:
-    """Which process runs this; a process id alone is used again after a while."""
+    """Tags that identify this process. Its start time is among them because process ids are reused."""
     me = psutil.Process()
     return {
         "run.owner_host": socket.gethostname(),
@@ -231,13 +241,13 @@ def _owner_tags() -> dict[str, str]:
 
 
 def _owner_lives(run: Run) -> bool:
-    """Whether a process of this machine is at work on the run."""
+    """Whether the run is RUNNING and its process on this machine is alive."""
     tags = run.data.tags
     if run.info.status != "RUNNING" or tags.get("run.owner_host") != socket.gethostname():
         return False
     try:
         owner = psutil.Process(int(tags["run.owner_pid"]))
         same = abs(owner.create_time() - float(tags["run.owner_started"])) < 2
-        return same and owner.status() != psutil.STATUS_ZOMBIE  # in a container often nobody waits for orphans
+        return same and owner.status() != psutil.STATUS_ZOMBIE  # in a container, orphans often stay zombies
     except psutil.NoSuchProcess:
         return False

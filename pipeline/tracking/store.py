@@ -1,4 +1,4 @@
-"""MLflow's store: the client, waiting for a server, and refusals as errors of one line."""
+"""MLflow's store: the client, waiting for a server, and MLflow's errors as one-line errors."""
 
 import logging
 import os
@@ -31,20 +31,22 @@ R = TypeVar("R")
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the store, quiet and quick to give up. Raises ConnectionError if a database cannot be opened."""
+    """A client of the store with few retries and log lines. Raises ConnectionError if a database cannot be opened."""
     set_defaults(MLFLOW_CLIENT)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of every table it makes
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it logs every table that it creates
     file = database_file(uri)
     try:
         return open_database(uri, file) if file else MlflowClient(address(uri))
-    except Exception as error:  # of a database: MLflow's, SQLAlchemy's or its driver's
-        way_out = "; move that file away to begin a new one" if file and file.exists() else ""
+    except Exception as error:  # of MLflow, SQLAlchemy or the database driver
+        way_out = "; move that file away to start a new store" if file and file.exists() else ""
         raise ConnectionError(f"{_refusal(uri, error)}{way_out}") from error
 
 
 def address(uri: str) -> str:
-    """That of a server without the name and password in it, which become MLflow's own variables: its errors show the
-    address. Of another store it is the URI."""
+    """The URI of a store, for a server without user name and password.
+
+    They are moved to MLflow's environment variables, because its error messages show the URI.
+    """
     parts = urlsplit(uri)
     if not (parts.scheme.startswith("http") and parts.username and parts.password):
         return uri
@@ -59,7 +61,7 @@ def _refusal(uri: str, error: Exception) -> str:
 
 
 def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
-    """Decorator: turn a MlflowException (of a refused password, for example) into a ConnectionError of one line."""
+    """Decorator: turn an MlflowException (a wrong password, for example) into a one-line ConnectionError."""
 
     @wraps(call)
     def wrapped(uri: str, /, *arguments: P.args, **named: P.kwargs) -> R:
@@ -72,14 +74,16 @@ def refusal_as_connection_error(call: Callable[Concatenate[str, P], R]) -> Calla
 
 
 def prepare_store(uri: str) -> None:
-    """Open a store that is a file and create its tables where there are none: this takes seconds, which can be spent
-    while something else starts. Raises ConnectionError if it cannot be opened."""
+    """If the store is a file, open it and create missing tables. Raises ConnectionError if it cannot be opened.
+
+    This takes seconds, so it can run while something else starts.
+    """
     if database_file(uri):
         connect(uri)
 
 
 def server_answers(uri: str) -> bool:
-    """Whether there is a server at `uri`; a database needs none."""
+    """Whether the server at `uri` answers. True for a database, which needs no server."""
     if not uri.startswith("http"):
         return True
     try:
@@ -121,7 +125,7 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
     """The id of the experiment, which is created if there is none. Raises ValueError if it was deleted."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        local = not client.tracking_uri.startswith("http")  # a server chooses the place for artifacts itself
+        local = not client.tracking_uri.startswith("http")  # a server chooses the location of artifacts itself
         file = database_file(client.tracking_uri)
         folder = artifacts_beside(file) if file else home(root) / "mlartifacts"
         try:
@@ -129,7 +133,7 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            return open_experiment(client, name, root)  # which another process has made at the same moment
+            return open_experiment(client, name, root)  # created by another process at the same moment
         if local:
             _delete_empty_default(client)
         return experiment_id
@@ -141,7 +145,7 @@ def open_experiment(client: MlflowClient, name: str, root: Path) -> str:
 
 
 def _delete_empty_default(client: MlflowClient) -> None:
-    """MLflow makes an experiment "Default" in every new database. Of a server others may use it."""
+    """Delete the empty experiment "Default" that MLflow creates in a new database. On a server, others may use it."""
     default = client.get_experiment_by_name("Default")
     if default is None or default.lifecycle_stage != "active":
         return
@@ -155,7 +159,7 @@ def find_run(client: MlflowClient, experiment_id: str, run_key: str) -> Run | No
 
 
 def require_run(client: MlflowClient, run_id: str) -> Run:
-    """Raises ValueError if there is no such run, or it was deleted."""
+    """The run with this id. Raises ValueError if there is none, or if it was deleted."""
     shown = without_passwords(client.tracking_uri)
     try:
         run = client.get_run(run_id)

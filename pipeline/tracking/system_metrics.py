@@ -1,4 +1,4 @@
-"""MLflow's own record of a machine during training: use of processors, memory, disks, network, GPUs."""
+"""MLflow's system metrics of a machine during training: use of CPUs, memory, disks, network and GPUs."""
 
 import logging
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from pipeline.tracking.store import address
 
 @contextmanager
 def system_metrics(uri: str, run_id: str, node: str | None = None) -> Iterator[None]:
-    """Log them to the run while the block runs, a point every 10 s; below system/, on several nodes system/`node`/.
+    """Log system metrics to the run during the block, every 10 s, as system/... or, with `node`, system/`node`/...
 
-    Points go on where a run was interrupted. GPUs are among them where the package nvidia-ml-py is installed. A store
-    that is away ends the record, not the block.
+    After an interruption, the curves continue. GPUs are included if the package nvidia-ml-py is installed. If the
+    store becomes unreachable, the logging ends, but the block continues.
     """
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, node_id=node, tracking_uri=address(uri))

@@ -1,7 +1,8 @@
-"""Ready-made views on MLflow's page: of a sweep, and of single runs.
+"""Prepared views on MLflow's page, for a sweep and for single runs.
 
-MLflow has no public way to make one: this writes the state that the page itself keeps in a tag of the experiment. It
-was written for the MLflow of VIEW_STATE_VERSION; with another there is no view, and nothing else is missing.
+MLflow has no public API for views. This module writes the state of the page into the tag of the experiment that the
+page itself uses. It works with the MLflow version VIEW_STATE_VERSION. With another version there are no views, and
+everything else works.
 """
 
 import json
@@ -20,36 +21,38 @@ from pipeline.tracking.store import await_server, connect, require_run
 logger = logging.getLogger(__name__)
 
 VIEW_STATE_VERSION = "3.17"
-"""The MLflow whose page reads what `_sweep_state` and `_runs_state` write."""
+"""The version of MLflow whose page reads `_sweep_state` and `_runs_state`."""
 SWEEP_VIEW, RUNS_VIEW = "rows", "runs"
 LOCAL_UI = "http://127.0.0.1:5000"
-"""Where `make ui` serves."""
+"""The address of `make ui`."""
 ABOUT_SWEEPS = (
-    "Sweeps over rows of Table 3, by `python -m sweeps.run`. A run that has others below it is a sweep, with its "
-    "table in its description; those below are one row with one seed each."
+    "Sweeps over rows of Table 3, by `python -m sweeps.run`. Each sweep is a parent run with the results table in "
+    "its description. Its child runs are the trials: one row with one seed each."
 )
 ABOUT_RUNS = (
-    "Single runs, by `dvc repro` or `python -m pipeline.train`. The name of a run has what was changed; those below "
-    "it are the same weights, translated by another search."
+    "Training runs, by `dvc repro` or `python -m pipeline.train`. The name of a run shows the presets, the settings "
+    "that differ from them, and the seed. Child runs evaluate the same weights with other search settings."
 )
 
 
 def share_sweep_view(uri: str, run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> str | None:
-    """Give the experiment of `run_id` a view of the children of that run; returns its address, None if it has none.
+    """Add a view of the children of run `run_id` to its experiment. Returns the view's address, or None.
 
-    It shows them sorted by the first of `metrics`, with these columns, and as parallel coordinates of `parameters`
-    against that metric. Raises nothing: with another MLflow, or if the store refuses, a warning is logged.
+    The view shows `metrics` and `parameters` as columns, sorted by the first metric, and a chart of parallel
+    coordinates of `parameters` against that metric. Never raises: with another version of MLflow, or if the store
+    refuses, it logs a warning and returns None.
     """
     return _share(uri, run_id, SWEEP_VIEW, _sweep_state(run_id, parameters, metrics), ABOUT_SWEEPS)
 
 
 def share_runs_view(uri: str, run_id: str, curves: Sequence[str], metrics: Sequence[str]) -> str | None:
-    """The same for single runs, the experiment of `run_id`: newest first, with these columns, curves and bars."""
+    """Add a view of all runs to the experiment of `run_id`: newest first, with `metrics` as columns and bars, and
+    `curves` as charts. Returns and never raises as `share_sweep_view`."""
     return _share(uri, run_id, RUNS_VIEW, _runs_state(curves, metrics), ABOUT_RUNS)
 
 
 def view_addresses(uri: str) -> dict[str, str]:
-    """{experiment: address} of all views in the store. Raises ConnectionError if that cannot be opened."""
+    """The views in the store, {experiment: address}. Raises ConnectionError if the store cannot be opened."""
     await_server(uri, patience_s=10)
     return {
         experiment.name: f"{_page(uri, experiment.experiment_id)}{_view(name)}"
@@ -60,14 +63,14 @@ def view_addresses(uri: str) -> dict[str, str]:
 
 
 def experiment_page(uri: str, run_id: str) -> str:
-    """The address of the run's experiment on MLflow's page; that of the run is below it, at /runs/<id>."""
+    """The address of the run's experiment on MLflow's page. The run's address is this plus /runs/<id>."""
     return _page(uri, require_run(connect(uri), run_id).info.experiment_id)
 
 
 def _share(uri: str, run_id: str, name: str, state: dict[str, Any], about: str) -> str | None:
-    """Write the view, and its address into the experiment's description, unless somebody has written another."""
+    """Write the view, and a link to it in the experiment's description, unless a user has changed the description."""
     if not mlflow.__version__.startswith(f"{VIEW_STATE_VERSION}."):
-        logger.warning("No view in MLflow %s: views.py was written for %s.", mlflow.__version__, VIEW_STATE_VERSION)
+        logger.warning("No view in MLflow %s: views.py supports only %s.", mlflow.__version__, VIEW_STATE_VERSION)
         return None
     try:
         await_server(uri, patience_s=10)
@@ -82,7 +85,7 @@ def _share(uri: str, run_id: str, name: str, state: dict[str, Any], about: str) 
 
 
 def _describe(client: MlflowClient, experiment_id: str, about: str, name: str) -> None:
-    note = f"{about}\n\n[Side by side](#/experiments/{experiment_id}{_view(name)})"
+    note = f"{about}\n\n[Compare these runs](#/experiments/{experiment_id}{_view(name)})"
     found = client.get_experiment(experiment_id).tags.get(NOTE, about)
     if found.startswith(about) and found != note:
         client.set_experiment_tag(experiment_id, NOTE, note)
@@ -101,7 +104,7 @@ def _page(uri: str, experiment_id: str) -> str:
     return f"{server}/#/experiments/{experiment_id}"
 
 
-# What the page's button "Share view" writes: of the page's state, only what differs from its start.
+# The state that the page's button "Share view" writes. Only what differs from the initial state is needed.
 
 
 def _sweep_state(run_id: str, parameters: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
@@ -111,14 +114,14 @@ def _sweep_state(run_id: str, parameters: Sequence[str], metrics: Sequence[str])
         "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in parameters)],
         "orderByKey": f"metrics.`{metrics[0]}`",
         "orderByAsc": False,
-        **_charts({"What was changed": [{"type": "PARALLEL"} | lines], "What came of it": _bars(metrics)}),
+        **_charts({"Changes": [{"type": "PARALLEL"} | lines], "Results": _bars(metrics)}),
     }
 
 
 def _runs_state(curves: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     lines = [{"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} | LINE for name in curves]
     columns = [*(f"metrics.`{name}`" for name in metrics), "params.`change`", "params.`seed`", "params.`max_steps`"]
-    return {"selectedColumns": columns, **_charts({"Training": lines, "Result": _bars(metrics)})}
+    return {"selectedColumns": columns, **_charts({"Training": lines, "Results": _bars(metrics)})}
 
 
 LINE = {
@@ -134,7 +137,7 @@ LINE = {
     "useGlobalXaxisKey": True,
     "useGlobalLineSmoothing": True,
 }
-"""A chart of curves as the page makes one."""
+"""A line chart in its default state."""
 
 
 def _bars(metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -142,7 +145,7 @@ def _bars(metrics: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _charts(sections: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The page's state of the charts of {section: charts}, in this order; a section of one chart has one column."""
+    """The page's state for {section: charts}, in this order. A section with one chart has one column."""
     common: dict[str, Any] = {"isGenerated": False, "deleted": False, "runsCountToCompare": 100}
     shown = {"display": True, "isReordered": False, "cardHeight": 420}
     return {

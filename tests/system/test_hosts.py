@@ -385,7 +385,7 @@ def test_train_goes_on_while_the_tracking_server_is_away(new_run, figures):
         last = new_run.step()
         new_run.cluster("start", "mlflow")
         new_run.await_step(last + 100)
-        new_run.project.wait_for(lambda: "is back; it has all points" in new_run.project.log(), "return", PATIENCE_S)
+        new_run.project.wait_for(lambda: "reachable again and has all" in new_run.project.log(), "return", PATIENCE_S)
     state = new_run.state(new_run.checkpoint())
     curve = state["training_curve"]
     away = [p["tokens_per_second"] for p in curve if first + 7 < p["step"] <= last]

@@ -81,7 +81,7 @@ def test_a_store_that_a_kill_left_half_made_is_made_again(
     client = connect(uri_of(half_made))
     open_experiment(client, "ours", tmp_path)
     assert [record.message for record in caplog.records if record.name == database.logger.name] == [
-        f"{half_made} lacked tables, as a kill may leave it: it is made again. No run was in it."
+        f"Creating {half_made} again: it lacked tables (was a process killed?) and had no run."
     ]
 
 
@@ -90,7 +90,7 @@ def test_an_empty_file_becomes_a_store_with_a_warning(tmp_path: Path, caplog: py
     file = tmp_path / "mlflow.db"
     file.touch()
     assert connect(uri_of(file)).search_experiments()
-    assert f"{file} lacked tables" in caplog.text
+    assert f"Creating {file} again" in caplog.text
 
 
 @pytest.mark.parametrize("table", ["_alembic_tmp_runs", "experiments"])
@@ -149,7 +149,7 @@ def test_a_project_that_was_moved_takes_its_artifacts_along(
     root.rename(moved)
     for _ in range(2):
         assert artifacts_of(moved / "mlflow.db", run_id) == f"{(moved / 'mlartifacts').as_uri()}/{run_id}/artifacts"
-    said = f"This project was in {root}: MLflow's artifacts are in {moved}/mlartifacts from now on."
+    said = f"This project was in {root}. MLflow's artifacts are now in {moved}/mlartifacts."
     assert caplog.messages.count(said) == 1
     root.mkdir()
 
@@ -166,5 +166,5 @@ def test_a_store_that_a_run_of_another_machine_writes_to_is_left_as_it_is(
     shutil.copy(root / "mlflow.db", copy)
     assert connect(uri_of(copy)).get_run(run_id).info.artifact_uri.startswith((root / "mlartifacts").as_uri())
     assert (
-        f"Artifacts go to {root}/mlartifacts while run {run_id} of worker7 is RUNNING in MLflow." in caplog.messages
+        f"Artifacts still go to {root}/mlartifacts: run {run_id} of worker7 is RUNNING in MLflow." in caplog.messages
     )

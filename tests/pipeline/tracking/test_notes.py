@@ -28,13 +28,13 @@ def test_note_of_a_new_run_says_model_data_change_and_command(
     changed = replace(settings.with_seed(7), changes={"model.dropout": 0.15})
     run_id = open_run(uri, changed, "new", {}, root)
     parts = note(uri, run_id)
-    assert list(parts) == ["Model", "Changed", "Command", "Links"]
+    assert list(parts) == ["Model", "Changes", "Command", "Links"]
     model = settings.model
     assert parts["Model"].startswith(f"num_layers {model.num_layers}, d_model {model.d_model}, d_ff {model.d_ff}, ")
     assert parts["Model"].endswith(f"{settings.train.max_steps} steps of {settings.train.batch_tokens} tokens on "
                                    "grammar, en to de; seed 7")  # fmt: skip
-    assert parts["Changed"] == "dropout 0.15"
-    assert parts["Command"] == "`python -m pipeline.train`, at commit 0123456789 with changes"
+    assert parts["Changes"] == "dropout 0.15"
+    assert parts["Command"] == "`python -m pipeline.train`, at commit 0123456789 with uncommitted changes"
     page = f"#/experiments/{MlflowClient(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
     assert parts["Links"] == f"[settings]({page}/artifacts/settings.yaml)"
 
@@ -53,10 +53,10 @@ def test_note_of_a_trial_has_its_result_and_how_it_differs_from_base(
     comparison = {"bleu": -1.5, "low": -2.25, "high": -0.5, "p": 0.01, "ppl": 0.5}
     log_comparison(uri, trial, comparison, "worse")
     parts = note(uri, trial)
-    assert parts["Changed"] == "A: 1 head"
+    assert parts["Changes"] == "A: 1 head"
     assert parts["Result"] == "validation BLEU 42.50, test BLEU 41.26, validation perplexity 1.250"
-    assert parts["Against base"] == "-1.50 BLEU, 95% interval -2.25 to -0.50: worse"
-    assert f"/runs/{trial}/artifacts/evaluation), [the run above](#/experiments/" in parts["Links"]
+    assert parts["Compared with base"] == "-1.50 BLEU (95% interval -2.25 to -0.50): worse"
+    assert f"/runs/{trial}/artifacts/evaluation), [parent run](#/experiments/" in parts["Links"]
     assert parts["Links"].endswith(f"/runs/{run_id})")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.common.cli import Stopped
 from pipeline.common.settings import Settings, flatten
 from pipeline.tracking.runs import (
     ENDING_S,
@@ -104,7 +103,7 @@ def test_open_run_refuses_what_another_process_is_running(
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         client.set_tag(run_id, "run.owner_pid", str(other.pid))
         client.set_tag(run_id, "run.owner_started", f"{time.time():.0f}")
-        with pytest.raises(ValueError, match=f"running already .process {other.pid}, MLflow run {run_id}.: wait"):
+        with pytest.raises(ValueError, match=f"already running .process {other.pid}, MLflow run {run_id}.: wait"):
             open_run(uri, settings, "key", {}, root)
         other.communicate(b"\n")
     assert open_run(uri, settings, "key", {}, root) == run_id
@@ -127,7 +126,7 @@ def test_open_run_waits_for_a_process_that_is_ending(
 
 def test_open_run_refuses_what_another_machine_has_just_begun(uri: str, settings: Settings, root: Path) -> None:
     open_run(uri, settings, "shared", {"run.owner_host": "worker7"}, root)
-    with pytest.raises(ValueError, match=r"^worker7 is at work on this .* heard of [0-9] s ago"):
+    with pytest.raises(ValueError, match=r"^worker7 is training this run .* last sign of life [0-9] s ago"):
         open_run(uri, settings, "shared", {}, root, last_sign_at=None)
 
 
@@ -157,7 +156,7 @@ def test_open_run_of_two_drivers_at_the_same_moment_gives_the_run_to_one(
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     answers.remove(run.info.run_id)
-    assert answers[0].startswith("the same training is running already")
+    assert answers[0].startswith("the same training is already running")
 
 
 def test_open_run_refuses_a_deleted_experiment_with_advice(
@@ -181,7 +180,7 @@ def test_open_run_refuses_a_server_that_does_not_answer(
 def test_open_run_takes_over_from_another_machine_after_its_silence(uri: str, settings: Settings, root: Path) -> None:
     elsewhere = {"run.owner_host": "worker7.example.org", "run.owner_since": "1"}
     run_id = open_run(uri, settings, "shared", elsewhere, root)
-    with pytest.raises(ValueError, match=r"^worker7\.example\.org is at work on this .* heard of [5-9] s ago"):
+    with pytest.raises(ValueError, match=r"^worker7\.example\.org is training this run .* sign of life [5-9] s ago"):
         open_run(uri, settings, "shared", {}, root, last_sign_at=time.time() - 5)
     silent_since = time.time() - LONG_SILENCE_S - 1
     assert open_run(uri, settings, "shared", {}, root, last_sign_at=silent_since) == run_id
@@ -258,7 +257,6 @@ def test_end_run_of_a_key_sets_status_and_reason(uri: str, root: Path, settings:
     ("error", "expected"),
     [
         (ZeroDivisionError(), "FAILED"),
-        (Stopped(signal.SIGTERM), "KILLED"),
         (KeyboardInterrupt(), "KILLED"),
         (SystemExit(signal.SIGTERM), "KILLED"),  # by Ray, in its own processes
     ],

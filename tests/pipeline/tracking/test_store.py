@@ -22,7 +22,7 @@ def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> 
     for ask in (prepare_store, lambda uri: reconcile(uri, "transformer")):
         with pytest.raises(
             ConnectionError,
-            match=rf"^MLflow's store {broken}: .*file is not a database; move that file away to begin a new one$",
+            match=rf"^MLflow's store {broken}: .*file is not a database; move that file away to start a new store$",
         ):
             ask(broken)
     prepare_store("http://127.0.0.1:9")  # is not asked

@@ -71,7 +71,9 @@ def test_share_view_describes_the_experiment_once(uri: str, run_id: str) -> None
 
     for _ in range(2):
         address = share_runs_view(uri, run_id, ["train_loss"], ["test_bleu"])
-        assert description() == f"{ABOUT_RUNS}\n\n[Side by side]({address.removeprefix('http://127.0.0.1:5000/')})"
+        assert (
+            description() == f"{ABOUT_RUNS}\n\n[Compare these runs]({address.removeprefix('http://127.0.0.1:5000/')})"
+        )
     client.set_experiment_tag(experiment_id, NOTE, "our own words")
     assert share_sweep_view(uri, run_id, ["d_k"], ["test_bleu"])
     assert description() == "our own words"
@@ -102,7 +104,7 @@ def test_share_view_in_another_mlflow_is_none_and_writes_nothing(
     monkeypatch.setattr(mlflow, "__version__", "3.18.0")
     assert share_sweep_view(uri, run_id, ["d_k"], ["test_bleu"]) is None
     assert MlflowClient(uri).get_experiment_by_name("transformer").tags == {}
-    assert "views.py was written for 3.17" in caplog.text
+    assert "views.py supports only 3.17" in caplog.text
 
 
 def test_share_view_of_a_run_that_is_gone_is_none(uri: str, tmp_path: Path) -> None:
