@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def log_evaluation(
     run = client.get_run(run_id)
     search = {key: str(getattr(settings.evaluate, key)) for key in SEARCH_SETTINGS}
     if any(run.data.params.get(key, value) != value for key, value in search.items()):
-        run = _evaluation_child(client, run, search, search_name(settings))
+        run = _evaluation_child(client, run, search, settings)
         run_id = run.info.run_id
     for file in files:
         client.log_artifact(run_id, str(file), "evaluation")
@@ -95,7 +96,8 @@ def search_name(settings: Settings) -> str:
     return ", ".join(f"{key} {getattr(settings.evaluate, key)}" for key in SEARCH_SETTINGS)
 
 
-def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], name: str) -> Run:
+def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, str], settings: Settings) -> Run:
+    name = search_name(settings)
     key = f"{parent.data.tags['run.key']}, {name}"
     child = find_run(client, parent.info.experiment_id, key)
     if child and child.info.status == "FINISHED":
@@ -110,6 +112,7 @@ def _evaluation_child(client: MlflowClient, parent: Run, search: Mapping[str, st
     child = child or client.create_run(parent.info.experiment_id, tags={**inherited, **own})
     params = {**parent.data.params, **search}  # logged again if a killed evaluation left the child incomplete
     client.log_batch(child.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    client.log_dict(child.info.run_id, asdict(settings), "settings.yaml")
     client.set_terminated(child.info.run_id, "FINISHED")
     return client.get_run(child.info.run_id)
 

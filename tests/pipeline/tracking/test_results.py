@@ -81,6 +81,7 @@ def test_log_evaluation_with_another_search_makes_a_child_run(
     assert child.info.run_name == "mini on grammar, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
     assert child.info.status == "FINISHED"
     assert child.data.params == {**parent.data.params, "beam": "13"}
+    assert "settings.yaml" in [file.path for file in client.list_artifacts(child_id)]  # its description links there
 
 
 def test_log_evaluation_completes_the_child_of_a_killed_one(
