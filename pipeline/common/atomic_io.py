@@ -99,7 +99,7 @@ def write_csv(target: AnyPath, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV text: a header, then a line per row, with an empty cell where a row lacks a column. Empty without rows."""
+    """CSV text: a header, then a line per row, with empty cells for missing columns. "" if there are no rows."""
     if not rows:
         return ""
     text = io.StringIO()

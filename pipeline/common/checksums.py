@@ -45,7 +45,7 @@ def verify(folder: Path, names: Iterable[str] | None, stage: str) -> None:
 
 
 def copy_with_sums(source: Path, target: Path, names: Iterable[str], stage: str) -> None:
-    """Verify these files of `source`, written by `stage`, and copy them with their checksums. Raises as `verify`."""
+    """Verify these files of `source`, written by `stage`, and copy them with their checksums. Raises ValueError."""
     names = list(names)
     verify(source, names, stage)
     for name in names:

@@ -10,9 +10,9 @@ from pathlib import Path
 def code_digest(root: Path, files: Iterable[str]) -> str:
     """SHA-256 of the names and syntax trees of `files`, which are relative to `root`. Their order does not matter.
 
-    Bare strings have no effect and do not count: docstrings, also those of attributes. A syntax tree depends on the
-    Python version, so the digest changes with an upgrade of Python; all nodes of a cluster have the same version, as
-    pipeline/cluster/preflight.py checks. Raises ValueError if a file is missing or is not Python.
+    Bare strings have no effect and are left out: these are docstrings, also those of attributes. A syntax tree
+    depends on the Python version, so the digest changes with an upgrade of Python. All nodes of a cluster have the
+    same version, as pipeline/cluster/preflight.py checks. Raises ValueError if a file is missing or is not Python.
     """
     digest = hashlib.sha256()
     for name in sorted(files):

@@ -69,7 +69,7 @@ def _is_whole_entry(entry: Any) -> bool:
 
 
 def _way_out(root: Path) -> str:
-    """The command that repairs the file: Git's version if it has one, else removal, for DVC has a cache of runs."""
+    """The repair: git restore if Git has the file, else rm: DVC finds finished stages in its cache of runs."""
     command = ["git", "-C", str(root), "ls-files", "--error-unmatch", LOCK]
     try:
         in_git = subprocess.run(command, capture_output=True, check=False).returncode == 0

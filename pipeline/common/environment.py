@@ -38,7 +38,7 @@ RAY_LOOPBACK = {  # Ray on this machine listens only on 127.0.0.1, as on macOS; 
 }
 MLFLOW_CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # default 7, which blocks for minutes; await_server waits instead
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # three bars, even for local files
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # no progress bars: three, even for local files
 }
 RAY_TRAIN = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an extra process that watches cloud nodes

@@ -13,6 +13,6 @@ def language_of(code: str) -> str:
 
 
 def num_words(text: str, code: str) -> int:
-    """The number of words of a text. Without spaces, it is the characters / WORD_CHARACTERS, rounded up."""
+    """The words of a text; in a language without spaces, its characters / WORD_CHARACTERS, rounded up."""
     characters = WORD_CHARACTERS.get(language_of(code))
     return len(text.split()) if characters is None else -(-len(text.replace(" ", "")) // characters)

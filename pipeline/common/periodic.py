@@ -16,7 +16,7 @@ STORE_FACTOR = 10
 
 
 def interval_of(path: AnyPath, on_disk_s: float) -> float:
-    """Seconds between two writes of the file, or between two reads, given those of a file on disk."""
+    """Seconds between two writes (or reads) of a file: `on_disk_s` on a disk, STORE_FACTOR times that in a store."""
     return on_disk_s if isinstance(path, Path) else STORE_FACTOR * on_disk_s
 
 

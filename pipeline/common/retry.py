@@ -1,4 +1,4 @@
-"""Retries, for stores, servers and downloads, which differ in their pauses and in the errors that are temporary."""
+"""Retry calls to stores, servers and downloads. Callers choose the pauses and which errors are temporary."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +13,9 @@ def retry(
     may_pass: Callable[[Exception], bool],
     log: Callable[[Exception, float], object] = lambda error, pause_s: None,
 ) -> T:
-    """Return `action()`, with one retry after each pause in `pauses_s` while the error `may_pass`.
+    """Return `action()`. After an error that `may_pass`, wait for the next pause (seconds) and call it again.
 
-    Calls `log(error, pause)` before each pause. Raises the last error, and at once any error that may not pass.
+    Calls `log(error, pause)` before each pause. Raises any other error at once, and the error after the last pause.
     """
     for pause_s in pauses_s:
         try:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = Union[Path, "UPath"]
 T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
-MAX_SOCKET_PATH_BYTES = 103  # 107 on Linux
+MAX_SOCKET_PATH_BYTES = 103  # the limit on macOS; 107 on Linux
 PATIENCE_S = 600
 """Seconds that a store may be unreachable."""
 UNFIT = {
@@ -71,7 +71,7 @@ def run_storage(root: Path) -> AnyPath:
     if kind == "file":
         place = urlsplit(uri)
         if place.netloc not in ("", "localhost"):
-            raise ValueError(f"{RUN_STORAGE_ENV} must have a path with a slash after file://, got {shown!r}")
+            raise ValueError(f"{RUN_STORAGE_ENV} must begin with file:/// (three slashes), got {shown!r}")
         return Path(unquote(place.path))
     if kind in UNFIT:
         raise ValueError(

@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_with_comments(path: Path) -> Any:
-    """As `read_yaml`, but `write_yaml` writes the returned dict with its comments. Raises ValueError as well."""
+    """Read a YAML file so that `write_yaml` keeps its comments. Raises ValueError that names the file."""
     return _read(path, YAML())
 
 

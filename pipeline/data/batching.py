@@ -167,7 +167,7 @@ def _positions(src_lengths: np.ndarray, tgt_lengths: np.ndarray) -> tuple[np.nda
 
 
 def _by_length(longer: np.ndarray, max_length: int, micro_batch_tokens: int) -> np.ndarray:
-    """Indices of the pairs within `max_length`, by ascending length. Raises ValueError as BatchPlan."""
+    """Indices of the pairs within `max_length`, by ascending length. Raises the ValueError of BatchPlan."""
     pairs = np.flatnonzero(longer <= max_length)
     if not len(pairs):
         raise ValueError(f"none of {len(longer)} sentence pairs has at most model.max_length ({max_length}) tokens")

@@ -133,7 +133,7 @@ class Adverbial:
     en: str  # tree
     de: str
     before_verb: bool = False  # in English
-    phrase: NounPhrase | None = None  # its noun phrase, if it has one that was drawn
+    phrase: NounPhrase | None = None  # the noun phrase that was drawn for it, if any
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pipeline.common.storage import temporary_folder
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60
-"""Seconds. Longer than another process needs to create the tables."""
+"""Seconds to wait while another process creates the tables, which takes less."""
 IN_A_NEW_ONE = {"alembic_version", "workspaces"}
 """Tables that have rows in a new database."""
 LOCATIONS = (

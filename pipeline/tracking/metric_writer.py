@@ -28,9 +28,9 @@ class MetricWriter:
     A thread sends the points in order and retries until MLflow has them. Each metric has one point per step:
 
     - Steps repeated after a resume: a point is dropped if MLflow already has this or a later step of the metric.
-    - A point sent twice, because a response was lost, or because a slow server wrote the points of a killed worker
-      after the next worker had read the last steps: MLflow ignores it, because its timestamp and value are equal. For
-      this, the timestamp is not the time, but the start of the run plus one millisecond per step.
+    - Points sent twice: MLflow ignores a point with the same timestamp and value. Therefore the timestamp is not the
+      time, but the start of the run plus one millisecond per step. A point is sent twice when a response was lost, or
+      when a slow server wrote the points of a killed worker after the next worker had read the last steps.
 
     The points that a killed process had not sent are in its last checkpoint or are computed again after it: a worker
     that resumes first logs the checkpoint's curves. The queue has no limit, since a day's points take a few

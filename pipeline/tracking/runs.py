@@ -35,8 +35,8 @@ LONG_SILENCE_S = 90
 (accounting.py)."""
 
 ENDING_S = 15
-"""Seconds. Longer than a process takes to end after its `dvc repro` was killed (cli.begin), since the user may start
-it again at once."""
+"""Seconds to wait for a process that is ending. It outlives its killed `dvc repro` by less (cli.begin), and the user
+may start that again at once."""
 
 
 @refusal_as_connection_error

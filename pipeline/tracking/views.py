@@ -47,7 +47,7 @@ def share_sweep_view(uri: str, run_id: str, parameters: Sequence[str], metrics: 
 
 def share_runs_view(uri: str, run_id: str, curves: Sequence[str], metrics: Sequence[str]) -> str | None:
     """Add a view of all runs to the experiment of `run_id`: newest first, with `metrics` as columns and bars, and
-    `curves` as charts. Returns and never raises as `share_sweep_view`."""
+    `curves` as charts. Returns the address or None, as `share_sweep_view`."""
     return _share(uri, run_id, RUNS_VIEW, _runs_state(curves, metrics), ABOUT_RUNS)
 
 

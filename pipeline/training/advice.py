@@ -15,9 +15,9 @@ TOKENS_FOR_EACH = 100
 Gowda and May (2020), "Finding the Optimal Vocabulary Size for Neural Machine Translation", recommend the largest
 vocabulary of which 95% of the tokens occur this often."""
 FEWEST_TOKENS_FOR_EACH = 30
-"""Below this mean there is advice. Multi30k with its usual vocabulary of 10,000 has about 80."""
+"""Advice is given below this mean. Multi30k with its usual vocabulary of 10,000 has about 80."""
 MOST_PARAMETERS_FOR_EACH = 20
-"""Parameters per target token of the training text above which there is advice.
+"""Parameters per target token of the training text above which advice is given.
 
 On Multi30k, Wu et al. (2021) find that tiny (6 per token) is better than base (over 100). A model of the usual size
 on IWSLT 2014 has about 10, the paper's base on WMT 2014 less than 1."""

@@ -92,7 +92,7 @@ def log_how_it_starts(folder: AnyPath, origin: Origin | None) -> None:
     """Log whether training resumes in this run folder, continues a sibling whose checkpoints `continue_sibling` has
     copied there, or is a new run because settings, data or code changed."""
     if origin:
-        log(f"{folder.name} continues from {origin.description}: they differ only in where they end")
+        log(f"{folder.name} continues from {origin.description}: the runs differ only in where they end")
     elif checkpoint.folders(folder):
         log(f"settings, data and code are the same as in {folder.name}")
     elif isinstance(folder, Path) and (

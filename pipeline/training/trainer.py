@@ -116,7 +116,7 @@ def rate_of_step(settings: Settings) -> Callable[[int], float]:
 
 
 def batch_plan(split: EncodedSplit, settings: Settings) -> BatchPlan:
-    """The batch plan of training, the same on all ranks. Raises ValueError as BatchPlan, with the split's name."""
+    """The batch plan of training, the same on all ranks. Raises the ValueError of BatchPlan with the split."""
     with _naming("train"):
         return BatchPlan(
             split.src.lengths,

@@ -121,7 +121,7 @@ def test_train_with_more_steps_continues_the_shorter_run_and_ends_as_at_once(tra
         project.edit("params.yaml", "train.max_steps", steps)
         output = project.run("python", "-m", "pipeline.train")
     short, long = sorted({path.parent.name for path in project.checkpoints()})
-    assert f"train: {long} continues from {short}, trained to step 205: they differ only in where they end" in output
+    assert f"train: {long} continues from {short}, trained to step 205: the runs differ only in where they" in output
     assert project.weights() == trained.weights()
     used = total_usage(project.root / "checkpoints" / long)
     assert (used.attempts, used.steps) == (1, 400)

@@ -43,7 +43,7 @@ def test_run_storage_is_an_absolute_path_or_a_uri(tmp_path, monkeypatch):
             "https://us:secret@host/runs",
             r"must be a folder or a store such as s3://..., got 'https://host/runs', which cannot be written to",
         ),
-        ("file://srv/runs", r"must have a path with a slash after file://, got 'file://srv/runs'"),
+        ("file://srv/runs", r"must begin with file:/// \(three slashes\), got 'file://srv/runs'"),
     ):
         monkeypatch.setenv("RUN_STORAGE", uri)
         with pytest.raises(ValueError, match=f"^RUN_STORAGE {fault}"):

@@ -178,7 +178,7 @@ def test_log_how_it_starts_names_the_run_that_continues_or_the_last(tmp_path, ca
     assert "a new run: settings, data or code differ from the last run, second" in capsys.readouterr().err
     log_how_it_starts(third, Origin(second, 3, 1.0))
     assert capsys.readouterr().err == (
-        "train: third continues from second, trained to step 3: they differ only in where they end\n"
+        "train: third continues from second, trained to step 3: the runs differ only in where they end\n"
     )
 
 
