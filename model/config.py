@@ -1,13 +1,13 @@
-"""The sizes of a Transformer, and every check of them."""
+"""The sizes of a Transformer, and their checks."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
-"""The first four entries of every vocabulary: padding, unknown, begin and end of sentence."""
+"""The first four tokens of every vocabulary: padding, unknown, begin and end of sentence."""
 
 MAX_RELATIVE_DISTANCE = 16
-"""Relative positions: offsets beyond this share one vector (Shaw et al. 2018, section 3.2; k of their base model)."""
+"""With relative positions, all larger offsets share one vector (k of the base model of Shaw et al. 2018)."""
 
 Positions = Literal["sinusoidal", "learned", "none", "relative", "rotary", "alibi"]
 Norm = Literal["post", "pre"]
@@ -15,9 +15,9 @@ Norm = Literal["post", "pre"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Table 3's columns, in the paper's symbols; all are independent of one another.
+    """The columns of Table 3, in the paper's symbols. Each is set on its own: d_k need not be d_model / num_heads.
 
-    Raises ValueError with the field's name, its value and what is allowed.
+    Raises ValueError that names the field, what is allowed and the value.
     """
 
     vocab_size: int
@@ -25,12 +25,12 @@ class TransformerConfig:
     d_model: int
     d_ff: int
     num_heads: int  # h
-    d_k: int  # of one head's queries and keys
-    d_v: int  # of one head's values
+    d_k: int  # width of a head's queries and keys
+    d_v: int  # width of a head's values
     dropout: float  # P_drop
     positions: Positions
     norm: Norm  # post: LayerNorm(x + Sublayer(x)), the paper; pre: x + Sublayer(LayerNorm(x))
-    max_length: int  # positions of one sentence, end-of-sentence counted
+    max_length: int  # tokens of a sentence, EOS included
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():  # resolved, even if annotations are strings
@@ -45,6 +45,6 @@ class TransformerConfig:
         if self.vocab_size <= EOS + 1:
             raise ValueError(f"vocab_size must be > {EOS + 1}, the number of reserved tokens, got {self.vocab_size}")
         if self.positions == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"d_model is {self.d_model}: sinusoidal positions need an even number")
+            raise ValueError(f"d_model must be even with sinusoidal positions, got {self.d_model}")
         if self.positions == "rotary" and self.d_k % 2:
-            raise ValueError(f"d_k is {self.d_k}: rotary positions need an even number")
+            raise ValueError(f"d_k must be even with rotary positions, got {self.d_k}")

@@ -1,4 +1,4 @@
-"""Beam search (section 6.1) over anything that turns tokens into logits; greedy search is beam 1."""
+"""Beam search (section 6.1) over any model that implements `Decoder`. A beam of 1 is greedy search."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,42 +10,43 @@ from torch.nn import functional as F
 from model.config import BOS, EOS, PAD
 
 HYPOTHESES_PER_CHUNK, HYPOTHESES_PER_CHUNK_GPU = 128, 4096
-"""Rows whose logits are in memory at once: on a CPU few enough for its cache; on a GPU each chunk costs launches."""
+"""Hypotheses whose logits are computed at once: few, for a CPU's cache; on a GPU many, to launch less often."""
 BLOCK = 64
-"""Tokens of a block, most of which are ruled out by their maximum: of a large vocabulary, one topk of all tokens is
-slower (docs/log.md)."""
+"""Tokens in a block of the vocabulary. Blocks with a low maximum are skipped, which is faster than one topk over all
+tokens (docs/log.md)."""
 
 
 class Decoder(Protocol):
-    """A batch of sentences being translated, each with the same number of rows, next to one another.
+    """The state of a model that decodes a batch of sentences. kv_cache.BeamKVCache is the Transformer's.
 
-    A row is a hypothesis that still grows; the decoder keeps the tokens fed to it. See kv_cache.BeamKVCache.
+    A row is a live hypothesis, whose earlier tokens the decoder keeps. All sentences have the same number of rows;
+    the rows of a sentence are next to each other.
     """
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Feed each row its next token [rows]; return what `logits` needs to know of it [rows, any].
+        """Feed each row its next token: [rows] -> the decoder's output [rows, any], the input of `logits`.
 
-        The first call has one row per sentence, and feeds BOS.
+        The first call has one row per sentence and feeds BOS.
         """
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of the next token, for some of the rows that `step` returned: [some, any] -> [some, vocab]."""
+        """Logits of the next token for some rows of `step`'s output: [some rows, any] -> [some rows, vocab]."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Let new row i continue old row `rows[i]`; the rows of a sentence stay with it, their number may change."""
+        """Let new row i continue old row `rows[i]` of its sentence. The number of rows per sentence may change."""
 
     def select_sentences(self, sentences: Tensor) -> None:
-        """Continue with these sentences alone (indices into the present batch), in this order."""
+        """Keep only these sentences (indices into the present batch) with their rows, in this order."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One output. `score` is log_prob / length_penalty, by which hypotheses are ranked."""
+    """One output. Hypotheses are ranked by `score`, which is log_prob / length_penalty."""
 
     tokens: list[int]  # without BOS and EOS
     log_prob: float  # sum over the tokens in nats, EOS included if finished
     score: float
-    finished: bool  # False: cut off at its maximum length
+    finished: bool  # with EOS; False: cut off at the maximum length
 
 
 def length_penalty(length: Tensor | int, alpha: float) -> Tensor:
@@ -57,46 +58,52 @@ def length_penalty(length: Tensor | int, alpha: float) -> Tensor:
 def beam_search(
     decoder: Decoder, max_lengths: Tensor, *, beam: int, alpha: float, num_best: int | None = None
 ) -> list[list[Hypothesis]]:
-    """The `num_best` (default: `beam`) best finished hypotheses of every sentence, best first.
+    """Find the best finished hypotheses of every sentence, `num_best` (default: `beam`) of them, best first.
 
-    `max_lengths` [sentences]: the maximum length of an output, EOS not counted. Each step considers the 2 * beam most
-    probable continuations of a sentence: those that end are finished, the best `beam` of the others live on, so an
-    ending takes no place in the beam. With beam 1 one continuation is considered, which is greedy search whatever
-    alpha. PAD and BOS are never chosen. A sentence without a finished hypothesis returns those that reached its
-    maximum length, by log_prob.
+    `max_lengths` [sentences] is the maximum length of each output, without EOS; `alpha` is that of `length_penalty`.
 
-    A sentence leaves the batch as soon as its result is settled: a live log_prob can only fall, so no live hypothesis
-    can score above log_prob / lp(max_length + 1). This changes no result; a smaller `num_best` only ends earlier. Of
-    finished hypotheses with equal scores the first found comes first; of equal continuations torch.topk chooses,
-    which sees that sentence alone.
+    Each step considers the 2 * beam most probable continuations of a sentence. Those that end in EOS are finished;
+    the best `beam` of the others live on. So a finished hypothesis takes no place in the beam. A beam of 1 considers
+    one continuation, which is greedy search for any alpha. PAD and BOS are never chosen. If no hypothesis of a
+    sentence has finished, the result is those that reached the maximum length, ranked by log_prob.
 
-    Raises ValueError for a beam or num_best below 1, an alpha or length below 0, logits that are not finite.
+    A sentence leaves the batch as soon as its result is settled. The log_prob of a live hypothesis can only fall, so
+    it never scores above log_prob / lp(max_length + 1). Leaving changes no result. With a smaller `num_best`,
+    sentences leave earlier.
+
+    Ties: of finished hypotheses with equal scores, the one found first comes first. Between equal continuations
+    torch.topk decides, for each sentence on its own, so the rest of the batch has no influence.
+
+    Raises ValueError if beam or num_best is below 1, if alpha or a maximum length is below 0, or if logits are not
+    finite.
     """
     num_best = beam if num_best is None else num_best
     for name, value, least in (("beam", beam, 1), ("num_best", num_best, 1), ("alpha", alpha, 0)):
         if value < least:
-            raise ValueError(f"{name} is {value}: {least} or more is needed")
+            raise ValueError(f"{name} must be >= {least}, got {value}")
     if len(max_lengths) and int(max_lengths.min()) < 0:
-        raise ValueError(f"max_lengths holds {int(max_lengths.min())}: 0 or more is needed")
+        raise ValueError(f"max_lengths must be >= 0, got {int(max_lengths.min())}")
     results: list[list[Hypothesis]] = [[] for _ in max_lengths]
     if not results:
         return results
     num_sentences = len(results)
-    sentences = torch.arange(num_sentences, device=max_lengths.device)  # those still in the batch
+    sentences = torch.arange(num_sentences, device=max_lengths.device)  # indices into the first batch
     considered = 1 if beam == 1 else 2 * beam
 
-    tokens = max_lengths.new_empty(num_sentences, 1, 0)
-    log_prob = torch.zeros(num_sentences, 1, device=max_lengths.device)
-    done_tokens = max_lengths.new_empty(num_sentences, num_best, 0)
+    tokens = max_lengths.new_empty(num_sentences, 1, 0)  # of live hypotheses: [sentences, live, length]
+    log_prob = torch.zeros(num_sentences, 1, device=max_lengths.device)  # [sentences, live]
+    done_tokens = max_lengths.new_empty(num_sentences, num_best, 0)  # of finished hypotheses, with EOS and PAD
     done_log_prob = torch.full((num_sentences, num_best), -torch.inf, device=max_lengths.device)
-    done_score = done_log_prob
+    done_score = done_log_prob  # -inf: no hypothesis
     last = max_lengths.new_full((num_sentences,), BOS)
 
     for length in range(int(max_lengths.max()) + 1):  # of the live hypotheses
+        # Add a token to the live hypotheses: new_log_prob, parent and token are [sentences, considered].
         num_sentences, num_live = log_prob.shape
         new_log_prob, parent, token = _continue(decoder, decoder.step(last), log_prob, considered)
         new_tokens = torch.cat((_pick(tokens, parent), token[:, :, None]), 2)
 
+        # Put those that end among the finished ones. The stable sort keeps the first found of equal scores.
         ends = token == EOS
         score = (new_log_prob / length_penalty(length + 1, alpha)).masked_fill(~ends, -torch.inf)
         scores, order = torch.cat([done_score, score], 1).sort(dim=1, descending=True, stable=True)
@@ -104,6 +111,7 @@ def beam_search(
         done_log_prob = _pick(torch.cat([done_log_prob, new_log_prob], 1), order)
         done_tokens = _pick(torch.cat([F.pad(done_tokens, (0, 1), value=PAD), new_tokens], 1), order)
 
+        # Sort the others by log_prob. A sentence is settled if none can score above the last of its finished ones.
         over = ends | (max_lengths[sentences] == length)[:, None]
         new_log_prob, order = new_log_prob.masked_fill(over, -torch.inf).sort(dim=1, descending=True, stable=True)
         bound = new_log_prob[:, 0] / length_penalty(max_lengths[sentences] + 1, alpha)
@@ -113,11 +121,11 @@ def beam_search(
             unfinished = _unfinished(tokens[i], log_prob[i], alpha)
             results[int(sentences[i])] = finished or unfinished[:num_best]
 
-        # The living: first the sentences that stay, then in each the best `beam` hypotheses.
+        # Keep the sentences that are not settled, and the best `beam` live hypotheses of each.
         stay = (~settled).nonzero().flatten()
         if len(stay) == 0:
             break
-        if len(stay) < num_sentences:  # the last take the places of those that leave, and few have to move
+        if len(stay) < num_sentences:  # the last fill the gaps, so that few move
             left = settled[: len(stay)]
             stay = torch.arange(len(stay), device=stay.device).masked_scatter(left, stay[stay >= len(stay)])
             decoder.select_sentences(stay)
@@ -133,10 +141,14 @@ def beam_search(
 
 
 def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `most` most probable continuations of each sentence, best first: their log_prob, the hypothesis that each
-    continues and the token that it adds [sentences, most]. `x` is from decoder.step, `log_prob` [sentences, live]."""
+    """The `most` most probable continuations of each sentence, best first: their log_prob, the live hypothesis that
+    each continues, and the token that it adds, all [sentences, most].
+
+    `x` is the output of decoder.step, `log_prob` [sentences, live] that of the live hypotheses.
+    """
     num_live = log_prob.shape[1]
     size = max(1, (HYPOTHESES_PER_CHUNK if x.device.type == "cpu" else HYPOTHESES_PER_CHUNK_GPU) // num_live)
+    # A part is the rows of `size` sentences.
     parts = zip(x.split(size * num_live), log_prob.split(size), strict=True)
     found = [_most_probable(decoder.logits(rows), part, most) for rows, part in parts]
     new_log_prob, parent, token = (torch.cat(values) for values in zip(*found, strict=True))
@@ -146,8 +158,11 @@ def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple
 
 
 def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_continue`. A token among the `most` best of a sentence is in one of the `most` blocks with the highest
-    maxima, or behind the last whole block: topk sees only those."""
+    """`_continue` for one chunk of logits [sentences * live, vocab].
+
+    The `most` best tokens of a sentence are all in the `most` blocks with the highest maxima, or in the rest of the
+    vocabulary, which is shorter than a block. The second topk sees only those.
+    """
     steps = logits.float().log_softmax(1)
     steps[:, PAD] = steps[:, BOS] = -torch.inf
     num_live, vocab = log_prob.shape[1], steps.shape[1]
@@ -156,7 +171,7 @@ def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor,
     maxima = steps[:, :, :whole].unflatten(2, (whole // BLOCK, BLOCK)).amax(3) + log_prob[:, :, None]
     block = maxima.flatten(1).topk(min(most, num_live * whole // BLOCK), sorted=False).indices
 
-    row = vocab * torch.arange(num_live, device=logits.device)[:, None]  # its first index
+    row = vocab * torch.arange(num_live, device=logits.device)[:, None]  # index of its first token
     first = (row + torch.arange(0, whole, BLOCK, device=logits.device)).flatten()[block]  # [sentences, blocks]
     inside = (first[:, :, None] + torch.arange(BLOCK, device=logits.device)).flatten(1)
     behind = (row + torch.arange(whole, vocab, device=logits.device)).flatten().expand(len(steps), -1)
@@ -168,7 +183,7 @@ def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor,
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """values [sentences, n] or [sentences, n, length] at index [sentences, m], along the second dimension."""
+    """Gather along dimension 1: values [sentences, n] or [sentences, n, length] at index [sentences, m]."""
     if values.dim() == 3:
         return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
     return values.gather(1, index)

@@ -1,17 +1,17 @@
-"""The Transformer's decoder, position by position, for a beam search: implements decoding.Decoder.
+"""The KV cache of a beam search: implements decoding.Decoder for the Transformer.
 
-All rows (hypotheses) of a sentence share one cache. Each step writes one slot per row. A row attends to the slots of
-its ancestors, which a mask names, so that slots stay where they are when rows are reordered. One sentence with a beam
-of two, after three steps:
+All rows (hypotheses) of a sentence share one cache. Each step writes one slot per row. A mask marks the slots that
+a row attends to, its ancestors' and its own, so reordering rows moves no keys or values. One sentence with a beam of
+two, after three steps:
 
     slot (step, row)        0,0   1,0   1,1   2,0   2,1
-    kv_cache[layer]       [ k v   k v   k v   k v   k v   spare ... ]   two of [sentences, heads, slots, d_k or d_v]
+    kv_cache[layer]       [ k v   k v   k v   k v   k v   spare ... ]   k [sentences, heads, slots, d_k], v with d_v
     positions                0     1     1     2     2                  [sentences, slots]
     ancestor_mask  row 0     x     x     .     x     .                  [sentences, rows, slots]
                    row 1     x     x     .     .     x
 
-Here both rows continue what row 0 was after step 1, so slot (1, 1) is dead. `reorder` permutes the rows of the mask
-and copies no keys or values. Dead slots stay: to drop them was no faster (docs/log.md).
+Both rows of step 2 continue row 0 of step 1, so slot (1, 1) is dead. `reorder` only selects rows of the mask. Dead
+slots stay in the cache, because dropping them was no faster (docs/log.md).
 """
 
 from typing import cast
@@ -24,11 +24,11 @@ from model.decoding import Decoder
 from model.transformer import DecoderLayer, Transformer
 
 STEPS_OF_SPACE = 6
-"""Steps for which a full cache gets space, at least; else half as many slots as it has."""
+"""A full cache grows by half, but at least by the slots of this many steps."""
 
 
 class BeamKVCache(Decoder):
-    """Keys and values of every position decoded so far, of each layer, and of the encoder's output."""
+    """Each layer's keys and values: those of the positions decoded so far, and those of the encoder's output."""
 
     def __init__(self, model: Transformer, src: Tensor) -> None:
         memory, self.attend_mask = model.encode(src)
@@ -42,10 +42,10 @@ class BeamKVCache(Decoder):
         self.positions = torch.zeros(len(src), 0, dtype=torch.int64, device=src.device)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Decode the next token of each row: [rows] -> the decoder's output [rows, d_model], see `logits`."""
+        """Feed each row its next token: [rows] -> the decoder's output [rows, d_model], the input of `logits`."""
         num_sentences = len(self.ancestor_mask)
-        num_rows = len(tokens) // num_sentences  # of each sentence
-        first = self.ancestor_mask.size(2)  # new slot
+        num_rows = len(tokens) // num_sentences  # per sentence
+        first = self.ancestor_mask.size(2)  # new slots: first to last - 1
         last = first + num_rows
         if last > self.kv_cache[0][0].size(2):
             self._grow(max(STEPS_OF_SPACE * num_rows, first // 2))
@@ -73,16 +73,16 @@ class BeamKVCache(Decoder):
         return self.model.decoder_norm(x)[:, 0]
 
     def logits(self, x: Tensor) -> Tensor:
-        """What `step` returned for some of the rows [some rows, d_model] -> logits of their next token."""
+        """Logits of the next token for some rows of `step`'s output: [some rows, d_model] -> [some rows, vocab]."""
         return self.model.logits(x)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what was row `rows[i]`, of the same sentence."""
+        """Let new row i continue old row `rows[i]`, of the same sentence."""
         num_sentences = len(self.ancestor_mask)
         self.ancestor_mask = self.ancestor_mask.flatten(0, 1)[rows].unflatten(0, (num_sentences, -1))
 
     def select_sentences(self, sentences: Tensor) -> None:
-        """Continue with these sentences and their rows alone, in this order."""
+        """Keep only these sentences with their rows, in this order."""
         self.attend_mask, self.ancestor_mask = self.attend_mask[sentences], self.ancestor_mask[sentences]
         self.positions = self.positions[sentences]
         moved = (sentences != torch.arange(len(sentences), device=sentences.device)).nonzero()[:, 0]

@@ -1,9 +1,9 @@
-"""Label-smoothed cross-entropy (section 5.4), fused with the pre-softmax projection, in chunks of tokens.
+"""Label-smoothed cross-entropy (section 5.4), fused with the pre-softmax projection (section 3.4).
 
-The matrix of logits [tokens, vocab] is by far the largest of a small model's step. Here it never exists: a chunk
-is made, used for the loss and for its gradient, and dropped. The chunks share one buffer, and the product itself adds
-up the gradient of the weights. docs/performance.md has a step's peak memory and that of implementations with the
-whole matrix.
+The logits [tokens, vocab] would be by far the largest tensor in a small model's step. Here they never exist as a
+whole: they are computed in chunks of tokens, and each chunk is used for the loss and for its gradients before the
+next one replaces it. docs/performance.md compares the peak memory of a step with that of implementations that keep
+the whole matrix.
 """
 
 import torch
@@ -14,17 +14,20 @@ from model.config import PAD
 from model.cpu.matmul import ROW_MULTIPLE, accumulate_tn, alloc_accumulator, alloc_scratch, matmul_nt, pad_rows
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
-"""Logits in memory at once, rounded up to ROW_MULTIPLE rows: 16 MB in single precision (for each thread that trains),
-near a CPU's cache; 256 MB on a GPU, where every chunk costs the launch of its operators."""
+"""Logits in a chunk, before its rows are rounded up to a multiple of ROW_MULTIPLE. On a CPU they are 16 MB in single
+precision for each thread that trains, about the size of its cache. On a GPU they are 256 MB, because each chunk costs
+the launches of its operators."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """The sum over the target tokens (PAD left out) of the cross-entropy, in nats, between softmax(x weight^T)
-    and (1 - smoothing) on the target + smoothing / vocab on every token, the target among them.
+    """Cross-entropy between softmax(x weight^T) and the smoothed targets, in nats, summed over the target tokens.
 
-    x: [..., d_model], the decoder's output; weight: [vocab, d_model]; target: [...]. Equal to torch's
-    cross_entropy(logits, target, ignore_index=PAD, label_smoothing=smoothing, reduction="sum"). Sums are taken in
-    single precision at least.
+    x: the decoder's output [..., d_model]; weight: the embedding matrix [vocab, d_model]; target: tokens [...]. A
+    smoothed target is (1 - smoothing) on the target token, plus smoothing / vocab on every token of the vocabulary,
+    the target token included. PAD targets are left out.
+
+    Returns a scalar, equal to torch's cross_entropy(logits, target, ignore_index=PAD, label_smoothing=smoothing,
+    reduction="sum"). Sums are taken in single precision at least.
     """
     x, target = x.flatten(0, -2), target.flatten()  # [tokens, d_model], [tokens]
     real = (target != PAD).nonzero()[:, 0]  # step 1: drop padding
@@ -33,30 +36,57 @@ def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: fl
 
 
 class _ProjectionLoss(torch.autograd.Function):
-    """With logits z = x W^T, a vocabulary of V and smoothing e: loss = logsumexp(z) - (1 - e) z_target - e / V sum(z)
-    and d loss / d z = softmax(z) - (1 - e) [target] - e / V. In steps:
+    """The projection and the loss as one operation, whose forward pass also computes the gradients.
 
-    1. Drop padding (above).
-    2. Choose the rows of a chunk.
-    3. Of each chunk: logits, exp(logits - largest), sums of rows, loss but for its uniform part.
-    4. Of each chunk: gradients of the softmax part by two products, of exp with W and x, divided by the sums of rows.
-       The softmax itself is never made.
-    5. At the end, once: the target's part of the gradients, a row of W or x each; the uniform part of loss and
-       gradients, which needs only sum(W) and sum(x).
+    With logits z = x W^T, vocabulary size V, smoothing e and 1_target, the one-hot vector of the target:
+
+        loss        = logsumexp(z) - (1 - e) z_target - e / V sum(z)
+        d loss / dz = softmax(z)   - (1 - e) 1_target - e / V
+
+    In each line the first term is the softmax part, the second the target's part and the third the uniform part.
     """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, needs_grad: bool
     ) -> Tensor:
-        num_tokens, uniform = len(x), smoothing / len(weight)  # uniform: e / V
+        """Return the loss; save grad x and grad W for `backward`, if they are needed.
+
+        1. Drop padding. The caller has done this: x [tokens, d_model], target [tokens].
+        2. Choose the number of rows in a chunk, for about CHUNK_LOGITS logits (`_rows_per_chunk`). Allocate what
+           all chunks share: the buffer for logits [chunk, vocab], and grad W [vocab, d_model], which starts as its
+           uniform part, -e / V sum(x) in every row.
+        3. For each chunk, compute the loss without its uniform part (`_chunk_loss`):
+
+               logits   = x W^T                                     [chunk, vocab]
+               exp      = exp(logits - max), in place of the logits [chunk, vocab]
+               row sums = sum(exp)                                  [chunk, 1]
+               loss     = max + log(row sums) - (1 - e) z_target    [chunk, 1]
+
+        4. For each chunk, compute the softmax part of the gradients. softmax(z) = exp / row sums is not computed: it
+           is cheaper to divide x, or the product with W, than the larger exp. The second product itself adds to
+           grad W.
+
+               grad x  = (exp W) / row sums                         [chunk, d_model]
+               grad W += exp^T (x / row sums)                       [vocab, d_model]
+
+        5. Once, after the last chunk, subtract what needs no logits. Since sum(z) = x . sum(W), the uniform part
+           needs only sum(x) and sum(W) [d_model]. The target's part is one row of W or x for each token.
+
+               loss           -= e / V sum(x) . sum(W)
+               grad x         -= (1 - e) W[target] + e / V sum(W)
+               grad W[target] -= (1 - e) x
+
+        `backward` multiplies both gradients by the gradient of the loss, a scalar.
+        """
+        num_tokens, uniform = len(x), smoothing / len(weight)  # e / V
         x_sum, weight_sum = x.sum(0), weight.sum(0)  # [d_model]
-        padded = pad_rows(x)  # [rows, d_model], zeros behind the tokens
+        padded = pad_rows(x)  # [rows, d_model]: the tokens, then zeros
         padded_target = F.pad(target, (0, len(padded) - num_tokens))  # [rows]
         chunk = _rows_per_chunk(padded, len(weight))
         scratch = alloc_scratch(padded, chunk, len(weight))  # [chunk, vocab]
         losses, grads_x = [], []
-        if needs_grad:  # starts as the uniform part
+        if needs_grad:
             grad_weight = alloc_accumulator((-uniform * x_sum).to(weight.dtype).expand_as(weight))  # [vocab, d_model]
         for x_chunk, target_chunk in zip(padded.split(chunk), padded_target.split(chunk), strict=True):
             loss, exp, exp_sum = _chunk_loss(matmul_nt(x_chunk, weight, scratch), target_chunk, smoothing)
@@ -64,7 +94,7 @@ class _ProjectionLoss(torch.autograd.Function):
             if needs_grad:
                 exp = exp.to(x.dtype)  # [chunk, vocab]
                 grads_x.append((matmul_nt(exp, weight.T) / exp_sum).to(x.dtype))  # [chunk, d_model]
-                accumulate_tn(grad_weight, exp, (x_chunk / exp_sum).to(x.dtype))  # padding is zeros in x_chunk
+                accumulate_tn(grad_weight, exp, (x_chunk / exp_sum).to(x.dtype))  # rows of padding add 0
         loss = torch.cat(losses)[:num_tokens].sum()
         loss -= uniform * (x_sum.to(loss.dtype) * weight_sum.to(loss.dtype)).sum()
         if needs_grad:
@@ -81,15 +111,16 @@ class _ProjectionLoss(torch.autograd.Function):
 
 
 def _rows_per_chunk(x: Tensor, vocab: int) -> int:
-    """Rows of x [rows, d_model] whose logits are in memory at once: step 2. All chunks have as many, but the last."""
+    """Step 2: the number of rows in every chunk but the last, which may have fewer; x is [rows, d_model]."""
     most = CHUNK_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS_GPU
     num_chunks = max(1, -(-len(x) * vocab // most))
     return max(1, -(-len(x) // (num_chunks * ROW_MULTIPLE))) * ROW_MULTIPLE
 
 
 def _chunk_loss(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 3: the loss of each row but for its uniform part [chunk, 1], exp(logits - largest) in place of `logits`
-    [chunk, vocab], and its sums of rows [chunk, 1]."""
+    """Step 3: logits [chunk, vocab], target [chunk] -> the loss without its uniform part [chunk, 1],
+    exp(logits - max) [chunk, vocab] and its row sums [chunk, 1]. exp overwrites `logits`, unless they are in half
+    precision."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     at_target = logits.gather(1, target[:, None])  # [chunk, 1]
     largest = logits.amax(1, keepdim=True)  # [chunk, 1]

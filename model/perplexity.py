@@ -14,18 +14,19 @@ from model.transformer import Transformer
 
 
 class Batch(Protocol):
-    """Sentence pairs as the model takes them, padded with PAD."""
+    """Sentence pairs as token tensors, padded with PAD."""
 
     src: Tensor  # [batch, src]
-    tgt_in: Tensor  # [batch, tgt], behind BOS
-    tgt_out: Tensor  # [batch, tgt], up to EOS
+    tgt_in: Tensor  # [batch, tgt]: BOS and the target
+    tgt_out: Tensor  # [batch, tgt]: the target and EOS
 
 
 @torch.no_grad()
 def cross_entropy(model: Transformer, batches: Iterable[Batch], bf16: bool = False) -> tuple[float, int]:
-    """The sum of -ln p(token) over the target tokens (EOS counted, PAD not), and their number.
+    """Sum of -ln p(token), in nats, over the target tokens, and the number of target tokens.
 
-    Both are summed over the ranks of torch.distributed, if it is initialised; each rank passes its own batches.
+    EOS counts, PAD does not. Each rank passes its own batches; if torch.distributed is initialised, both results are
+    summed over the ranks. The model is in evaluation mode meanwhile.
     """
     training = model.training
     model.eval()
@@ -44,5 +45,5 @@ def cross_entropy(model: Transformer, batches: Iterable[Batch], bf16: bool = Fal
 
 
 def perplexity(nats: float, count: int) -> float:
-    """exp(nats / count), at most exp(700): that of an untrained model per word is beyond a float."""
+    """exp(nats / count), at most exp(700): an untrained model's perplexity per word would overflow a float."""
     return math.exp(min(nats / count, 700.0))

@@ -1,7 +1,7 @@
 """The Transformer, in the order of section 3 of the paper, from Figure 1 down to its parts.
 
-Shapes in the comments: batch, src and tgt (positions of a sentence), heads, d_model, d_k, d_v, vocab. A mask's True
-means "attend". What a CPU computes in another way is in cpu/, the decoder of a beam search in kv_cache.py.
+The axes of shapes are batch, src and tgt (positions in a sentence), heads, d_model, d_k, d_v and vocab. True in a
+mask means "attend". cpu/ has faster versions of some operations for a CPU, kv_cache.py the decoder of a beam search.
 """
 
 import math
@@ -17,10 +17,10 @@ from model.cpu.matmul import Linear, linear
 
 
 class Transformer(nn.Module):
-    """The encoder-decoder of Figure 1. Sentences end in EOS, with PAD behind it; the decoder's input is the target
-    shifted right by one, with BOS before it.
+    """The encoder-decoder of Figure 1.
 
-    Padding of the target needs no mask: it is behind every real position, and the decoder never looks ahead.
+    A sentence ends in EOS, followed by PAD. The decoder's input is the target shifted right by one position, with BOS
+    in front. Padding of the target needs no mask: it follows all tokens, and the decoder never looks ahead.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -29,12 +29,12 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        # With norm "pre" the layers' sums are still to be normalised at the end; "post" has normalised them.
+        # The output of the last layer is normalised already with norm "post", but not with "pre".
         self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
         self.decoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
 
     def forward(self, src: Tensor, tgt_in: Tensor) -> Tensor:
-        """[batch, src], [batch, tgt] -> the decoder's output [batch, tgt, d_model], for `logits`."""
+        """Tokens [batch, src], [batch, tgt] -> the decoder's output [batch, tgt, d_model], the input of `logits`."""
         memory, attend_mask = self.encode(src)
         x = self.embedding(tgt_in)  # [batch, tgt, d_model]
         for layer in self.decoder:
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         return self.decoder_norm(x)
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, src] -> the encoder's output [batch, src, d_model], and its mask [batch, 1, 1, src]."""
+        """Tokens [batch, src] -> the encoder's output [batch, src, d_model], and its mask [batch, 1, 1, src]."""
         attend_mask = (src != PAD)[:, None, None, :]
         x = self.embedding(src)  # [batch, src, d_model]
         for layer in self.encoder:
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         return self.encoder_norm(x), attend_mask
 
     def logits(self, x: Tensor) -> Tensor:
-        """The pre-softmax projection by the embedding matrix (section 3.4): [..., d_model] -> [..., vocab]."""
+        """The pre-softmax projection, by the embedding matrix (section 3.4): [..., d_model] -> [..., vocab]."""
         return linear(x, self.embedding.weight)
 
 
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward (Figure 1, left)."""
+    """Self-attention, then feed-forward (Figure 1, left): [batch, src, d_model] -> the same shape."""
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
@@ -73,7 +73,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked self-attention, attention to the encoder's output, feed-forward (Figure 1, right)."""
+    """Masked self-attention, attention to the encoder's output, then feed-forward (Figure 1, right).
+
+    [batch, tgt, d_model] -> the same shape. `memory` and `attend_mask` are from `Transformer.encode`.
+    """
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
@@ -96,6 +99,7 @@ class Residual(nn.Module):
     """The residual connection around a sub-layer, with dropout on the sub-layer's output (section 5.4).
 
     Norm "post", the paper's: LayerNorm(x + Dropout(Sublayer(x))). Norm "pre": x + Dropout(Sublayer(LayerNorm(x))).
+    The caller computes output = Sublayer(pre(x)) and then post(x, output).
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -103,11 +107,11 @@ class Residual(nn.Module):
         self.norm, self.is_pre, self.dropout = nn.LayerNorm(config.d_model), config.norm == "pre", config.dropout
 
     def pre(self, x: Tensor) -> Tensor:
-        """The sub-layer's input."""
+        """The sub-layer's input, from the residual stream x."""
         return self.norm(x) if self.is_pre else x
 
     def post(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's stream x with the sub-layer's output added."""
+        """The residual stream x, with the sub-layer's output added; norm "post" normalises the sum."""
         x = x + (dropout(output, self.dropout) if self.training else output)
         return x if self.is_pre else self.norm(x)
 
@@ -117,16 +121,17 @@ class Residual(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head attention (section 3.2.2, Figure 2): Concat(head_1, ..., head_h) W^O with
-    head_i = softmax(Q W_i^Q (K W_i^K)^T / sqrt(d_k)) V W_i^V. It has no biases, and no dropout on the weights.
+    head_i = softmax(Q W_i^Q (K W_i^K)^T / sqrt(d_k)) V W_i^V.
 
-    Positions that act inside attention ("rotary", "alibi", "relative") are at the end of this file.
+    As in the paper's formulas, the projections have no biases. The attention weights get no dropout. The end of this
+    file has positions that act inside attention: "rotary", "alibi" and "relative".
     """
 
     def __init__(self, d_model: int, num_heads: int, d_k: int, d_v: int, positions: Positions = "none") -> None:
         super().__init__()
         self.num_heads, self.d_k, self.d_v, self.positions = num_heads, d_k, d_v, positions
         self.split = [num_heads * d_k, num_heads * d_k, num_heads * d_v]
-        self.w_qkv = nn.Parameter(torch.empty(sum(self.split), d_model))  # W^Q, W^K, W^V, one below the other
+        self.w_qkv = nn.Parameter(torch.empty(sum(self.split), d_model))  # W^Q, W^K and W^V, stacked
         self.w_o = Linear(num_heads * d_v, d_model, bias=False)
         if positions == "relative":
             self.offset_keys = nn.Parameter(torch.empty(2 * MAX_RELATIVE_DISTANCE + 1, d_k))
@@ -139,8 +144,10 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(self.offset_keys)
 
     def project_qkv(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of self-attention [batch, heads, length, d_k, d_k and d_v]; x [batch, length,
-        d_model] begins at position `first`."""
+        """Queries, keys [batch, heads, length, d_k] and values [batch, heads, length, d_v] of self-attention.
+
+        x is [batch, length, d_model]; its first position in the sentence is `first`.
+        """
         q, k, v = linear(x, self.w_qkv).split(self.split, dim=-1)  # [batch, length, heads * d_k or d_v]
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         if self.positions == "rotary":
@@ -149,11 +156,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def project_q(self, x: Tensor) -> Tensor:
-        """Queries of attention to the encoder's output."""
+        """Queries of attention to the encoder's output: [batch, tgt, d_model] -> [batch, heads, tgt, d_k]."""
         return self._split_heads(linear(x, self.w_qkv[: self.split[0]]))
 
     def project_kv(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's output."""
+        """Keys [batch, heads, src, d_k] and values [batch, heads, src, d_v] of the encoder's output."""
         k, v = linear(memory, self.w_qkv[self.split[0] :]).split(self.split[1:], dim=-1)
         return self._split_heads(k), self._split_heads(v)
 
@@ -166,10 +173,13 @@ class Attention(nn.Module):
         causal: bool = False,
         offset: Tensor | None = None,
     ) -> Tensor:
-        """The heads' outputs, joined and projected: [batch, queries, d_model].
+        """Attend in each head, then join the heads' outputs and project them: [batch, queries, d_model].
 
-        `offset`: the key's position minus the query's, broadcasting to [batch, heads, queries, keys]; None: both have
-        all positions, in order.
+        `attend_mask` broadcasts to [batch, heads, queries, keys]. With `causal`, query i attends to keys 0 to i. Use
+        at most one of the two.
+
+        `offset` is the position of the key minus that of the query, [queries, keys] or [batch, 1, 1, keys]. By
+        default, queries and keys are at positions 0, 1, 2, ...
         """
         bias = self._position_bias(q, k, offset)
         if bias is not None:
@@ -186,7 +196,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _position_bias(self, q: Tensor, k: Tensor, offset: Tensor | None = None) -> Tensor | None:
-        """The bias of the logits: None, [heads, queries, keys] or [batch, heads, queries, keys]."""
+        """What positions add to attention's logits: None, [heads, queries, keys] or [batch, heads, queries, keys]."""
         if self.positions not in ("alibi", "relative"):
             return None
         if offset is None:
@@ -201,7 +211,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2."""
+    """FFN(x) = max(0, x W_1 + b_1) W_2 + b_2 (equation 2)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -218,8 +228,11 @@ class FeedForward(nn.Module):
 
 
 class Embedding(nn.Module):
-    """One matrix for both embeddings and the pre-softmax projection, here times sqrt(d_model), plus positions that
-    are added (section 3.5), with dropout on the sum (section 5.4)."""
+    """Token embeddings times sqrt(d_model), plus positions (section 3.5), with dropout on the sum (section 5.4).
+
+    One matrix serves the encoder, the decoder and the pre-softmax projection. Positions are added if they are
+    "sinusoidal" or "learned".
+    """
 
     positions: Tensor | None  # [max_length, d_model]
 
@@ -238,10 +251,13 @@ class Embedding(nn.Module):
             self.register_parameter("positions", None)
 
     def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """[batch, length] -> [batch, length, d_model]; the tokens begin at position `first`."""
+        """Tokens [batch, length] -> [batch, length, d_model]; their first position in the sentence is `first`.
+
+        Raises ValueError if the sentence is longer than max_length.
+        """
         last = first + tokens.size(1)
         if last > self.max_length:
-            raise ValueError(f"a sentence of {last} tokens: model.max_length is {self.max_length}")
+            raise ValueError(f"a sentence has {last} tokens, model.max_length is {self.max_length}")
         x = F.embedding(tokens, self.weight) * self.scale
         if self.positions is not None:
             x = x + self.positions[first:last]
@@ -252,13 +268,13 @@ class Embedding(nn.Module):
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
-    """PE(pos, 2i) = sin(pos / 10000^(2i/d_model)), PE(pos, 2i+1) = the cosine: [length, d_model]."""
+    """PE(pos, 2i) = sin(a) and PE(pos, 2i+1) = cos(a), with a = pos / 10000^(2i/d_model): [length, d_model]."""
     angles = position_angles(torch.arange(length), d_model)  # [length, d_model / 2]
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 def position_angles(positions: Tensor, dim: int) -> Tensor:
-    """position / 10000^(2i/dim) for i = 0, ..., dim/2 - 1: [positions] -> [positions, dim / 2]."""
+    """pos / 10000^(2i/dim) for i = 0, ..., dim/2 - 1, in radians: [positions] -> [positions, dim / 2]."""
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
     return positions[:, None] / 10_000**exponent
 
@@ -267,31 +283,37 @@ def position_angles(positions: Tensor, dim: int) -> Tensor:
 
 
 def rotary_angles(first: int, length: int, d_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position / 10000^(2i/d_k), from position `first`: [length, d_k / 2]."""
+    """Cosine and sine of `position_angles` for `length` positions from `first`: both [length, d_k / 2]."""
     angles = position_angles(torch.arange(first, first + length, device=device), d_k)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_(i + d_k/2)) of a query or key by its angle, which grows with the position (Su et al.
-    2021, equation 34, with halves instead of neighbours: a fixed permutation of W^Q and W^K)."""
+    """Rotate each pair (x_i, x_(i + d_k/2)) of queries or keys by the angle of its position (Su et al. 2021, equation
+    34): [batch, heads, length, d_k] -> the same shape.
+
+    Su et al. pair neighbours, (x_2i, x_(2i + 1)). The difference is a fixed permutation of the rows of W^Q and W^K.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 def alibi_bias(offset: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """-2^(-8i/h) |offset| for head i (Press et al. 2022), in the encoder for both directions: [..., queries, keys] ->
-    [..., heads, queries, keys]."""
+    """-2^(-8i/h) |offset| for head i (Press et al. 2022): [queries, keys] -> [heads, queries, keys], or
+    [batch, 1, 1, keys] -> [batch, heads, 1, keys].
+
+    The encoder has it in both directions. The model of Press et al. has only a decoder.
+    """
     head = torch.arange(1, num_heads + 1, device=offset.device, dtype=dtype)
     return -torch.exp2(-8 * head / num_heads)[:, None, None] * offset.abs().to(dtype)
 
 
 def relative_bias(q: Tensor, offset_keys: Tensor, offset: Tensor) -> Tensor:
-    """q_i . a_(j-i) / sqrt(d_k) for query i and key j, with a learned vector a per offset, shared by the heads (Shaw
-    et al. 2018, equation 5): [batch, heads, queries, keys].
+    """q_i . a_(j-i) / sqrt(d_k) for query i and key j (Shaw et al. 2018, equation 5): [batch, heads, queries, keys].
 
-    Their second term, on the values, is left out: it needs the attention weights, which the fused kernel never gives
-    away, and their Table 3 finds that it changes nothing.
+    The vector a of each offset is learned (`offset_keys` [offsets, d_k]) and shared by the heads. Shaw et al. also
+    have such vectors for the values. They are left out: they need the attention weights, which the fused kernel does
+    not return, and Table 3 of Shaw et al. finds that they change nothing.
     """
     index = offset.clamp(-MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE) + MAX_RELATIVE_DISTANCE
     by_offset = q @ offset_keys.T.to(q.dtype) / math.sqrt(q.size(-1))  # [batch, heads, queries, offsets]

@@ -1,1 +1,1 @@
-"""What is there for a CPU's sake: the matrix product, attention and dropout. Equal to torch's own, but faster."""
+"""Matrix product, attention and dropout that are faster on a CPU than torch's own, and equal to them."""

@@ -1,7 +1,7 @@
 """Scaled dot-product attention for a CPU: batched products of all heads instead of torch's fused kernel.
 
-The fused kernel never writes the weights [queries, keys] to memory, which pays for long sentences. For sentences of
-some dozen tokens batched products are faster, because the kernel gains nothing from a second thread.
+The fused kernel never writes the weights [queries, keys] to memory, which pays for long sentences. For sentences of a
+few dozen tokens batched products are faster, because the kernel gains nothing from a second thread.
 """
 
 import math
@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_UNFUSED_QUERIES = 256
-"""Queries up to which a CPU computes the weights [queries, keys] in memory."""
+"""Up to this number of queries, a CPU writes the weights [queries, keys] to memory."""
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(Q K^T / sqrt(d_k) + mask) V, each [batch, heads, queries or keys, d_k or d_v].
+    """softmax(Q K^T / sqrt(d_k) + mask) V (equation 1) in each head: [batch, heads, queries, d_v].
 
-    `mask` is None, True where to attend, or a bias; it broadcasts to [batch, heads, queries, keys]. With `causal`,
-    which excludes a mask, query i attends to keys 0 to i.
+    q is [batch, heads, queries, d_k], k [batch, heads, keys, d_k], v [batch, heads, keys, d_v]. `mask` is None, a
+    boolean tensor that is True where to attend, or a bias to add. It broadcasts to [batch, heads, queries, keys].
+    With `causal`, query i attends to keys 0 to i, and `mask` must be None.
     """
     if q.device.type != "cpu" or q.size(2) > MAX_UNFUSED_QUERIES:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)

@@ -1,15 +1,16 @@
-"""Matrix products, nine tenths of a Transformer's arithmetic, by MKL or oneDNN: library.py says which, and why.
+"""Matrix products, nine tenths of a Transformer's arithmetic, by MKL or oneDNN. library.py explains the choice.
 
-oneDNN multiplies in single precision on a CPU, matrices for which its call (10 microseconds longer) pays. All else is
-torch's own product. Of a linear layer y = x W^T + b, with x [rows, inputs] and W [outputs, inputs]:
+oneDNN multiplies in single precision on a CPU, if the product is large enough: its call takes 10 microseconds longer.
+All other products are torch's own. oneDNN computes a b^T of row-major a and b, and all three products of a linear
+layer y = x W^T + b, with x [rows, inputs] and W [outputs, inputs], are written in that form:
 
-    y         x W^T              a b^T of row-major a and b, which is oneDNN's own form
-    grad x    grad W             a b^T of grad and W^T
-    grad W    grad^T x           a b^T of grad^T and x^T, or transposed: oneDNN divides columns among its threads, so
-                                 the longer side becomes the columns
+    y         x W^T              a = x, b = W
+    grad x    grad W             a = grad, b = W^T
+    grad W    grad^T x           a = grad^T, b = x^T, or the transpose of this: oneDNN divides columns among its
+                                 threads, so the larger of outputs and inputs becomes the columns
 
-oneDNN compiles code for each new shape, a millisecond: rows are padded with zeros to few different numbers. torch
-offers its product without a gradient: `linear` gives it one.
+oneDNN compiles code for each new shape, which takes a millisecond, so rows are padded with zeros to a small set of
+numbers. torch offers oneDNN's product without a gradient; `linear` adds one.
 """
 
 import torch
@@ -21,11 +22,11 @@ from model.cpu.library import chosen, onednn_matmul
 
 ROW_MULTIPLE = 64
 SMALL = 1 << 20
-"""Multiplications below which oneDNN's longer call does not pay."""
+"""With fewer multiplications, oneDNN's longer call does not pay."""
 
 
 class Linear(nn.Linear):
-    """torch's layer, by `linear`."""
+    """torch.nn.Linear, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -63,20 +64,20 @@ class _Linear(torch.autograd.Function):
 
 
 def matmul_nt(a: Tensor, b: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """a b^T: [m, k], [n, k] -> [m, n], without a gradient; possibly in `scratch`, if there is one."""
+    """a b^T without a gradient: [m, k], [n, k] -> [m, n]. The result may be in the memory of `scratch`."""
     if _by_onednn(a, b, len(a)):
         return onednn_matmul(a, b)
     return a @ b.T if scratch is None else torch.mm(a, b.T, out=scratch[: len(a)])
 
 
 def alloc_scratch(a: Tensor, rows: int, columns: int) -> Tensor | None:
-    """An output buffer [rows, columns] for a sequence of `matmul_nt` of parts of `a`: avoids the page faults of fresh
-    memory. None under autocast, which does not act on a product with an `out`."""
+    """An output buffer [rows, columns] for a sequence of `matmul_nt` on parts of `a`. It avoids the page faults of
+    fresh memory. None under autocast, which does not apply to a product with an `out`."""
     return None if _is_autocast(a) else a.new_empty(rows, columns)
 
 
 def accumulate_tn(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a^T b: [rows, m], [rows, n] -> [m, n], without a gradient; `total` is from `alloc_accumulator`."""
+    """total += a^T b without a gradient: [rows, m], [rows, n] -> [m, n]. `total` is from `alloc_accumulator`."""
     if _by_onednn(b.T, a.T, b.size(1)):
         total += matmul_nt(b.T, a.T).T
     elif _is_autocast(a):
@@ -92,7 +93,7 @@ def alloc_accumulator(start: Tensor) -> Tensor:
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """[rows, any] padded with zeros to a power of two or a multiple of ROW_MULTIPLE rows, if oneDNN takes it."""
+    """x [rows, any] with rows of zeros added, to a power of two or a multiple of ROW_MULTIPLE, if oneDNN takes x."""
     missing = -len(x) % min(ROW_MULTIPLE, 1 << (len(x) - 1).bit_length()) if _onednn_takes(x) else 0
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 

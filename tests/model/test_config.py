@@ -53,8 +53,8 @@ def test_config_positions_and_norm_are_among_the_known_ones(name, value, allowed
     ("changes", "message"),
     [
         ({"vocab_size": 3}, "vocab_size must be > 4, the number of reserved tokens, got 3"),
-        ({"d_model": 13}, "d_model is 13: sinusoidal positions need an even number"),
-        ({"positions": "rotary", "d_k": 5}, "d_k is 5: rotary positions need an even number"),
+        ({"d_model": 13}, "d_model must be even with sinusoidal positions, got 13"),
+        ({"positions": "rotary", "d_k": 5}, "d_k must be even with rotary positions, got 5"),
     ],
 )
 def test_config_refuses_sizes_that_do_not_fit_together(changes, message):

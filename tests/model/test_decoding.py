@@ -355,9 +355,9 @@ def test_beam_search_of_an_empty_batch_gives_no_results():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beam": 0, "alpha": 0.6}, "beam is 0: 1 or more is needed"),
-        ({"beam": 4, "alpha": -0.5}, "alpha is -0.5: 0 or more is needed"),
-        ({"beam": 4, "alpha": 0.6, "num_best": 0}, "num_best is 0: 1 or more is needed"),
+        ({"beam": 0, "alpha": 0.6}, "beam must be >= 1, got 0"),
+        ({"beam": 4, "alpha": -0.5}, "alpha must be >= 0, got -0.5"),
+        ({"beam": 4, "alpha": 0.6, "num_best": 0}, "num_best must be >= 1, got 0"),
     ],
 )
 def test_beam_search_names_an_impossible_option(options: dict, message: str):
@@ -366,7 +366,7 @@ def test_beam_search_names_an_impossible_option(options: dict, message: str):
 
 
 def test_beam_search_names_a_negative_maximum_length():
-    with pytest.raises(ValueError, match=r"^max_lengths holds -2: 0 or more is needed$"):
+    with pytest.raises(ValueError, match=r"^max_lengths must be >= 0, got -2$"):
         beam_search(RandomDecoder(1, 2, 11), torch.tensor([3, -2]), beam=3, alpha=0.6)
 
 

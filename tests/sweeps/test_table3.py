@@ -200,9 +200,9 @@ def test_rows_keep_the_papers_ratios_or_are_skipped(num_heads: int, d_k: int, nu
         ({"d_k": 6}, "B-dk16", "d_k 6 x 1/4 is d_k 1.5"),
         ({"d_v": 7}, "A-h16", "d_v 7 x 1/2 is d_v 3.5"),
         ({"d_ff": 17}, "C-dff1024", "d_ff 17 x 1/2 is d_ff 8.5"),
-        ({"d_model": 26}, "C-dmodel256", "model.d_model is 13: sinusoidal positions need an even number"),
-        ({"positions": "rotary", "d_k": 12}, "B-dk16", "model.d_k is 3: rotary positions need an even number"),
-        ({"d_k": 7}, "positions-rotary", "model.d_k is 7: rotary positions need an even number"),
+        ({"d_model": 26}, "C-dmodel256", "model.d_model must be even with sinusoidal positions, got 13"),
+        ({"positions": "rotary", "d_k": 12}, "B-dk16", "model.d_k must be even with rotary positions, got 3"),
+        ({"d_k": 7}, "positions-rotary", "model.d_k must be even with rotary positions, got 7"),
         (
             {"dropout": 0.5},
             "D-dropout0.2",
@@ -325,7 +325,7 @@ def test_rows_leave_out_a_row_of_a_grid_that_is_another_row():
 
 def test_rows_skip_a_combination_that_is_refused():
     found = by_id(preset("mini"), [], {"model.positions": ["rotary", "none"], "model.d_k": [7]})
-    reason = "model.d_k is 7: rotary positions need an even number"
+    reason = "model.d_k must be even with rotary positions, got 7"
     assert [row.skipped for row in found.values()] == [None, reason, None]
     assert found["grid-d_k7-positionsnone"].label == "grid: d_k 7, no positions"
 

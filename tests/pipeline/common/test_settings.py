@@ -292,8 +292,8 @@ def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, secti
 @pytest.mark.parametrize(
     ("key", "value", "fault"),
     [
-        ("d_model", 7, "model.d_model is 7: sinusoidal positions need an even number"),
-        ("positions", "rotary", "model.d_k is 5: rotary positions need an even number"),
+        ("d_model", 7, "model.d_model must be even with sinusoidal positions, got 7"),
+        ("positions", "rotary", "model.d_k must be even with rotary positions, got 5"),
         ("num_layers", 10**9, "model must have at most 1e+11 parameters and positions, got 2e+14"),
         ("max_length", 10**12, "model must have at most 1e+11 parameters and positions, got 1e+14"),
     ],
