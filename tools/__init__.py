@@ -1,2 +1,1 @@
-"""Tools around the project: a cost model, a cluster of three hosts on one machine, benchmarks, a mutation
-check."""
+"""Tools for developers: a cost model, a cluster of three hosts on one machine, benchmarks, a mutation check."""

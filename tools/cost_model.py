@@ -24,35 +24,35 @@ from pipeline.data.batching import MIN_MICRO_BATCHES, easily_shared
 
 VOCAB_SIZE = 37_000
 LENGTH = 30
-"""Assumed mean tokens of a WMT 2014 En-De sentence, in either language, with the end of sentence."""
+"""Assumed mean length of a WMT 2014 En-De sentence, in tokens of either language, EOS included."""
 PAIRS = 4_500_000
 NETWORK_SHARE = 0.8
 """Assumed share of a network's rate that an all-reduce reaches."""
 RESTART_S = 60.0
-"""Assumed time from the end of a machine to the first step of its replacement, without reading the checkpoint."""
+"""Assumed time from the loss of a machine to the first step of its replacement, without reading the checkpoint."""
 WRITER_PAUSE_S = 1.0
-"""Time between two calls of MLflow by a run: points that come faster share a call."""
+"""Time between two calls of MLflow by a run. Points that come faster share a call."""
 LARGE_SHARE = 0.15
-"""Share of a step above which a part is worth a setting."""
+"""A part of a step is a bottleneck if it takes more than this share of the step."""
 CHECKPOINT_S = 600.0
 """Advised time between checkpoints when they cost too much: the paper's ten minutes (section 6.1)."""
 PAPER = {"base": (8, 0.4, 12.0), "big": (8, 1.0, 84.0)}
-"""Section 5.2: P100s, seconds a step, hours in all."""
+"""Section 5.2: number of P100s, seconds per step, hours in total."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What `python -m tools.benchmarks.scale_constants` prints."""
+    """The constants that `python -m tools.benchmarks.scale_constants` prints."""
 
-    checkpoint_write_bytes_per_s: float  # by checkpoint.save: checksums and fsync in it
+    checkpoint_write_bytes_per_s: float  # by checkpoint.save, with checksums and fsync
     checkpoint_load_bytes_per_s: float
-    gloo_bytes_per_s: float  # sent by each of two processes of one machine
-    mlflow_s_per_call: float  # of a server with one worker on SQLite
-    mlflow_s_per_point: float  # on top, for every point of four metrics
-    collate_tokens_per_s: float  # target tokens with their source, on one core
-    epoch_plan_s_per_million: float  # pairs
-    launches: float  # operators of a step of base on one micro-batch, the loss left out
-    launches_per_chunk: float  # of the loss, for CHUNK_LOGITS_GPU logits
+    gloo_bytes_per_s: float  # sent by each of two processes on one machine
+    mlflow_s_per_call: float  # by a server with one worker, on SQLite
+    mlflow_s_per_point: float  # added by each point, which has four metrics
+    collate_tokens_per_s: float  # target tokens, collated with their source tokens on one core
+    epoch_plan_s_per_million: float  # per million pairs
+    launches: float  # operators in a step of base on one micro-batch, without the loss
+    launches_per_chunk: float  # operators in the loss of CHUNK_LOGITS_GPU logits
 
 
 # Medians of three to six runs on two shared cores of an AMD EPYC (Zen 3), torch 2.13.0, 2026-11-21 (launches: 11-23).
@@ -72,9 +72,9 @@ MEASURED = Measured(
 
 @dataclass(frozen=True)
 class Card:
-    """A device: figures of data sheets and round on-demand prices, assumed.
+    """A device. The figures are from data sheets; the price is an assumption, a round on-demand price.
 
-    `link_bytes_per_s` is the rate of an all-reduce inside a node, 0.8 of NVLink's in one direction.
+    `link_bytes_per_s` is the rate of an all-reduce inside a node: 0.8 of NVLink's rate in one direction.
     """
 
     flops_per_s: float  # dense peak
@@ -85,21 +85,21 @@ class Card:
 
 CARDS = {
     "P100": Card(9.5e12, 16e9, 64e9, 1.5),  # single precision: the paper's footnote to Table 2
-    "A100": Card(312e12, 80e9, 240e9, 2.0),  # bf16, as the two below
+    "A100": Card(312e12, 80e9, 240e9, 2.0),  # bf16, as for the next two
     "H100": Card(989e12, 80e9, 360e9, 3.0),
     "H200": Card(989e12, 141e9, 360e9, 4.0),
-    "EPYC-core": Card(84.5e9, 4e9, MEASURED.gloo_bytes_per_s, 0.04),  # fp32; measured, the price apart
+    "EPYC-core": Card(84.5e9, 4e9, MEASURED.gloo_bytes_per_s, 0.04),  # fp32; measured, except for the price
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The numbers of a preset of conf/model that decide what its training takes."""
+    """The numbers of a preset in conf/model that decide what its training costs."""
 
     name: str
     parameters: int
     flops_per_step: float
-    batch_tokens: int  # target tokens a step; as many source tokens
+    batch_tokens: int  # target tokens per step, and as many source tokens
     max_length: int
     steps: int
     log_every: int
@@ -109,11 +109,11 @@ class Work:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return 3 * 4 * self.parameters  # weights, two moments
+        return 3 * 4 * self.parameters  # fp32 weights and Adam's two moments
 
     @property
     def corpus_bytes(self) -> int:
-        return PAIRS * 2 * (2 * (LENGTH - 1) + 8)  # uint16 tokens without end of sentence, an int64 offset
+        return PAIRS * 2 * (2 * (LENGTH - 1) + 8)  # a sentence: uint16 tokens without EOS, an int64 offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +123,9 @@ class Cluster:
     gpu: str
     gpus: int
     gpus_per_node: int
-    network_gbit: float  # of a node
-    mfu: float  # share of the peak that the arithmetic reaches: an assumption
-    launch_us: float  # until the host has launched one operator: an assumption
+    network_gbit: float  # per node, in Gbit/s
+    mfu: float  # assumed share of the peak that the arithmetic reaches
+    launch_us: float  # assumed time of the host to launch one operator, in microseconds
     price: float  # dollars per device and hour
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Cluster:
 
     @property
     def flops_per_s(self) -> float:
-        """Of one device."""
+        """FLOP/s that the arithmetic reaches on one device."""
         return self.mfu * self.card.flops_per_s
 
     @property
@@ -155,13 +155,13 @@ class Cluster:
 
     @property
     def reduce_bytes_per_s(self) -> float:
-        """Rate of the slowest link of a ring, which goes through every device of a node and leaves it once."""
+        """Rate of the slowest link of a ring, which visits every device of a node and leaves the node once."""
         network = NETWORK_SHARE * self.network_gbit * 1e9 / 8
         return self.card.link_bytes_per_s if self.nodes == 1 else min(self.card.link_bytes_per_s, network)
 
 
 def workload(model: str, root: Path = Path()) -> Work:
-    """The work of the preset `model` in `root`. Raises ValueError if there is none."""
+    """The work of training the preset `model` in `root`. Raises ValueError if there is no such preset."""
     settings = load_settings(root, model=model)
     config, t = settings.model.config(VOCAB_SIZE), settings.train
     with torch.device("meta"):
@@ -182,7 +182,10 @@ def workload(model: str, root: Path = Path()) -> Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of `work` on `cluster`, while `runs` such runs share one MLflow server. Seconds are per step."""
+    """Estimates for one run of `work` on `cluster`, while `runs` such runs share an MLflow server.
+
+    `compute_s`, `launch_s`, `parts` and `step_s` are seconds per step.
+    """
 
     work: Work
     cluster: Cluster
@@ -199,8 +202,8 @@ class Plan:
 
     @property
     def launches(self) -> tuple[float, float]:
-        """Operators that a device launches in a step: of all but the loss; of the loss, which makes logits in
-        chunks."""
+        """Operators that a device launches in a step: (outside the loss, in the loss). The loss computes its logits
+        in chunks."""
         chunks = self.tokens_per_gpu / (CHUNK_LOGITS_GPU // VOCAB_SIZE)
         gpus = self.cluster.gpus
         micro_batches = -(-easily_shared(max(gpus, MIN_MICRO_BATCHES)) // gpus)
@@ -208,27 +211,27 @@ class Plan:
 
     @property
     def launch_s(self) -> float:
-        """Time that the host takes to launch them; a device that is done sooner waits for it."""
+        """Time of the host to launch the operators of a step. A device that computes faster waits for the host."""
         return sum(self.launches) * self.cluster.launch_us / 1e6
 
     @property
     def reduce_bytes(self) -> float:
         """Bytes that each device sends in a step.
 
-        A ring passes parts of 1 / n of the single-precision gradients on n - 1 times to sum them, and n - 1 times to
-        give all devices the sums.
+        In a ring, each device sends 1 / n of the single-precision gradients n - 1 times until they are summed, and
+        n - 1 times until every device has the sums.
         """
         n = self.cluster.gpus
         return 2 * (n - 1) / n * 4 * self.work.parameters
 
     @property
     def save_s(self) -> float:
-        """Time of one checkpoint; all devices wait for the one that writes."""
+        """Seconds to write a checkpoint. All devices wait for the one that writes."""
         return self.work.checkpoint_bytes / self.measured.checkpoint_write_bytes_per_s
 
     @property
     def parts(self) -> dict[str, float]:
-        """Times of the parts of a step. They follow one another, as in the loop: nothing overlaps."""
+        """Time of each part of a step. Nothing overlaps: the loop does one after the other."""
         epoch_steps = PAIRS * LENGTH / self.work.batch_tokens
         planning_s = self.measured.epoch_plan_s_per_million * PAIRS / 1e6 / epoch_steps
         return {
@@ -263,17 +266,17 @@ class Plan:
 
     @property
     def points_per_s(self) -> float:
-        """Points of the curves that one run sends to MLflow."""
+        """Points of curves that one run sends to MLflow, per second."""
         return (1 / self.work.log_every + 1 / self.work.validate_every) / self.step_s
 
     @property
     def calls_per_s(self) -> float:
-        """Calls of the MLflow server by one run."""
+        """Calls of the MLflow server by one run, per second."""
         return min(self.points_per_s, 1 / WRITER_PAUSE_S)
 
     @property
     def server_share(self) -> float:
-        """Share of the MLflow server's time that all runs take."""
+        """Share of the MLflow server's time that all runs together take."""
         calls, points = self.calls_per_s, self.points_per_s
         return self.runs * (calls * self.measured.mlflow_s_per_call + points * self.measured.mlflow_s_per_point)
 
@@ -283,21 +286,21 @@ class Plan:
 
     @property
     def interruption_s(self) -> float:
-        """Mean time lost when a machine is taken away."""
+        """Mean time that the loss of a machine costs, in seconds."""
         load_s = self.work.checkpoint_bytes / self.measured.checkpoint_load_bytes_per_s
         return self.work.checkpoint_every / 2 * self.step_s + load_s + RESTART_S
 
     @property
     def bottlenecks(self) -> list[str]:
-        """The longest part of a step, then others but compute that take more than LARGE_SHARE of it; before them the
-        MLflow server, if it is too slow for its runs."""
+        """What limits the run, in this order: the MLflow server, if it is too slow for its runs; the longest part of
+        a step; all other parts except compute that take more than LARGE_SHARE of a step."""
         parts = sorted(self.parts, key=self.parts.__getitem__, reverse=True)
         others = [p for p in parts[1:] if p != "compute" and self.parts[p] > LARGE_SHARE * self.step_s]
         return ["MLflow"] * (self.server_share > 1) + [parts[0], *others]
 
     @property
     def advice(self) -> str:
-        """Each bottleneck with what to do about it; one whose advice has been given already is left out."""
+        """Each bottleneck, and what to do about it. Bottlenecks that would repeat earlier advice are left out."""
         lines: dict[str, str] = {}
         for bottleneck in self.bottlenecks:
             seconds = self.parts.get(bottleneck)
@@ -307,7 +310,7 @@ class Plan:
 
     @property
     def larger(self) -> "Plan":
-        """The same run on twice the devices, as far as they are whole nodes."""
+        """The same run on up to twice the devices: a part of one node, or whole nodes."""
         n, node = self.cluster.gpus, self.cluster.gpus_per_node
         return replace(self, cluster=replace(self.cluster, gpus=min(2 * n, node) if n < node else 2 * n))
 
@@ -327,10 +330,10 @@ def _on_launches(plan: Plan) -> str:
 
 
 def _on_fixed_costs(plan: Plan) -> str:
-    """For the costs of a step that do not shrink with a device's share of the batch."""
+    """Advice on costs of a step that do not shrink with a device's share of the batch."""
     cluster = plan.cluster
     fewer = cluster.gpus_per_node if cluster.nodes > 1 else 1
-    # Nine parts of compute to one of the fixed costs.
+    # With so many tokens, compute takes nine times as long as the fixed costs.
     fixed_s = plan.parts["all-reduce"] + plan.launches[0] * cluster.launch_us / 1e6
     tokens = _round(plan.work.batch_tokens * 9 * fixed_s / plan.compute_s)
     return (
@@ -361,7 +364,7 @@ ADVICE: dict[str, Callable[[Plan], str]] = {
     "checkpoints": _on_checkpoints,
     "MLflow": _on_mlflow,
 }
-"""What to do about each bottleneck."""
+"""For each bottleneck, what to do about it."""
 ROWS: dict[str, Callable[[Plan], float]] = {
     "hours": lambda plan: plan.hours,
     "device-hours": lambda plan: plan.hours * plan.cluster.gpus,
@@ -384,7 +387,7 @@ ROWS: dict[str, Callable[[Plan], float]] = {
 
 
 def render_plan(work: Work, cluster: Cluster, gpus: list[int]) -> str:
-    """The plans of one preset as Markdown: one run on 1, 8, ... devices, and runs of one node each at once."""
+    """The plans of one preset as Markdown: one run on each number of `gpus`, and runs of one node each at once."""
     plans = [Plan(work, replace(cluster, gpus=n)) for n in gpus]
     lines = [
         _assumptions(plans[0]),
@@ -422,7 +425,7 @@ def _round(value: float) -> str:
 def _assumptions(plan: Plan) -> str:
     work, cluster, card = plan.work, plan.cluster, plan.cluster.card
     launch_s = cluster.launch_us / 1e6
-    # Compute time per token, less the loss's launches for it: what is left for all other launches.
+    # Time to compute a token, minus the launches of the loss for it. The other launches have to fit into the rest.
     left_s = (plan.compute_s - plan.launches[1] * launch_s) / plan.tokens_per_gpu
     few = "any number of tokens"
     if left_s > 0:
@@ -453,7 +456,7 @@ def _number(value: float) -> str:
 
 
 def against_the_paper(work: Work) -> str:
-    """The share of the peak that the paper's own run reached, and the plan for it."""
+    """The share of the peak that the paper's own run reached, and what this plan estimates for that run."""
     gpus, step_s, hours = PAPER[work.name]
     peak = gpus * CARDS["P100"].flops_per_s
     theirs, ours = 3600 * hours * peak, work.flops_per_step * work.steps

@@ -1,20 +1,26 @@
-"""Run a Ray cluster of three hosts on this machine: network namespaces with their own addresses, names and processes.
+"""Run a Ray cluster of three hosts on this machine, each in a network namespace.
 
-    python -m tools.local_cluster up                  a head, two workers, token authentication, dashboard, MLflow
-    eval "$(python -m tools.local_cluster env)"       how this shell reaches them
-    python -m tools.local_cluster status
-    python -m tools.local_cluster down                ends and removes all that `up` made, and nothing else
+    python -m tools.local_cluster up               start a head, two workers and MLflow
+    eval "$(python -m tools.local_cluster env)"    let this shell reach them
+    python -m tools.local_cluster status           print what answers
+    python -m tools.local_cluster down             stop and remove all that `up` made
 
-To see what it survives:
+To see what the cluster survives:
 
-    python -m tools.local_cluster kill worker1        ends its raylet (-9) and what runs there; or head, mlflow
-    python -m tools.local_cluster cut worker1         takes its link down; `mend` brings it up
-    python -m tools.local_cluster start worker1       starts Ray again on a host; or head, mlflow
+    python -m tools.local_cluster kill worker1     kill (-9) its raylet; or head, mlflow
+    python -m tools.local_cluster start worker1    start Ray again; or head, mlflow
+    python -m tools.local_cluster cut worker1      take its network link down
+    python -m tools.local_cluster mend worker1     bring the link up
     python -m tools.local_cluster exec head ray status
 
-Needs root, iproute2, and the project's environment. All its files are in LOCAL_CLUSTER_DIR (/var/tmp/local-cluster),
-of which all hosts see the folder `shared`, as they would a network file system. Another LOCAL_CLUSTER_DIR is another
-cluster on the same machine.
+Each host has its own address, name, processes and temporary files. Ray has token
+authentication and a dashboard. Needs root, iproute2 and the project's environment.
+
+Writes to LOCAL_CLUSTER_DIR (/var/tmp/local-cluster) and /etc/netns. All hosts see
+the folder `shared` in LOCAL_CLUSTER_DIR, as they would see a network file system.
+Another LOCAL_CLUSTER_DIR is another cluster on the same machine.
+
+`exec` ends with the exit code of its command; all others end with 1 after an error.
 """
 
 import argparse
@@ -40,11 +46,11 @@ STATE = Path(os.environ.get("LOCAL_CLUSTER_DIR", "/var/tmp/local-cluster"))
 COMMAND = "python -m tools.local_cluster"
 HOSTS = ("head", "worker1", "worker2")
 MAX_CLUSTERS = 256
-"""On one machine: cluster n has the network 10.77.n.0/24."""
+"""On one machine. Cluster n has the network 10.77.n.0/24."""
 TIMEOUT_S = 120
 EXPORTS = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "MLFLOW_TRACKING_URI", "RUN_STORAGE")
-"""What `env` prints. RAY_API_SERVER_ADDRESS is the dashboard; RAY_ADDRESS would make a program here part of the
-cluster."""
+"""The variables that `env` prints. RAY_API_SERVER_ADDRESS is the dashboard. RAY_ADDRESS is not among them: with it, a
+program in this shell would join the cluster."""
 WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -53,7 +59,7 @@ class NoClusterError(OSError):
 
 
 def up(cpus: int) -> None:
-    """Make and start it; on an error, remove what there is of it."""
+    """Make and start the cluster; after an error, remove what was made."""
     if STATE.exists():
         raise OSError(f"{STATE} exists: {COMMAND} down, or LOCAL_CLUSTER_DIR=another/folder")
     for folder in (STATE / "shared", STATE / "tmp", *(STATE / host / "tmp" for host in HOSTS)):
@@ -66,7 +72,7 @@ def up(cpus: int) -> None:
         for host in HOSTS:
             make_host(host)
         for name in ("head", "mlflow", "worker1", "worker2"):
-            start(name, wait=name == "head")  # the workers need it
+            start(name, wait=name == "head")  # the workers need the head
         for name in ("mlflow", "worker1", "worker2"):
             _await(name)
     except BaseException:
@@ -110,12 +116,12 @@ def status() -> None:
 
 
 def down() -> None:
-    """End and remove it."""
+    """Stop and remove the cluster."""
     if not STATE.exists():
         raise OSError(f"there is no cluster in {STATE} (LOCAL_CLUSTER_DIR names another folder)")
     if (STATE / "mlflow.pid").exists():
         kill("mlflow")
-    with suppress(NoClusterError):  # a restart of the machine has taken the rest
+    with suppress(NoClusterError):  # after a restart of the machine, only the files are left
         for host in HOSTS:
             name = netns_name(host)
             if (Path("/run/netns") / name).exists():
@@ -135,13 +141,14 @@ def env() -> None:
 
 
 def kill(name: str) -> None:
-    """Kill (-9) a host's raylet, with the head's also its GCS, or the MLflow server."""
+    """Kill (-9) a host's raylet, on the head also the GCS; or the MLflow server."""
     if name == "mlflow":
         group = int((STATE / "mlflow.pid").read_text())
-        ours = [pid for pid in _group(group) if "mlflow" in _command_line(pid)]  # the number may be another's by now
+        # Another process may have the group's number by now.
+        ours = [pid for pid in _group(group) if "mlflow" in _command_line(pid)]
         for pid in ours:
             os.kill(pid, signal.SIGKILL)
-        _wait(lambda: not any(_command_line(pid) for pid in ours), "end of MLflow", STATE / "mlflow.log")
+        _wait(lambda: not any(_command_line(pid) for pid in ours), "end of the MLflow server", STATE / "mlflow.log")
         return
     for pid in _processes(name):
         if "/raylet/raylet" in _command_line(pid) or (name == "head" and "gcs_server" in _command_line(pid)):
@@ -159,14 +166,15 @@ def mend(host: str) -> None:
 
 
 def execute(host: str, words: list[str]) -> int:
-    """Run a command among a host's processes, in this folder; returns its exit code."""
+    """Run a command on a host, in the current folder. Returns its exit code."""
     return subprocess.call([*_into(host), *words], env=_environment())
 
 
 def cluster_number() -> int:
-    """The number of the bridge that has STATE as its alias. Names and addresses follow from it.
+    """The number of the cluster in STATE, from which names and addresses follow. Raises NoClusterError if none is up.
 
-    (A number kept in STATE would be another cluster's after a restart of the machine.)
+    It is the number of the network bridge whose alias is STATE. A number kept in a file could belong to another
+    cluster after a restart of the machine.
     """
     for path in Path("/sys/class/net").glob("lc*-bridge/ifalias"):
         if path.read_text().strip() == str(STATE):
@@ -195,14 +203,14 @@ def netns_name(host: str) -> str:
 
 
 def make_bridge() -> None:
-    """With the first free number, and marked as ours."""
+    """Make the network bridge, with the first free number and STATE as its alias."""
     for number in range(MAX_CLUSTERS):
         name = f"lc{number}-bridge"
         done = subprocess.run(["ip", "link", "add", name, "type", "bridge"], capture_output=True, text=True)
         if done.returncode == 0:
             break
         if not Path("/sys/class/net", name).exists():
-            raise OSError(f"no bridge can be made: {done.stderr.strip()}")
+            raise OSError(f"cannot make the network bridge {name}: {done.stderr.strip()}")
     else:
         raise OSError(f"there are {MAX_CLUSTERS} local clusters already")
     _run("ip", "link", "set", name, "alias", str(STATE))
@@ -212,8 +220,8 @@ def make_bridge() -> None:
 
 def make_host(host: str) -> None:
     name = netns_name(host)
-    etc = Path("/etc/netns") / name  # what the host sees as its /etc/hosts: its own name is 127.0.1.1, as on Debian
-    etc.mkdir(parents=True, exist_ok=True)  # a restart of the machine leaves it there, and nothing else
+    etc = Path("/etc/netns") / name  # the host's /etc: its own name has the address 127.0.1.1, as on Debian
+    etc.mkdir(parents=True, exist_ok=True)  # it is still there after a restart of the machine
     others = "".join(f"{address(other)} {netns_name(other)}\n" for other in HOSTS)
     (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
     _run("ip", "netns", "add", name)
@@ -226,9 +234,9 @@ def make_host(host: str) -> None:
 
 
 def _on(host: str) -> list[str]:
-    """Prefix of a command that starts as a host: with a name, temporary files and processes of its own.
+    """Prefix of a command that starts a host: it gets the host's name and its own temporary files and processes.
 
-    (Ray looks for another head among all processes that it sees.)
+    Its own processes, because Ray looks for another head among all processes that it sees.
     """
     own, seen = (shlex.quote(str(STATE / place)) for place in (f"{host}/tmp", "tmp"))
     inside = f'hostname {netns_name(host)} && mount --bind {own} {seen} && "$@"'
@@ -237,7 +245,8 @@ def _on(host: str) -> list[str]:
 
 
 def _into(host: str) -> list[str]:
-    """Prefix of a command that runs among the host's processes, in the current folder."""
+    """Prefix of a command that joins a host's processes, in the current folder. Raises OSError if Ray does not run
+    there."""
     found = [pid for pid in _processes(host) if "/raylet/raylet" in _command_line(pid)]
     if not found:
         raise OSError(f"Ray does not run on {host}: {COMMAND} start {host}")
@@ -246,14 +255,14 @@ def _into(host: str) -> list[str]:
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """Variables of a host's process: this shell's, without those that point to other servers or other code."""
+    """Environment of a host's processes: this shell's, without what points to other servers or other code."""
     foreign = ("RAY_", "MLFLOW_", "DVC_", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     ours = {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(STATE / "token"),
-        "RAY_worker_niceness": "0",  # the hosts share this machine's cores: nobody yields to anybody
+        "RAY_worker_niceness": "0",  # no host yields to another: they share this machine's cores
         "OMP_WAIT_POLICY": "passive",
         "TMPDIR": str(STATE / "tmp"),  # each host's own
         "RAY_TMPDIR": str(STATE / "tmp"),
@@ -280,7 +289,7 @@ def _processes(host: str) -> list[int]:
 
 
 def _group(leader: int) -> list[int]:
-    """The processes of a process group."""
+    """The process ids in a process group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -299,7 +308,7 @@ def _end_processes(host: str) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
-            raise OSError(f"processes {found} of {host} do not end")
+            raise OSError(f"processes {found} of {host} did not end within {TIMEOUT_S} s")
         time.sleep(0.1)
 
 
@@ -322,13 +331,13 @@ def _get(url: str) -> str | None:
 
 def _await(name: str) -> None:
     if name == "mlflow":
-        _wait(lambda: _get(f"{_mlflow()}/health") is not None, "answer from MLflow", STATE / "mlflow.log")
+        _wait(lambda: _get(f"{_mlflow()}/health") is not None, "answer from the MLflow server", STATE / "mlflow.log")
     else:
-        _wait(lambda: name in alive(), f"sign of Ray on {name}", STATE / name / "log")
+        _wait(lambda: name in alive(), f"answer from Ray on {name}", STATE / name / "log")
 
 
 def alive() -> list[str]:
-    """The hosts that Ray knows and believes to be alive."""
+    """The hosts that Ray reports as alive."""
     try:
         nodes = json.loads(_get(f"{_dashboard()}/api/v0/nodes") or "")["data"]["result"]["result"]
     except (ValueError, LookupError, TypeError):
@@ -342,8 +351,8 @@ def _wait(condition: Callable[[], bool], what: str, log: Path) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise OSError(
-                f"no {what} after {TIMEOUT_S} s: see {log}; a firewall, Docker's for one, may block what "
-                f"passes between the bridged hosts\n{log.read_text()[-2000:]}"
+                f"no {what} after {TIMEOUT_S} s: see {log}; a firewall, such as Docker's, may block traffic between "
+                f"the bridged hosts\n{log.read_text()[-2000:]}"
             )
         time.sleep(0.5)
 
@@ -356,9 +365,9 @@ def _run(*words: str) -> str:
 
 
 def _require_rights() -> None:
-    """Raises OSError without root, iproute2 or Ray."""
+    """Raise OSError without root, iproute2 or Ray."""
     if os.geteuid() != 0 or not shutil.which("ip"):
-        raise OSError("root and iproute2 (the command ip) are needed for network namespaces")
+        raise OSError("network namespaces need root and iproute2 (the command ip)")
     if not (BIN / "ray").exists():
         raise OSError(
             f"{BIN / 'ray'} does not exist: source .venv/bin/activate first (make .venv/installed makes it)"
@@ -368,15 +377,15 @@ def _require_rights() -> None:
 def main() -> None:
     options = parser("tools.local_cluster", __doc__)
     commands = options.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="make and start it").add_argument(
-        "--cpus", type=int, default=1, help="CPUs that each host reports to Ray (%(default)s)"
+    commands.add_parser("up", help="make and start the cluster").add_argument(
+        "--cpus", type=int, default=1, help="CPUs of each host for Ray (%(default)s)"
     )
-    commands.add_parser("status", help="print who answers")
-    commands.add_parser("down", help="end and remove it")
+    commands.add_parser("status", help="print which hosts and servers answer")
+    commands.add_parser("down", help="stop and remove the cluster")
     commands.add_parser("env", help="print exports for a shell: addresses, token, storage")
-    for name, what in (("kill", "kill (-9) a raylet or the MLflow server"), ("start", "start it again")):
+    for name, what in (("kill", "kill (-9) a host's raylet or the MLflow server"), ("start", "start it again")):
         commands.add_parser(name, help=what).add_argument("host", choices=[*HOSTS, "mlflow"])
-    for name, what in (("cut", "take a host's link down"), ("mend", "bring it up")):
+    for name, what in (("cut", "take a host's network link down"), ("mend", "bring it up")):
         commands.add_parser(name, help=what).add_argument("host", choices=HOSTS)
     execute_options = commands.add_parser("exec", help="run a command on a host")
     execute_options.add_argument("host", choices=HOSTS)

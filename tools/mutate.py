@@ -1,13 +1,17 @@
-"""Break lines of the code, one at a time, and see whether a test notices.
+"""Break lines of the code, one at a time, and check that a test notices.
 
-    python -m tools.mutate                               # 30 mutations in four folders: 20 minutes on two cores
-    python -m tools.mutate --number 4 --folders sweeps   # a few of one folder
-    python -m tools.mutate --all                         # what escapes the unit tests meets all other tests, too
+    python -m tools.mutate                               # 30 lines: 20 minutes on two cores
+    python -m tools.mutate --number 4 --folders sweeps   # a few lines in one folder
+    python -m tools.mutate --all                         # what escapes meets all other tests
 
-A mutation flips a comparison or a condition, swaps + and - or * and /, changes a constant, or deletes a statement;
-texts, messages and plots are left alone. It is made in a copy of the tree. There, first the test file that mirrors
-the mutated file runs, then the other tests of its folder; both stop at the first failure. A run that does not end
-counts as caught. The code and --seed decide which mutations are made.
+A mutation flips a comparison or a condition, swaps + and - or * and /, changes a
+constant, or deletes a statement. Texts, messages and plots are left alone.
+Mutations are made in copies of the repository; the working tree is only read.
+
+For each mutation, the test file that mirrors the mutated file runs, then the
+other tests of its folder, until a test fails. A test run that does not end counts
+as caught. Prints each mutation with the test that caught it, or ESCAPED. The code
+and --seed decide which mutations are made.
 """
 
 import argparse
@@ -36,11 +40,11 @@ from pipeline.common import cli
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ["model", "pipeline/training", "pipeline/inference", "sweeps"]
 PAGES = re.compile(r"^(?:import|from) (?:matplotlib|jinja2)\b", re.MULTILINE)
-"""A module that imports these lays out pages: its numbers are a matter of taste."""
+"""Modules that import these lay out pages. Their numbers are a matter of taste."""
 MESSAGES = re.compile(r"(?:log|print|say|warn\w*|debug|info|tqdm|setLevel|add_argument)$")
 PATHS = re.compile(r"root|folder|path|parent|REPOSITORY", re.IGNORECASE)
 HABITS = {"check", "daemon", "exist_ok", "flush", "indent", "parents", "strict"}
-"""Arguments that change results only where something else is wrong."""
+"""Keyword arguments that change results only if something else is wrong."""
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -58,7 +62,7 @@ class Mutation:
     kind: str
     old: str
     new: str
-    code: str  # of the whole file
+    code: str  # the whole mutated file
 
     def __str__(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
@@ -67,7 +71,7 @@ class Mutation:
 
 
 def is_text(node: ast.AST) -> bool:
-    """Paths, strings, messages, errors, and calls and sums with a string in them."""
+    """Whether a node is a path, string, message or error, or a call or sum that contains a string."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call) and (is_text(node.value) or any(map(has_string, node.value.args)))
     if isinstance(node, ast.Call):
@@ -84,7 +88,7 @@ def has_string(node: ast.AST) -> bool:
 
 
 def broken(node: ast.AST) -> tuple[str, ast.AST] | None:
-    """(kind, a version of the node that is wrong), where there is one."""
+    """(kind of mutation, the mutated node), or None if this node has no mutation."""
     new = copy.deepcopy(node)
     match new:
         case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
@@ -111,7 +115,7 @@ def broken(node: ast.AST) -> tuple[str, ast.AST] | None:
 
 def mutations_of(file: str) -> Iterator[Mutation]:
     code = (REPOSITORY / file).read_text(encoding="utf-8")
-    data = code.encode()  # whose bytes are what ast's columns count
+    data = code.encode()  # ast counts columns in bytes
     starts = [0, *accumulate(map(len, data.splitlines(keepends=True)))]
 
     def below(parent: ast.AST, function: str) -> Iterator[Mutation]:
@@ -141,7 +145,8 @@ def mutations_of(file: str) -> Iterator[Mutation]:
 
 
 def choose(folders: list[str], number: int, seed: int) -> list[Mutation]:
-    """`number` mutations, folders in turn and kinds at random, one of a function while there are others."""
+    """`number` mutations, round-robin over the folders, of random kinds. No function gets a second one while others
+    of its folder have none."""
     draw = random.Random(seed)
     left: dict[str, list[Mutation]] = {}
     for folder in folders:
@@ -163,7 +168,7 @@ def choose(folders: list[str], number: int, seed: int) -> list[Mutation]:
 
 
 def copy_tree(to: Path) -> Path:
-    """A copy of the files that Git knows or would add."""
+    """Copy the files that Git tracks or would add."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     for name in listed.split("\0"):
@@ -174,7 +179,7 @@ def copy_tree(to: Path) -> Path:
 
 
 def failure(tree: Path, *arguments: str, timeout_s: float = 3600) -> str | None:
-    """The first test that fails; None if all pass."""
+    """Run pytest in `tree`. Returns the first test that fails, or None if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]
     process = subprocess.Popen(
         command,
@@ -201,11 +206,13 @@ def failure(tree: Path, *arguments: str, timeout_s: float = 3600) -> str | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = cli.parser("tools.mutate", __doc__)
-    parser.add_argument("--number", type=int, default=30, help="of mutations (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="another one makes others (%(default)s)")
-    parser.add_argument("--folders", nargs="+", default=FOLDERS, help="whose tests are in the same folder of tests/")
-    parser.add_argument("--all", action="store_true", help="what escapes meets all tests but those of gpu and host")
-    parser.add_argument("--processes", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--number", type=int, default=30, help="number of mutations (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="another seed makes other mutations (%(default)s)")
+    parser.add_argument(
+        "--folders", nargs="+", default=FOLDERS, help="folders to mutate, each with its tests in tests/"
+    )
+    parser.add_argument("--all", action="store_true", help="run all tests but gpu and host on what escapes")
+    parser.add_argument("--processes", type=int, default=2, help="test runs at the same time (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     options = parser.parse_args(arguments)
     mutations = choose(options.folders, options.number, options.seed)
@@ -217,11 +224,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(mutations: list[Mutation], options: argparse.Namespace) -> None:
-    """Make each mutation, run its tests, print who caught it."""
+    """Make each mutation, run its tests, and print the test that caught it."""
     trees: SimpleQueue[Path] = SimpleQueue()
 
     def unmutated(folder: str) -> float:
-        """Seconds that the tests of the folder take, which must pass."""
+        """Seconds that the tests of the folder take without a mutation. Raises RuntimeError if one fails."""
         tree, start = trees.get(), time.monotonic()
         failed = failure(tree, f"tests/{folder}")
         trees.put(tree)

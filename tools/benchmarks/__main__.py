@@ -1,10 +1,14 @@
-"""Measure how fast training, decoding, data, start and orchestration are, compared with other toolkits.
+"""Measure the speed of training, decoding and other parts, and compare it with other toolkits.
 
-    python -m tools.benchmarks                      # all, more than an hour; the table goes to docs/performance.md
-    python -m tools.benchmarks training decoding    # some; the table goes to the terminal alone
+    python -m tools.benchmarks                      # all parts, more than an hour
+    python -m tools.benchmarks training decoding    # some parts
 
-The other toolkits run in an environment of their own, which the first call makes (tools/benchmarks/peers.txt). The
-text is Multi30k, from the web or from the folder CORPUS_MIRROR. What is made stays in .benchmarks/ for the next time.
+Prints a table for each part. When all parts run, also writes the tables to
+docs/performance.md.
+
+The first call installs the other toolkits (tools/benchmarks/peers.txt) in an
+environment of their own. Reads Multi30k from the web, or from the folder
+CORPUS_MIRROR. Writes to .benchmarks/, which later calls use again.
 """
 
 import datetime
@@ -24,16 +28,16 @@ DOCUMENT, BEGIN, END = ROOT / "docs/performance.md", "<!-- begin -->\n", "<!-- e
 def main() -> None:
     options = parser("tools.benchmarks", __doc__)
     options.add_argument("parts", nargs="*", choices=[*CASES, []], metavar="PART", help=", ".join(CASES))
-    options.add_argument("--rounds", type=int, default=5, help="of each comparison (%(default)s)")
+    options.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (%(default)s)")
     options.add_argument(
-        "--pairs", type=int, default=300_000, help="sentence pairs of the data stages' corpus (%(default)s)"
+        "--pairs", type=int, default=300_000, help="sentence pairs of the corpus for the data stages (%(default)s)"
     )
     options.add_argument(
         "--text",
         nargs=2,
         type=Path,
         metavar=("SRC", "TGT"),
-        help="its two files, one sentence a line (.gz too), repeated to --pairs",
+        help="files of that corpus, one sentence per line (also .gz), repeated up to --pairs",
     )
     arguments = options.parse_args()
     with exit_on_error("benchmarks", CommandError):
@@ -41,7 +45,7 @@ def main() -> None:
 
 
 def measure(parts: list[str], rounds: int, pairs: int, text: list[Path] | None) -> None:
-    """Print the tables of the parts; of all parts, if none is named, also into DOCUMENT."""
+    """Print the table of each part. Without `parts`, measure all and write their tables to DOCUMENT, too."""
     folder = ROOT / ".benchmarks"
     folder.mkdir(exist_ok=True)
     source_and_target = (text[0], text[1]) if text else None
@@ -51,7 +55,7 @@ def measure(parts: list[str], rounds: int, pairs: int, text: list[Path] | None) 
     for name in parts or CASES:
         log(f"{name} ...")
         part = "\n".join([*CASES[name](setting), ""])
-        print(part, flush=True)  # a later part that fails loses nothing
+        print(part, flush=True)  # at once, in case a later part fails
         table += f"\n{part}"
     if not parts:
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
@@ -60,11 +64,11 @@ def measure(parts: list[str], rounds: int, pairs: int, text: list[Path] | None) 
 
 
 def _peers(folder: Path) -> Path:
-    """Make the environment of the other toolkits, once; returns its Python."""
+    """Install the other toolkits in an environment, once. Returns its Python."""
     wanted, python = PEERS.read_text(), folder / "peers/bin/python"
     installed = folder / "peers/installed.txt"
     if not installed.is_file() or installed.read_text() != wanted:
-        log("installs the other toolkits, once")
+        log("installing the other toolkits, once")
         shutil.rmtree(folder / "peers", ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder / "peers"], check=True)
         run([python, "-m", "pip", "install", "-r", PEERS], folder)
@@ -73,10 +77,10 @@ def _peers(folder: Path) -> Path:
 
 
 def _corpus(folder: Path) -> Path:
-    """Make data/ of Multi30k by the stages themselves, once; returns it."""
+    """Run the data stages on Multi30k, once. Returns the data folder."""
     project = folder / "multi30k"
     if not (project / "data/encoded/meta.json").is_file():
-        log("makes the corpus, once")
+        log("preparing the corpus, once")
         new_project(project, data="multi30k", model="tiny")
         for stage in ("download", "validate", "train_tokenizer", "encode"):
             run([sys.executable, "-m", f"pipeline.{stage}"], project)

@@ -1,9 +1,12 @@
-"""Decoding: sentences per second by beam search of ours and of other toolkits, from the same weights and tokens.
+"""Decoding: sentences per second by beam search, of ours and of other toolkits, from the same weights and tokens.
 
-Beam 4 over sentences of the test split. With --cap every output runs to its source's length + 10: for random weights,
-so that the work is the same for all. The others get batches of 64 sentences of similar length. With --cap, since they
-have one limit for a batch, the sentences are of a few lengths, 64 of each. Runs in the environment of the other
-toolkits too: at module level, import nothing but numpy, torch and training.py.
+All search with beam 4 on sentences of the test split. The others get batches of 64 sentences of similar length.
+
+With --cap every output runs to the length of its source + 10, so that random weights give all systems the same work.
+The others have one length limit for a batch, so the sentences then have a few lengths, with 64 sentences of each.
+
+This module also runs in the environment of the other toolkits: at module level, import only numpy, torch, harness.py
+and training.py.
 """
 
 import argparse
@@ -27,14 +30,14 @@ Outputs = list[list[int]]
 
 
 class Numbers:
-    """Stands in for a tokenizer: the text is the tokens as numbers."""
+    """A stand-in for a tokenizer. Its text is the tokens as numbers."""
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
 
 
 class Tokenizer(Numbers):
-    """As Numbers, and everything else from a folder's tokenizer: an export needs it."""
+    """Numbers, with all other attributes from the tokenizer of a folder. An export needs them."""
 
     def __init__(self, folder: Path) -> None:
         from pipeline.data.dataset import load_tokenizer
@@ -46,8 +49,11 @@ class Tokenizer(Numbers):
 
 
 def ours(model: Path, sources: Outputs, cap: bool, tokenizer: Path | None = None) -> Search:
-    """pipeline/inference/translate.py with the batches of params.yaml; with a tokenizer, evaluate.engine ctranslate2
-    (pipeline/inference/ctranslate2_engine.py), its export included each time."""
+    """pipeline/inference/translate.py, with the batches of params.yaml.
+
+    With a tokenizer, evaluate.engine is ctranslate2 (pipeline/inference/ctranslate2_engine.py), and each call
+    includes its export.
+    """
     from pipeline.common.settings import load_settings
     from pipeline.inference.translate import translate
     from pipeline.training.checkpoint import load_model
@@ -115,9 +121,9 @@ def generate(model: Path, sources: Outputs, cap: bool) -> Search:
 def ctranslate2(
     model: Path, sources: Outputs, cap: bool, compute_type: str, workers: int, threads: int, patience: float
 ) -> Search:
-    """CTranslate2 on the output of `python -m pipeline.export`, with `threads` threads in all.
+    """CTranslate2 on the output of `python -m pipeline.export`.
 
-    evaluate.engine searches with a `patience` of 2.
+    `workers` translators share `threads` threads. evaluate.engine searches with a `patience` of 2.
     """
     import ctranslate2 as ct2
 
@@ -153,9 +159,9 @@ def ctranslate2(
 
 
 def timed(search: Search, sizes: dict[str, Any], sources: Outputs) -> dict[str, float]:
-    """Run a search and return its rates.
+    """Run a search and return its rates per second: sentences, tokens, FLOPs.
 
-    FLOPs are those of BEAM hypotheses as long as the output: a search may need more, and none needs less.
+    The FLOPs are those of BEAM hypotheses as long as the output. No search needs less; some need more.
     """
     from model.config import TransformerConfig
     from model.flops import forward_flops
@@ -175,7 +181,7 @@ def timed(search: Search, sizes: dict[str, Any], sources: Outputs) -> dict[str, 
 
 
 def chosen(sources: Outputs, number: int, cap: bool) -> Outputs:
-    """`number` of the sources, evenly from all lengths; with `cap`, BATCH each of a few lengths."""
+    """`number` of the sources, evenly from all lengths; with `cap`, BATCH sources of each of a few lengths."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     if not cap:
         return [sources[order[i * len(order) // number]] for i in range(number)]
@@ -194,7 +200,7 @@ def _batches(sources: Outputs) -> Iterator[list[int]]:
 
 
 def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
-    """Our weights in MarianMTModel's places: W^Q, W^K and W^V apart, biases that we lack 0, our sinusoids."""
+    """Load our weights into MarianMTModel: W^Q, W^K and W^V split, biases that ours lacks set to 0, our sinusoids."""
     from safetensors.torch import load_file
 
     ours, d_model = load_file(model / "weights.safetensors"), sizes["d_model"]
@@ -230,14 +236,19 @@ def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=["ours", "engine", "lines", "generate", "float32", "int8"])
-    parser.add_argument("--model", type=Path, required=True, help="of save_model; in it ctranslate2-float32, -int8")
-    parser.add_argument("--tokenizer", type=Path, help="data/tokenizer, for engine and lines")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder of save_model, with ctranslate2-float32 and ctranslate2-int8",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="data/tokenizer; engine and lines need it")
     parser.add_argument("--encoded", type=Path, required=True, help="data/encoded")
-    parser.add_argument("--sentences", type=int, required=True, help="of a block")
-    parser.add_argument("--cap", action="store_true")
+    parser.add_argument("--sentences", type=int, required=True, help="sentences in a block")
+    parser.add_argument("--cap", action="store_true", help="run every output to its source's length + 10")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=1, help="of CTranslate2, which share the threads")
-    parser.add_argument("--patience", type=float, default=1, help="of CTranslate2")
+    parser.add_argument("--workers", type=int, default=1, help="translators of CTranslate2 that share the threads")
+    parser.add_argument("--patience", type=float, default=1, help="patience of CTranslate2's search")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ids, offsets = (np.load(arguments.encoded / f"test.src.{what}.npy") for what in ("ids", "offsets"))

@@ -1,12 +1,17 @@
-"""Measure training of base and big on a GPU, with the paper's steps of 25,000 + 25,000 tokens.
+"""Measure training of base and big on a GPU, in the paper's steps of 25,000 source and target tokens.
 
     python -m tools.benchmarks.gpu
-    python -m tools.benchmarks.gpu --device cpu --presets tiny --batch-tokens 500 --steps 1     # does it run?
+    python -m tools.benchmarks.gpu --device cpu --presets tiny --batch-tokens 500 \\
+        --steps 1                                   # a short trial without a GPU
 
-Needs torch, numpy and PyYAML alone. Ours and torch.nn.Transformer train in turn, with bf16 autocast, on random tokens
-with lengths like those of WMT 2014 English-German; ours with torch.compile and conf/hardware/gpu.yaml. Prints tokens
-a second, the share of the card's own rate at a product of 8192 x 8192 x 8192, memory, and the hours to the paper's
-number of steps.
+Ours and torch.nn.Transformer train alternately, with bf16 autocast, on random
+tokens. Lengths of sentences are like those of WMT 2014 English-German. Ours uses
+torch.compile and the settings of conf/hardware/gpu.yaml. Prints tokens per
+second, the share of the GPU's own rate at a product of 8192 x 8192 x 8192,
+memory, and the hours for the paper's number of steps.
+
+Reads params.yaml and conf/. Of the dependencies, needs only torch, numpy,
+pydantic, ruamel.yaml, filelock, psutil and tqdm.
 """
 
 import json
@@ -34,20 +39,22 @@ VOCAB_SIZE, PAIRS = 37_000, 200_000  # section 5.1
 
 def main() -> None:
     options = parser("tools.benchmarks.gpu", __doc__)
-    options.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    options.add_argument(
+        "--device", type=torch.device, default=torch.device("cuda"), help="device of torch (%(default)s)"
+    )
     options.add_argument("--presets", nargs="+", default=["base", "big"], help="presets of conf/model (base big)")
-    options.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens of a step (%(default)s)")
-    options.add_argument("--steps", type=int, default=50, help="of a block (%(default)s)")
-    options.add_argument("--rounds", type=int, default=5, help="of both systems (%(default)s)")
+    options.add_argument("--batch-tokens", type=int, default=25_000, help="target tokens per step (%(default)s)")
+    options.add_argument("--steps", type=int, default=50, help="steps in a block (%(default)s)")
+    options.add_argument("--rounds", type=int, default=5, help="blocks of each system (%(default)s)")
     arguments = options.parse_args()
     with exit_on_error("gpu", CommandError):
         measure(**vars(arguments))
 
 
 def measure(device: torch.device, presets: list[str], batch_tokens: int, steps: int, rounds: int) -> None:
-    """Print the table, a row of each system as soon as it is measured."""
+    """Print the table, each preset's rows as soon as they are measured."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no GPU; --device cpu tries the paths")
+        raise ValueError("torch finds no GPU; try the benchmark with --device cpu")
     ceiling = _multiply_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     print(f"{name}, torch {torch.__version__}: a product in bf16 runs at {ceiling / 1e12:.3g} TFLOP/s.\n")

@@ -1,9 +1,10 @@
-"""Paired measurements: each system is a process of its own, and they work in interleaved blocks, one at a time.
+"""Paired measurements: each system is a process, and the processes work in interleaved blocks, one at a time.
 
-A system prints a line when it is ready, then works a block for each line that it reads, and prints its measurements.
-A round has one block of each system, so background load affects all equally; a ratio is taken inside each round and
-given as median, smallest and largest. Systems in the environment of other toolkits import this module too: at import
-it needs nothing but Python.
+A system prints a line when it is ready. It then works one block for each line that it reads, and prints what it
+measured. A round is one block of each system, so background load affects all systems equally. A ratio is taken within
+each round; the tables give its median, smallest and largest value.
+
+Systems in the environment of other toolkits import this module too. At import it needs only the standard library.
 """
 
 import json
@@ -25,51 +26,51 @@ OPERATORS = "all operators"
 LAUNCHER = """import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
 print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
-"""Runs a command as the child of a small process: a child's peak counts what it was forked from."""
+"""Run a command as the child of a small process, because the peak memory of a child includes that of its parent."""
 
 
 class CommandError(RuntimeError):
-    """A command of the benchmarks ended with an error."""
+    """A command that a benchmark runs has failed."""
 
 
 @dataclass
 class System:
-    """One of the programs that are compared: `command` starts it."""
+    """A program to compare. `command` starts it."""
 
     name: str
     command: list[str]
-    blocks: list[dict[str, float]] = field(default_factory=list)  # its measurements, one a round
+    blocks: list[dict[str, float]] = field(default_factory=list)  # its measurements, one per round
     peak_bytes: float = 0.0
-    shares: dict[str, float] = field(default_factory=dict)  # see `_profile`, if it was asked for
+    shares: dict[str, float] = field(default_factory=dict)  # from `_profile`
 
     def median(self, key: str) -> float:
         return statistics.median(block[key] for block in self.blocks)
 
     def ratio(self, other: "System", key: str) -> str:
-        """This one over the other, inside each round."""
+        """The value of this system divided by that of the other, in each round: median (smallest to largest)."""
         ratios = [ours[key] / theirs[key] for ours, theirs in zip(self.blocks, other.blocks, strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def module(name: str, python: str | Path, *options: object) -> list[str]:
-    """The command that runs a module of this package; `environment` makes it importable."""
+    """The command that runs a module of this package. It needs `environment`."""
     return [str(python), "-m", f"{__package__}.{name}", *map(str, options)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Variables for a process that imports this project, in whatever folder it works."""
+    """The environment of a process that imports this project, from any folder."""
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def paired(systems: Sequence[System], rounds: int, profile: bool = False) -> None:
-    """Run all systems and fill in what they measure; `profile` adds where the first one's time goes.
+    """Run all systems and fill in their measurements. `profile` adds `shares` to the first one.
 
-    Raises CommandError if one dies.
+    Raises CommandError if a system dies.
     """
     with ExitStack() as stack:
         running = []
         for system in systems:
-            log(f"{system.name}: starts and warms up")
+            log(f"{system.name}: start and warm up")
             running.append(stack.enter_context(_started(system)))
             _answer(system, running[-1])
         for number in range(rounds):
@@ -110,7 +111,7 @@ def _answer(system: System, process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
-    """Answer the measuring process over stdin and stdout: a block to warm up, then one for each line."""
+    """Answer `paired` over stdin and stdout: one block to warm up, then one answer for each line."""
     if warm_up:
         block()
     print("{}", flush=True)
@@ -120,21 +121,24 @@ def serve(block: Callable[[], dict[str, float]], warm_up: bool = True) -> None:
 
 
 def _peak() -> dict[str, float]:
-    """Peak memory of the GPU if it is used, else of the process."""
+    """Peak memory in bytes: of the GPU if it is used, else of the process."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    status = Path("/proc/self/status").read_text()  # getrusage counts what the process was forked from, too
+    status = Path("/proc/self/status").read_text()  # getrusage includes the memory of the parent
     return {"peak_bytes": float(status.partition("VmHWM:")[2].split()[0]) * 1024}
 
 
 def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """By torch's profiler: OPERATORS, the share of the threads' time (a card's) that operators (its kernels) take;
-    and of that, the nine largest shares."""
+    """Where the time of a block goes, by torch's profiler.
+
+    OPERATORS is the share of the threads' time that operators take; on a GPU, of its time that kernels take. The
+    other keys are the nine operators or kernels that take most, as shares of OPERATORS.
+    """
     import torch
 
     device = "CUDA" if torch.cuda.is_initialized() else "CPU"
-    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # training and search have their own
+    threads = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # training and search start threads
     activity = getattr(torch.profiler.ProfilerActivity, device)
     with torch.profiler.profile(activities=[activity], experimental_config=threads) as profiler:
         started = time.perf_counter()
@@ -148,9 +152,9 @@ def _profile(block: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def run(command: Sequence[object], folder: Path, **variables: str) -> tuple[float, float]:
-    """Run a command in `folder`: its seconds, and peak bytes of the largest process below it.
+    """Run a command in `folder`. Returns its seconds, and the peak bytes of the largest process that it starts.
 
-    Raises CommandError with the end of its output if it fails.
+    Raises CommandError with the end of the output if the command fails.
     """
     launched = [sys.executable, "-ISc", LAUNCHER, *map(str, command)]
     with (folder / "log.txt").open("wb") as output:
@@ -166,16 +170,16 @@ def run(command: Sequence[object], folder: Path, **variables: str) -> tuple[floa
 
 
 def failed(command: Sequence[object], code: int, log: Path) -> CommandError:
-    """The error for a command that failed, with the end of its output."""
+    """A CommandError with the end of the command's output."""
     return CommandError(
         f"{' '.join(map(str, command))} ended with exit code {code}:\n{log.read_text(errors='replace')[-2000:]}"
     )
 
 
 def multiply_rates(threads: int) -> dict[str, float]:
-    """FLOP/s of a matrix product, 2048 x 2048 x 2048 in single precision, by each library that torch has.
+    """FLOP/s of each matrix library of torch, at a product of 2048 x 2048 x 2048 in single precision.
 
-    The best of them is the ceiling of all training and search.
+    The larger one is the ceiling of all training and search.
     """
     import torch
 
@@ -190,17 +194,17 @@ def multiply_rates(threads: int) -> dict[str, float]:
 
 
 def multiply_rate(multiply: Callable[[], Any], size: int) -> float:
-    """FLOP/s of a product of two square matrices, in the median of the calls."""
+    """FLOP/s of `multiply`, a product of two matrices [size, size]; the median of 20 calls after 10 to warm up."""
     times = []
     for _ in range(30):
         started = time.perf_counter()
-        multiply()[0, 0].item()  # waits for a device
+        multiply()[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(times[10:])
 
 
 def flops_per_token(config: Any, encoded: Path) -> float:
-    """FLOPs of training per target token without padding: what the corpus needs, whatever a toolkit does."""
+    """FLOPs of training per target token, without padding: what the corpus needs in any toolkit."""
     from model.flops import training_flops
     from pipeline.data.dataset import EncodedSplit
 
@@ -217,7 +221,7 @@ def vectors() -> str:
 
 
 def sentence_lengths(num_pairs: int) -> tuple[Any, Any]:
-    """Random lengths of source and target like those of WMT 2014: 24 tokens in the median, similar in a pair."""
+    """Random lengths of sources and targets like those of WMT 2014: a median of 24 tokens, similar within a pair."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -249,7 +253,7 @@ def write_corpus(folder: Path, num_pairs: int, vocab_size: int) -> None:
 
 
 def machine() -> str:
-    """The machine in words: cores, processor, Python, load."""
+    """A description of the machine: cores, processor, Python, load."""
     from pipeline.common.machine import machine_name
 
     return (

@@ -1,6 +1,6 @@
-"""The bare loop: pipeline/training/trainer.py on the settings of a project, without Ray, MLflow and checkpoints.
+"""The bare training loop: pipeline/training/trainer.py on a project's settings, without Ray, MLflow and checkpoints.
 
-It reports its steps in a file, as a run under Ray does.
+Reports its steps in a file, as a run under Ray does.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from tools.benchmarks.harness import THREADS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--project", type=Path, required=True)
-    parser.add_argument("--progress", type=Path, required=True, help="the file to report the steps in")
+    parser.add_argument("--project", type=Path, required=True, help="folder with params.yaml and data/encoded")
+    parser.add_argument("--progress", type=Path, required=True, help="file for the report of steps")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     settings = load_settings(arguments.project)

@@ -1,4 +1,4 @@
-"""Encoding of one text by the stage encode and by SentencePiece alone, decoding of its tokens, and the batch plan of
+"""Data stages: encoding by the stage encode and by SentencePiece alone, decoding of its tokens, and the batch plan of
 4.5 million pairs."""
 
 import argparse
@@ -22,6 +22,7 @@ CHUNK = 20_000  # lines
 
 
 def encode(data: Path) -> Callable[[], dict[str, float]]:
+    """The stage encode."""
     num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
 
     def block() -> dict[str, float]:
@@ -35,7 +36,7 @@ def encode(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
-    """SentencePiece's own rate: lines in, tokens out, nothing kept."""
+    """SentencePiece alone: reads lines, makes tokens, keeps nothing."""
     tokenizer = load_tokenizer(data / TOKENIZER.name)
     num_pairs = len(EncodedSplit.open(data / "encoded", "train"))
 
@@ -49,7 +50,7 @@ def sentencepiece(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def decode(data: Path) -> Callable[[], dict[str, float]]:
-    """Decode all tokens, as encode does to compare, without the time to read them."""
+    """Decode all tokens, as encode does to compare them with the text. The time to read them is left out."""
     tokenizer = load_tokenizer(data / TOKENIZER.name)
     splits = [EncodedSplit.open(data / "encoded", split) for split in SPLITS]
 
@@ -66,6 +67,7 @@ def decode(data: Path) -> Callable[[], dict[str, float]]:
 
 
 def plan() -> dict[str, float]:
+    """Seconds to plan the batches once, to plan an epoch, and to the first batch of a run resumed within an epoch."""
     src, tgt = sentence_lengths(PAIRS)
     sizes = {"batch_tokens": 25_000, "micro_batch_tokens": 25_000, "max_length": 1024, "seed": 1}
     started = time.perf_counter()
@@ -80,7 +82,7 @@ def plan() -> dict[str, float]:
 
 
 def _rates(num_pairs: int, work: Callable[[], object]) -> dict[str, float]:
-    """`cores_s` are seconds of processor time."""
+    """Time `work`. `cores_s` is its processor time in seconds, over all cores."""
     started, cores_started = time.perf_counter(), time.process_time()
     work()
     seconds, cores_s = time.perf_counter() - started, time.process_time() - cores_started
@@ -90,7 +92,7 @@ def _rates(num_pairs: int, work: Callable[[], object]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("system", choices=["encode", "sentencepiece", "decode", "plan"])
-    parser.add_argument("--data", type=Path, help="data/, encoded")
+    parser.add_argument("--data", type=Path, help="data/ with the encoded corpus; all but plan need it")
     arguments = parser.parse_args()
     if arguments.system == "plan":
         serve(plan, warm_up=False)

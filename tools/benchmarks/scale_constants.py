@@ -1,8 +1,9 @@
-"""Measure the constants of tools/cost_model.py on this machine, in about a minute, and print a line for each.
+"""Measure the constants of tools/cost_model.py on this machine, in about a minute.
 
     python -m tools.benchmarks.scale_constants
 
-Every rate is a median, printed with what it was measured on. Nothing outside this machine is needed.
+Prints a line for each constant: a median, and what it was measured on. Reads conf/model. Needs
+nothing outside this machine.
 """
 
 import os
@@ -50,7 +51,7 @@ from tools.cost_model import VOCAB_SIZE
 
 PAIRS = 500_000
 POINT = {"train_loss": 4.2, "learning_rate": 7e-4, "grad_norm": 1.1, "tokens_per_second": 13_000.0}
-"""A point as pipeline/training/loop.py reports it."""
+"""A point of the training curve, as pipeline/training/loop.py reports it."""
 CLIENTS = 4
 NO_LAUNCH = {"_unsafe_view", "detach", "empty", "empty_like", "promote_types"}
 
@@ -71,7 +72,7 @@ def base() -> Transformer:
 
 
 def checkpoints() -> None:
-    """Bytes per second of save and load, with checksums and fsync; reads come from the disk, not from memory."""
+    """Bytes per second of save and load, with checksums and fsync. Reads come from the disk, not from memory."""
     model = base()
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     for p in model.parameters():
@@ -106,7 +107,7 @@ def _reduce(rank: int, store: str, numel: int, result: str) -> None:
 
 
 def all_reduce() -> None:
-    """Bytes per second that each of two processes sends, 2 (n - 1) / n of the gradients, in an all-reduce by gloo."""
+    """Bytes per second that each of n = 2 processes sends in gloo's all-reduce: 2 (n - 1) / n of the gradients."""
     numel = sum(p.numel() for p in base().parameters())
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +141,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def mlflow_writes() -> None:
-    """Time of the server for the calls of MetricWriter, a GET of /health and a log_batch, from several runs at
-    once."""
+    """Time of the server for a delivery by MetricWriter, which is a GET of /health and a log_batch, from several runs
+    at once."""
     with tempfile.TemporaryDirectory() as folder, mlflow_server(Path(folder)) as uri:
         clients = [MlflowClient(uri) for _ in range(CLIENTS)]
         experiment = clients[0].create_experiment("scale")
@@ -156,7 +157,7 @@ def mlflow_writes() -> None:
                 clients[number].log_batch(runs[number], metrics=metrics)
 
         def in_all(calls: int, points: int, first: int) -> float:
-            """Seconds of the server per call while all clients call it."""
+            """Seconds of the server per call, while all clients call it."""
             with ThreadPoolExecutor(CLIENTS) as pool:
                 numbers = range(CLIENTS)
                 took = seconds(lambda: list(pool.map(lambda number: deliver(number, calls, points, first), numbers)))
@@ -172,7 +173,7 @@ def mlflow_writes() -> None:
 
 
 def data() -> None:
-    """Time to plan an epoch, and target tokens per second of collate, of random tokens with a corpus's lengths."""
+    """Time to plan an epoch, and target tokens per second of collate, on random tokens with realistic lengths."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder, PAIRS, VOCAB_SIZE)
@@ -200,7 +201,7 @@ def _collate_all(split: EncodedSplit, batches: list[np.ndarray]) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that compute, as a GPU would launch them; views launch nothing."""
+    """Count the operators that compute something, as a GPU would launch them. Views launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +213,10 @@ class Counter(TorchDispatchMode):
 
 
 def launches() -> None:
-    """Operators of one micro-batch with its step, at two sizes, for the loss makes its logits chunk by chunk."""
+    """Operators of a step on one micro-batch, outside and inside the loss.
+
+    Two sizes of the micro-batch tell them apart, because the loss computes its logits chunk by chunk.
+    """
     os.environ[library.ENVIRONMENT] = "mkl"  # products, attention and dropout as on a GPU
     attention.MAX_UNFUSED_QUERIES = 0
     transformer.dropout = F.dropout  # type: ignore[assignment]
@@ -221,7 +225,7 @@ def launches() -> None:
     rows = CHUNK_LOGITS // VOCAB_SIZE
     settings = replace(load_settings(ROOT).train, max_grad_norm=0.0)
     parallel, counts = ThreadedDataParallel(model), []
-    for chunks in (1, 1, 3):  # the first makes Adam's moments, and does not count
+    for chunks in (1, 1, 3):  # the first step, which creates Adam's moments, is not counted
         tokens = torch.full((1, rows * chunks), EOS + 1)
         batch = MicroBatch(tokens, tokens, tokens, tokens.numel())
         step = GlobalBatch(Position(0, 1), [(0, batch)], batch.num_tgt_tokens)
@@ -230,9 +234,9 @@ def launches() -> None:
         counts.append(counter.count)
     per_chunk = (counts[2] - counts[1]) / 2
     show(
-        "launches", counts[1] - per_chunk, "operators of a step of base on one micro-batch, without those of the loss"
+        "launches", counts[1] - per_chunk, "operators in a step of base on one micro-batch, without those of the loss"
     )
-    show("launches_per_chunk", per_chunk, "of the loss, for every chunk of its logits")
+    show("launches_per_chunk", per_chunk, "operators in the loss, for every chunk of its logits")
 
 
 def main() -> None:
@@ -243,7 +247,7 @@ def main() -> None:
         f"{cpus} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}; ",
         end="",
     )
-    print(f"load of others {load:.1f}")
+    print(f"load of other processes at the start: {load:.1f}")
     with exit_on_error("scale_constants"):
         for measure in (launches, data, all_reduce, checkpoints, mlflow_writes):
             measure()

@@ -1,9 +1,12 @@
-"""Training: target tokens per second (without padding) of ours and of other toolkits, on the same tokens.
+"""Training: target tokens per second, without padding, of ours and of other toolkits, on the same tokens.
 
-Sizes, dropout, label smoothing and Adam are the same, and about as many target tokens a step. transformers'
-MarianMTModel and torch's own modules run in the plain loop that their documentation shows, over batches of pairs of
-similar length with at most so many positions in source and in target. torch.nn.Transformer also drops attention
-weights. Runs in the environment of the other toolkits too: at module level, import nothing but numpy and torch.
+Sizes, dropout, label smoothing and Adam are the same, and a step has about as many target tokens. transformers'
+MarianMTModel and torch's own modules run in the plain loop that their documentation shows. Their batches have pairs
+of similar length, with a limit on the padded tokens of source and of target. torch.nn.Transformer also drops
+attention weights.
+
+This module also runs in the environment of the other toolkits: at module level, import only numpy, torch and
+harness.py.
 """
 
 import argparse
@@ -30,7 +33,7 @@ Block = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class Work:
-    """What one block trains; `sizes` are those of TransformerConfig."""
+    """The work of one block. `sizes` are the fields of TransformerConfig."""
 
     corpus: Path
     sizes: dict[str, Any]
@@ -41,7 +44,7 @@ class Work:
 
 
 def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
-    """The step of pipeline/training/loop.py, with batches as pipeline/training/trainer.py gives it."""
+    """The step of pipeline/training/loop.py, with the batches of pipeline/training/trainer.py."""
     from model.config import TransformerConfig
     from model.transformer import Transformer
     from pipeline.common.settings import load_settings
@@ -73,7 +76,7 @@ def ours(work: Work, micro_batch_tokens: int, compiled: bool) -> Block:
 
 
 def plain_loop(model: nn.Module, work: Work) -> Block:
-    """Train `model`, which maps padded source and target tokens to logits."""
+    """Train `model`, which maps tokens [batch, src] and [batch, tgt] to logits [batch, tgt, vocab]."""
     model.to(work.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, betas=BETAS, eps=EPS)
     batches = _batches(work.corpus, work.batch_tokens)
@@ -98,14 +101,14 @@ def plain_loop(model: nn.Module, work: Work) -> Block:
 
 
 def _timed(step: Callable[[], tuple[int, int]], steps: int) -> dict[str, float]:
-    """Time steps, each of which returns its number of target tokens without and with padding."""
+    """Time `steps` calls of `step`, which returns its number of target tokens without and with padding."""
     started = time.perf_counter()
     tokens, positions = map(sum, zip(*(step() for _ in range(steps)), strict=True))
     return {"tokens_per_s": tokens / (time.perf_counter() - started), "padding": 1 - tokens / positions}
 
 
 def _batches(corpus: Path, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs sorted by length, cut at so many padded positions, in a random order: what the toolkits do."""
+    """The other toolkits' batches: pairs sorted by length, cut at `batch_tokens` padded tokens, in random order."""
     sides = []
     for side in ("src", "tgt"):
         tokens, offsets = (np.load(corpus / f"train.{side}.{what}.npy") for what in ("ids", "offsets"))
@@ -138,7 +141,7 @@ class Marian(nn.Module):
 
 
 def marian(sizes: dict[str, Any]) -> Any:
-    """MarianMTModel of these sizes, random weights."""
+    """A MarianMTModel of these sizes, with random weights."""
     from transformers import MarianConfig, MarianMTModel
 
     layers, heads, d_ff = sizes["num_layers"], sizes["num_heads"], sizes["d_ff"]
@@ -170,7 +173,7 @@ def marian(sizes: dict[str, Any]) -> Any:
 
 
 class TorchTransformer(nn.Module):
-    """torch.nn.Transformer between an embedding with sinusoids and the projection that shares its weights."""
+    """torch.nn.Transformer, with an embedding, sinusoids, and a projection that shares the embedding's weights."""
 
     positions: Tensor
 
@@ -206,14 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", choices=["ours", "marian", "torch"])
     parser.add_argument("--corpus", type=Path, required=True, help="data/encoded")
-    parser.add_argument("--sizes", type=json.loads, required=True, help="TransformerConfig, as JSON")
-    parser.add_argument("--steps", type=int, required=True, help="of a block")
+    parser.add_argument("--sizes", type=json.loads, required=True, help="fields of TransformerConfig, as JSON")
+    parser.add_argument("--steps", type=int, required=True, help="steps in a block")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--micro-batch-tokens", type=int, default=1280, help="of ours")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="target tokens per step (%(default)s)")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1280, help="micro-batches of ours (%(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--bf16", action="store_true", help="autocast")
-    parser.add_argument("--compile", action="store_true", help="ours, by torch.compile")
+    parser.add_argument("--bf16", action="store_true", help="train with bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile in ours")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)

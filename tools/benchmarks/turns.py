@@ -1,4 +1,4 @@
-"""Compare two training runs, each with all its processes, in turns: while one works, the other is stopped."""
+"""Compare two training runs that work alternately: while one runs, all processes of the other are stopped."""
 
 import signal
 import time
@@ -12,29 +12,29 @@ import psutil
 
 from tools.benchmarks.harness import THREADS, environment, failed
 
-MICRO_BATCHES, OTHER_THREADS = "the threads at micro-batches", "other threads of their process"
+MICRO_BATCHES, OTHER_THREADS = "threads that compute micro-batches", "other threads of their process"
 
 
 @dataclass
 class Runner:
-    """A training run that is stopped and continued with all its processes.
+    """A training run that can be stopped and continued, with all its processes.
 
-    `progress` is the pattern of the file, below `folder`, in which it reports its steps as
-    pipeline/cluster/progress.py does.
+    `progress` is a pattern for the file below `folder` in which the run reports its steps, in the format of
+    pipeline/cluster/progress.py.
     """
 
     command: list[str]
     folder: Path
     progress: str
     awake_s: float = 0.0
-    reached: list[tuple[int, float]] = field(default_factory=list)  # a step, and awake_s when it was done
-    used_s: dict[tuple[int, int], float] = field(default_factory=dict)  # of a core before the first turn, by thread
+    reached: list[tuple[int, float]] = field(default_factory=list)  # (step, awake_s at its end)
+    used_s: dict[tuple[int, int], float] = field(default_factory=dict)  # before the first turn, by (process, thread)
 
     @contextmanager
     def started(self, steps: int) -> Iterator[None]:
-        """Start it and stop it after its first steps; kill it in the end.
+        """Start the run and stop it after `steps` steps; kill it at the end.
 
-        Raises CommandError if it ends by itself before.
+        Raises CommandError if the run ends before that.
         """
         log = self.folder / "log.txt"
         variables = environment(OMP_NUM_THREADS=str(THREADS))
@@ -57,6 +57,7 @@ class Runner:
             process.wait()
 
     def work(self, seconds: float) -> None:
+        """Continue the run for `seconds`, then stop it again."""
         began = time.time()
         self._send(signal.SIGCONT)
         time.sleep(seconds)
@@ -68,7 +69,7 @@ class Runner:
             self.reached.append((self._step(), self.awake_s - (ended - written)))
 
     def threads(self) -> dict[tuple[int, int], float]:
-        """Processor seconds that each thread has used, by process and thread."""
+        """Processor seconds that each thread has used, by (process, thread)."""
         found: dict[tuple[int, int], float] = {}
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
@@ -76,10 +77,10 @@ class Runner:
         return found
 
     def shares(self) -> dict[str, float]:
-        """Shares of the time of THREADS cores since `used_s`, while awake.
+        """Shares of the time of THREADS cores while the run was awake, since `used_s`.
 
-        First the THREADS busiest threads of the process that trains, which work at micro-batches; then its other
-        threads, the one that updates weights among them; then each other process, the largest first.
+        First come the THREADS busiest threads of the process that trains, which compute micro-batches. Then come its
+        other threads, including the one that updates the weights, and then the other processes, the busiest first.
         """
         used = {thread: seconds - self.used_s.get(thread, 0.0) for thread, seconds in self.threads().items()}
         trains = max(used, key=used.__getitem__)[0]
@@ -94,7 +95,7 @@ class Runner:
         return {who: seconds / self.awake_s / THREADS for who, seconds in taken.items()}
 
     def seconds(self, first: int, last: int) -> float:
-        """Awake seconds from one step to another, interpolated between the steps that were seen."""
+        """Awake seconds between two steps, interpolated from the steps that were seen."""
         import numpy as np
 
         steps, times = zip(*self.reached, strict=True)
@@ -109,7 +110,7 @@ class Runner:
         return [self.process, *self.process.children(recursive=True)]
 
     def _name(self, pid: int) -> str:
-        """The name of a process; Python's is that of its script."""
+        """The name of a process; for Python, the name of its script."""
         process = psutil.Process(pid)
         if process == self.process:
             return "the driver"
@@ -123,9 +124,9 @@ class Runner:
 
 
 def slower_by(runner: Runner, bare: Runner, turns: int, turn_s: float) -> float:
-    """How much longer the steps of `runner` take than the same steps of `bare`, as a share.
+    """How much longer the steps of `runner` take than the same steps of `bare`: 0.1 for 10%.
 
-    They work in turns of `turn_s` seconds, in which the other is stopped.
+    They work alternately, in turns of `turn_s` seconds.
     """
     for number in range(turns):
         for one in (runner, bare) if number % 2 else (bare, runner):

@@ -1,6 +1,6 @@
-"""Make the weights that the search is measured with, in the format of pipeline/train.py.
+"""Make the weights for the benchmark of decoding, in the format of pipeline/train.py.
 
-Tiny is trained for four epochs without dropout, enough for translations that end; base has random weights.
+Tiny is trained for four epochs without dropout, enough for translations that end. Base has random weights.
 """
 
 import argparse
@@ -24,8 +24,8 @@ STEPS = 420  # of 4,096 target tokens: four epochs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", choices=["tiny", "base"])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="data/, encoded")
+    parser.add_argument("--folder", type=Path, required=True, help="output")
+    parser.add_argument("--data", type=Path, required=True, help="data/ with the encoded corpus")
     arguments = parser.parse_args()
     encoded = arguments.data / ENCODED.name
     torch.set_num_threads(THREADS)
