@@ -122,7 +122,7 @@ def tracking_uri(root: Path) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """The file of a store of MLflow in SQLite; None for another store."""
+    """The file of an MLflow store in SQLite; None for any other store."""
     found = re.fullmatch(r"sqlite(?:\+\w+)?:///(/[^?]+)(?:\?.*)?", uri)
     return Path(unquote(found[1])) if found else None
 

@@ -69,9 +69,12 @@ def continue_sibling(run_folder: AnyPath, settings: Train, log: Callable[[str], 
 
 
 def start_of(run_folder: AnyPath, settings: Train) -> tuple[AnyPath, TrainState] | None:
-    """The checkpoint from which training in this folder would go on, its newest or else the newest that
-    `continue_sibling` would bring, and its state; None if it would begin at step 0. Of checkpoints only state.json is
-    read. Raises OSError when the store cannot be reached."""
+    """The folder and the state of the checkpoint from which training in this folder would continue.
+
+    It is the newest intact one of this folder or, if the folder has none at all, the one that `continue_sibling`
+    would copy. None if training would start at step 0. Reads only the state.json of checkpoints. Raises OSError when
+    the store cannot be reached.
+    """
     origins = (folder_of(origin.folder, origin.step) for origin, _ in _origins(run_folder, settings, lambda _: None))
     for folder in reversed(checkpoint.folders(run_folder) or list(islice(origins, 1))):
         with suppress(DamagedCheckpointError):
@@ -80,15 +83,17 @@ def start_of(run_folder: AnyPath, settings: Train) -> tuple[AnyPath, TrainState]
 
 
 def steps_left(run_folder: AnyPath, settings: Train) -> int:
-    """How many steps training in this folder still has to take, from `start_of` to max_steps or to where `patience`
-    has ended it."""
+    """The number of steps that are left to train in this folder: from `start_of` to max_steps or, if `patience` has
+    already ended training, to that end."""
     start = start_of(run_folder, settings)
     return max(0, end_of(start[1], settings) - start[1].step) if start else settings.max_steps
 
 
 def _origins(run_folder: AnyPath, settings: Train, log: Callable[[str], None]) -> Iterator[tuple[Origin, list[int]]]:
-    """The checkpoints from which training by these settings can go on, newest first, each with the steps of all
-    checkpoints of its run."""
+    """Yield the sibling checkpoints from which training with these settings can continue, newest first.
+
+    Each comes with the steps of all checkpoints of its run.
+    """
     found = {sibling: checkpoint.folders(sibling) for sibling in _siblings(run_folder)}
     newest_first = sorted(
         ((step_of(path), sibling) for sibling, paths in found.items() for path in paths),
