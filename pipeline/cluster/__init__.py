@@ -1,4 +1,4 @@
-"""Ray: the cluster, the check before a run, the workers of Ray Train, their progress, the accounting of their time.
+"""Train on Ray: join or start a cluster, check it, run Ray Train's workers, show their progress, record their time.
 
 Imports tracking/, training/, data/, common/ and Ray.
 """

@@ -1,4 +1,4 @@
-"""What a run has cost, over all attempts of its workers: one that was killed has cost its time too.
+"""The cost of a run: the time of all attempts of its workers, including those that were killed.
 
 Each attempt keeps a small file in the run's folder up to date; `total_usage` adds them up."""
 
@@ -17,16 +17,21 @@ from pipeline.common.storage import AnyPath, as_os_error
 CARRIED = "usage/continued.json"
 USAGE_INTERVAL_S = 2.0
 HEARTBEAT_S = 20.0
-"""Also during a long step, validation or checkpoint: LONG_SILENCE_S without a sign means dead (tracking/runs.py)."""
+"""Seconds between heartbeats, also during a long step, validation or checkpoint. tracking/runs.py takes a run without
+one for LONG_SILENCE_S as dead."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Device-seconds are wall time, from a worker's first line to its last, times CPU cores or GPUs of all workers.
-    `attempts` counts those that died and the last; what goes on where a shorter run ended is no further one.
-    `steps` counts those too that a kill undid. `first_step_at` is when the last attempt had taken its first step
-    (seconds since the epoch; None: it took none), `last_sign_at` when it was last heard of; `on_gpus` is whether it
-    ran on GPUs (None: not known)."""
+    """The cost of a run so far.
+
+    - `attempts`: the number of attempts, killed ones included. Continuing a shorter run is not a further attempt.
+    - `device_seconds`: the wall time of each attempt, from the start of its workers' code to its end, times the CPU
+      cores or GPUs of all its workers, added up.
+    - `steps`: all steps, including those that were lost when an attempt was killed.
+    - `first_step_at`: when the last attempt finished its first step, in seconds since the epoch; None if it has not.
+    - `last_sign_at`: when the last attempt was last heard of, in seconds since the epoch.
+    - `on_gpus`: whether the last attempt ran on GPUs; None if that is not known."""
 
     attempts: int = 0
     device_seconds: float = 0.0
@@ -37,8 +42,8 @@ class Usage:
 
 
 class UsageRecorder:
-    """Records wall time and steps of one attempt (rank 0 only). A killed one loses what came after its file was last
-    written: USAGE_INTERVAL_S (more in a store), or up to HEARTBEAT_S of the step that it was at."""
+    """Records wall time and steps of one attempt (rank 0 only). If the attempt is killed, the time since its file was
+    last written is lost: USAGE_INTERVAL_S (more in an object store), or up to HEARTBEAT_S within a long step."""
 
     def __init__(self, run_folder: AnyPath, devices: int, on_gpus: bool) -> None:
         self.started = time.time()
@@ -51,7 +56,7 @@ class UsageRecorder:
         self.heartbeat.start()
 
     def count_step(self) -> None:
-        """Called after each step."""
+        """Call this after each step."""
         self.steps += 1
         if self.first_step_at is None:
             self.first_step_at = time.time()
@@ -81,15 +86,15 @@ class UsageRecorder:
 
 
 def total_usage(run_folder: AnyPath) -> Usage:
-    """The sum over all attempts of the run in this folder, and what it has continued. A damaged file counts for
-    nothing."""
+    """Add up all attempts of the run in this folder, and the usage carried from the run that it continues. A damaged
+    file is ignored."""
     with as_os_error(run_folder):
         found = [(path, values) for path in _attempts(run_folder) if (values := _read(path))]
         paths, attempts = [path for path, _ in found], [values for _, values in found]
         before = _carried(run_folder)
-    goes_on = bool(before.attempts and attempts)  # its first attempt, as the other run's last one would have
+    continues = bool(before.attempts and attempts)  # the first attempt here continues the last one of the other run
     return Usage(
-        attempts=before.attempts + len(attempts) - goes_on,
+        attempts=before.attempts + len(attempts) - continues,
         device_seconds=before.device_seconds + sum(attempt["seconds"] * attempt["devices"] for attempt in attempts),
         steps=before.steps + sum(attempt["steps"] for attempt in attempts),
         first_step_at=attempts[-1].get("first_step_at") if attempts else None,
@@ -99,8 +104,8 @@ def total_usage(run_folder: AnyPath) -> Usage:
 
 
 def carry_usage(source: AnyPath, target: AnyPath, share: float) -> None:
-    """Count a share of what the run in `source` has cost as a cost of the one in `target`, which continues it. It is
-    counted once, however often this is called."""
+    """Add `share` (in [0, 1]) of the usage of the run in `source` to the run in `target`, which continues it. Calling
+    this again adds nothing."""
     path = target / CARRIED
     with as_os_error(target):
         known = path.exists()
@@ -116,7 +121,7 @@ def _carried(run_folder: AnyPath) -> Usage:
 
 
 def _read(path: AnyPath, keys: Sequence[str] = ("seconds", "devices", "steps")) -> dict[str, Any] | None:
-    """None if there is no such file, or one in which these are not numbers."""
+    """Read the file; None if it does not exist or if one of `keys` is not a finite number in it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return values if all(math.isfinite(values[key]) for key in keys) else None
@@ -125,11 +130,11 @@ def _read(path: AnyPath, keys: Sequence[str] = ("seconds", "devices", "steps")) 
 
 
 def has_begun_since(run_folder: AnyPath, moment: float) -> bool:
-    """Whether an attempt of the run in this folder has begun since (seconds since the epoch)."""
+    """Whether an attempt of the run in this folder has started since `moment`, in seconds since the epoch."""
     return any(int(path.stem) >= moment * 1e9 for path in _attempts(run_folder))
 
 
 def _attempts(run_folder: AnyPath) -> list[AnyPath]:
-    """The file of each attempt, named after the nanosecond at which it began, oldest first."""
+    """The file of each attempt, oldest first. Its name is the attempt's start, in nanoseconds since the epoch."""
     found = [path for path in (run_folder / "usage").glob("[0-9]*.json") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: path.name)

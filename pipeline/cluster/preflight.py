@@ -1,4 +1,4 @@
-"""Check a cluster of several nodes before anything starts on it."""
+"""Check a cluster of several nodes before a run starts on it."""
 
 import os
 import platform
@@ -25,14 +25,14 @@ from pipeline.data.published import fetch
 from pipeline.data.workspace import Workspace
 
 PROBE_S = 300
-"""A node that runs our code for the first time unpacks it and imports torch."""
+"""Seconds. A node that runs our code for the first time has to unpack it and to import torch."""
 
 
 def preflight(hardware: Hardware, workspace: Workspace) -> None:
-    """Find what would fail later without a reason: raises ValueError with the setting to change.
+    """Find faults that would stop training later with an unclear error. Raises ValueError with the setting to change.
 
-    A cluster of several nodes needs storage, data and tracking that each of them reaches, and the same versions on
-    all; a job's own folder is thrown away with it.
+    All nodes of a cluster must reach the storage, the data and the MLflow store, and must have the same versions. A
+    job must not keep files in its working folder, because Ray deletes that after the job.
     """
     if is_private():
         return
@@ -41,16 +41,16 @@ def preflight(hardware: Hardware, workspace: Workspace) -> None:
         return
     why = f"the cluster has {len(alive)} nodes" if len(alive) > 1 else "more nodes may join the cluster"
     if job:
-        why = f"{why}, and a job's folder is thrown away with it"
+        why = f"{why}, and Ray deletes a job's folder after the job"
     if not run_storage_is_set():
         raise ValueError(
-            f"{why}, and {RUN_STORAGE_ENV} is not set: name a folder that all nodes see, or a URI such as "
+            f"{why}, but {RUN_STORAGE_ENV} is not set: set it to a folder that all nodes share, or to a URI such as "
             "s3://bucket/runs, for checkpoints and data (and run python -m pipeline.publish once)"
         )
     if is_local_store(workspace.tracking_uri):
         raise ValueError(
-            f"{why}, and {TRACKING_URI_ENV} is {workspace.tracking_uri}, a file: "
-            "start a server (mlflow server) and name it"
+            f"{why}, but {TRACKING_URI_ENV} is {workspace.tracking_uri}, a file: "
+            "start a server (mlflow server) and set it to the server's address"
         )
     probe = workspace.storage / f".probe-{uuid.uuid4().hex}"
     write_text(probe, "")
@@ -76,23 +76,23 @@ def preflight(hardware: Hardware, workspace: Workspace) -> None:
 
 
 def is_local_store(tracking_uri: str) -> bool:
-    """Whether MLflow's store is a file, and so another one on each machine."""
+    """Whether MLflow's store is a file, which other machines cannot reach."""
     return tracking_uri.startswith(("sqlite", "file:", "/")) or ":" not in tracking_uri
 
 
 def versions() -> dict[str, str]:
-    """Those in which all nodes have to agree."""
+    """The versions that must be equal on all nodes."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__.split("+")[0],  # a build for CPUs may drive one for GPUs
+        "torch": torch.__version__.split("+")[0],  # the driver may have a build for CPUs, the workers one for GPUs
         "ray": ray.__version__,
     }
 
 
 def probe_node(probe: AnyPath, published: AnyPath | None, tracking_uri: str, expected: dict[str, str]) -> str | None:
-    """What the node that runs this lacks."""
+    """Check the node that runs this; return its fault, or None if it has none."""
     if (ours := versions()) != expected:
-        return f"has {ours}, the driver {expected}: give all nodes the same image"
+        return f"has {ours}, but the driver has {expected}: give all nodes the same image"
     own = probe.with_name(f"{probe.name}-{uuid.uuid4().hex}")
     try:
         with as_os_error(probe):
@@ -102,14 +102,14 @@ def probe_node(probe: AnyPath, published: AnyPath | None, tracking_uri: str, exp
     except (OSError, ImportError) as error:
         return (
             f"cannot read and write {probe.parent} ({error}): set {RUN_STORAGE_ENV} to a folder that all nodes "
-            "see, or to a URI such as s3://bucket/runs"
+            "share, or to a URI such as s3://bucket/runs"
         )
     if published:
         try:
             fetch(published)
         except (OSError, ValueError) as error:
             return f"cannot read the corpus: {error}"
-    from pipeline.tracking.store import server_answers  # here: MLflow is slow to import
+    from pipeline.tracking.store import server_answers  # a late import, because MLflow takes seconds
 
     if not server_answers(tracking_uri):
         address = without_passwords(tracking_uri)

@@ -1,7 +1,7 @@
-"""The progress of far workers, on this terminal: rank 0 keeps a small file in its run's folder up to date, the
-driver reads it and draws a bar.
+"""Show the progress of remote workers on this terminal.
 
-Ray's own way, ray.experimental.tqdm_ray, was tried and not taken: see docs/log.md.
+Rank 0 keeps a small file in the run's folder up to date; the driver reads it and draws a bar. Ray's own way,
+ray.experimental.tqdm_ray, was tried and rejected: see docs/log.md.
 """
 
 import json
@@ -17,19 +17,19 @@ from pipeline.common.periodic import PeriodicJsonFile, interval_of
 from pipeline.common.storage import AnyPath, as_os_error
 
 PROGRESS_FILE = "progress.json"
-"""In a run's folder."""
+"""The name of the file in a run's folder."""
 PROGRESS_INTERVAL_S = 0.5
 STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 SHARE = "{l_bar}{bar}| {remaining} left{postfix}"
-"""What a bar shows, for tqdm; both leave room for the longest texts on a line of 80 columns."""
+"""tqdm's bar_format, with and without the number of steps. Both fit into 80 columns with the longest texts."""
 REDRAW_S = 0.1 if sys.stderr.isatty() else 30.0
-"""A log keeps every state of the bar."""
+"""Seconds between redraws of a bar. A log file keeps every redraw, so it gets few."""
 
 
 class ProgressReporter:
-    """Writes the progress file, from rank 0: cheap, and twice a second at most.
+    """Writes the progress file on rank 0, at most twice per second.
 
-    A worker that takes a dead one's place adds to its messages.
+    A worker that replaces a dead one keeps the messages in the file and appends to them.
     """
 
     def __init__(self, path: AnyPath) -> None:
@@ -57,7 +57,7 @@ class ProgressReporter:
 
 @contextmanager
 def show_progress(path: AnyPath, total: int, name: str) -> Iterator[None]:
-    """Show the messages and the steps of this path's ProgressReporter, from now to the end of the block."""
+    """Show the messages and steps that a ProgressReporter writes to `path`, until the block ends."""
     num_shown = 0
 
     def look() -> tuple[int, str] | None:
@@ -80,9 +80,11 @@ def show_progress(path: AnyPath, total: int, name: str) -> Iterator[None]:
 def show_bar(
     name: str, total: int, interval_s: float, look: Callable[[], tuple[int, str] | None], form: str = STEPS
 ) -> Iterator[None]:
-    """Draw a bar of `total` steps until the block ends, by `form`. `look`, called every `interval_s` seconds and once
-    more at the end, returns how many are done and a text; None, or OSError of a store that is away, means nothing
-    new."""
+    """Draw a bar of `total` steps in the format `form` until the block ends.
+
+    `look` is called every `interval_s` seconds and once at the end. It returns the number of steps done and a text,
+    or None if there is nothing new. An OSError (the store does not answer) counts as None.
+    """
     done = threading.Event()
 
     def draw() -> None:
@@ -97,7 +99,7 @@ def show_bar(
             if found is None:
                 continue
             step, text = found
-            if bar is None:  # now, because the bar's estimate of the time left begins where a resumed run begins
+            if bar is None:  # made here, because the estimate of the time left must start at a resumed run's step
                 bar = tqdm(
                     total=total, initial=step, desc=name, bar_format=form, dynamic_ncols=True, mininterval=REDRAW_S
                 )
@@ -116,19 +118,19 @@ def show_bar(
 
 
 def training_text(loss: float, valid_ppl: float | None, tokens_per_second: float) -> str:
-    """What stands beside the bar of a training: numbers of three digits."""
+    """The text after a training run's bar, with three digits per number."""
     shown = {"loss": loss} if valid_ppl is None else {"loss": loss, "ppl": valid_ppl}
     numbers = [f"{name} {tqdm.format_sizeof(value)}" for name, value in shown.items()]
     return ", ".join([*numbers, f"{tqdm.format_sizeof(tokens_per_second)} tok/s"])
 
 
 def trials_text(num_trials: int, done: int, running: int, failed: int) -> str:
-    """What stands beside the bar of a sweep."""
+    """The text after a sweep's bar."""
     return f"trials: {done} of {num_trials} done, {running} running, {failed} failed"
 
 
 def steps_done(path: AnyPath) -> int:
-    """The step that the run of this progress file has reached."""
+    """The last step in this progress file; 0 if there is none."""
     found = _read(path)
     return int(found["step"]) if found else 0
 

@@ -1,4 +1,4 @@
-"""The Ray cluster that work runs on: started here, or joined."""
+"""Start Ray on this machine, or join a Ray cluster."""
 
 import logging
 import os
@@ -36,20 +36,21 @@ from pipeline.common.settings import Hardware
 from pipeline.common.storage import socket_folder
 
 OBJECT_STORE_BYTES = 200_000_000
-"""Of Ray on this machine: nothing large passes through it."""
+"""The object store of Ray on this machine can be small, because nothing large passes through it."""
 ANSWER_S = 5.0
 TOKEN_ADVICE = (
-    "all nodes, and who submits to them, need the same token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=its file "
-    "(ray get-auth-token --generate makes one)"
+    "all nodes and every machine that submits jobs need the same token: RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN_PATH=its file (ray get-auth-token --generate makes one)"
 )
 
 
 @contextmanager
 def ray_cluster(hardware: Hardware, root: Path, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS or of this job, else start Ray on this machine, for as long as the block takes.
+    """Join the cluster of RAY_ADDRESS or of this job, or else start Ray on this machine, until the block ends.
 
-    With `dashboard` Ray here has one: it takes memory, but Ray needs it to clean up after trials that a scheduler
-    ends. Raises ValueError or ConnectionError, with one line, if there is no such cluster or it refuses us.
+    `dashboard`: if Ray is started here, start its dashboard too. It takes memory, but without it Ray does not clean
+    up after trials that a scheduler ends. Raises ValueError or ConnectionError with a one-line message if RAY_ADDRESS
+    has the wrong form, or if the cluster does not answer or refuses the connection.
     """
     address = os.environ.get(RAY_ADDRESS_ENV)
     with ExitStack() as stack:
@@ -66,33 +67,33 @@ def ray_cluster(hardware: Hardware, root: Path, dashboard: bool = False) -> Iter
         _init(address, options)
         stack.callback(ray.shutdown)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's ends the process without a word
+            signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a message
         yield
 
 
 def _init(address: str | None, options: dict[str, Any]) -> None:
-    """ray.init, here a second time if need be: on a busy machine its processes may not start in Ray's time."""
+    """Call ray.init; again if Ray is started here and fails: on a busy machine it may miss its time limits."""
     for last in (address is not None, True):
         try:
             with _line_if_slow(address):
                 ray.init(logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **options)
             return
-        except Exception as error:  # Ray has no kind of its own for these
+        except Exception as error:  # Ray has no common type for these errors
             ray.shutdown()
             if last:
                 raise ConnectionError(_why_not(error, address)) from error
 
 
 def _own_token(folder: Path) -> dict[str, str | None]:
-    """A token that only this user can read, without which Ray's processes do nothing. Ray would make its own below
-    HOME, for all to read."""
+    """Create a token that only this user can read, and without which Ray's processes do nothing. Return the variables
+    that name it. Ray's own token would be in HOME, where every user can read it."""
     write_text(folder / "token", secrets.token_hex(32))
     return {RAY_TOKEN_PATH_ENV: str(folder / "token"), RAY_TOKEN_ENV: None}
 
 
 def _require_answer(address: str) -> None:
-    """Raise ConnectionError if nobody listens at `address`, for which `ray.init` would wait for minutes."""
-    if address == "auto":  # the cluster that `ray start` has started last on this machine
+    """Raise ConnectionError if nobody listens at `address`: `ray.init` would wait for minutes."""
+    if address == "auto":  # the last cluster that `ray start` started on this machine
         recorded = Path(os.environ.get(RAY_TMPDIR_ENV) or tempfile.gettempdir()) / "ray/ray_current_cluster"
         address = recorded.read_text(encoding="utf-8").strip() if recorded.is_file() else address
     host, colon, port = address.rpartition(":")
@@ -121,10 +122,10 @@ def _line_if_slow(address: str | None) -> Iterator[None]:
 
 
 def _options_to_start(hardware: Hardware, dashboard: bool, folder: Path) -> dict[str, Any]:
-    quoted = shlex.quote(sys.executable)  # Ray makes a line of Bash of it
+    quoted = shlex.quote(sys.executable)  # Ray puts it into a command line of Bash
     return {
         "runtime_env": {"py_executable": quoted} if quoted != sys.executable else None,
-        "address": "local",  # never the cluster that somebody started with `ray start` on this machine
+        "address": "local",  # never a cluster that somebody started on this machine with `ray start`
         "num_cpus": max(len(os.sched_getaffinity(0)), hardware.max_workers),
         "include_dashboard": dashboard,
         "object_store_memory": OBJECT_STORE_BYTES,
@@ -135,32 +136,32 @@ def _options_to_start(hardware: Hardware, dashboard: bool, folder: Path) -> dict
 def _options_to_join(address: str, root: Path) -> dict[str, Any]:
     if address.startswith(("ray://", "http://", "https://")):
         raise ValueError(
-            f"RAY_ADDRESS is {address!r}: host:port of the head is needed, on a machine of the cluster; "
-            "from elsewhere, python -m pipeline.submit or ray job submit"
+            f"RAY_ADDRESS must be host:port of the head, on a machine of the cluster, got {address!r}; from another "
+            "machine, use python -m pipeline.submit or ray job submit"
         )
-    if RAY_JOB_ENV in os.environ:  # a job has brought its code and environment along
+    if RAY_JOB_ENV in os.environ:  # the job was submitted with its code and environment
         return {}
     return {"runtime_env": {"working_dir": str(root), "env_vars": forwarded()}}
 
 
 def needs_no_workers(hardware: Hardware) -> bool:
-    """Whether training runs in the process that asks for it: one worker, on this machine."""
+    """Whether training runs in the calling process: with one worker, on this machine."""
     return is_private() and hardware.max_workers == 1
 
 
 def _why_not(error: Exception, address: str | None) -> str:
-    """One line of the many that Ray prints."""
+    """Turn Ray's error, which has many lines, into one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "ersion mismatch" in text:
         return (
-            f"the cluster at {address} has another version ({text[:300]}): all nodes and who submits need "
-            f"Python {platform.python_version()} and Ray {ray.__version__}"
+            f"the cluster at {address} has other versions than this machine ({text[:300]}): use Python "
+            f"{platform.python_version()} and Ray {ray.__version__} on all nodes"
         )
     if address and any(word in text.lower() for word in ("token", "unauthenticated", "authentication")):
-        return f"the cluster at {address} refuses us ({text[:300]}): {TOKEN_ADVICE}"
+        return f"the cluster at {address} refuses the connection ({text[:300]}): {TOKEN_ADVICE}"
     if address:
-        return (  # Ray gives no other reason when it is the token
-            f"no Ray cluster answers at {address} (RAY_ADDRESS), or not with our token: {text[:300]}; "
+        return (  # Ray's error is the same if the token is wrong
+            f"no Ray cluster answers at {address} (RAY_ADDRESS), or it refuses the token: {text[:300]}; "
             f"{TOKEN_ADVICE}; unset RAY_ADDRESS to use this machine alone"
         )
-    return f"Ray did not start here: {text[:300]}"
+    return f"Ray did not start on this machine: {text[:300]}"

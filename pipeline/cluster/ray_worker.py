@@ -1,7 +1,7 @@
-"""What each worker of Ray Train runs: the rank's training, with progress, curves and accounting from rank 0.
+"""The function that each worker of Ray Train runs: it trains one rank; rank 0 reports progress, curves and usage.
 
-The driver (training_run.py) sends `run_worker` by name, or calls `run_alone` by Ray Train's local mode. MLflow is
-not imported at the top, because each of Ray's processes would wait for it.
+The driver (training_run.py) passes `run_worker` to Ray Train, or `run_alone` to Ray Train's local mode. MLflow is not
+imported at the top, because each of Ray's processes would wait for it.
 """
 
 import logging
@@ -28,12 +28,12 @@ from pipeline.training.loop import NotFiniteError, TrainState
 from pipeline.training.trainer import train_rank
 
 MEASURED = ("tokens_per_second",)
-"""Metrics with another value when a step is taken again: MLflow would take the second for another point."""
+"""Metrics that differ when a step is repeated after a resume: MLflow would keep both values as two points."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the driver sends to every worker."""
+    """The driver's arguments to every worker."""
 
     settings: Settings
     workspace: Workspace
@@ -42,7 +42,7 @@ class WorkerConfig:
     cpus: int
     gpu: bool
     on_validation: Callable[[dict[str, Any]], None] | None
-    """ray.train.report or ray.tune.report, to which the metrics of every validation go."""
+    """ray.train.report or ray.tune.report; called with the metrics of every validation."""
 
     @property
     def progress_file(self) -> AnyPath:
@@ -50,7 +50,7 @@ class WorkerConfig:
 
 
 class Place(NamedTuple):
-    """Of a worker among all of them: here, the only one."""
+    """The ranks of a worker, among all workers and on its node. The defaults are those of a single worker."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 def run_worker(options: dict[str, Any]) -> str | None:
-    """Train the rank of this process of Ray Train; returns what `_train` does."""
+    """Train the rank of this Ray Train worker; return the result of `_train`."""
     context = ray.train.get_context()
     logging.getLogger("pipeline").setLevel(logging.WARNING)
     place = Place(
@@ -72,9 +72,9 @@ def run_worker(options: dict[str, Any]) -> str | None:
 
 
 def run_alone(options: dict[str, Any]) -> str | None:
-    """Train in the caller's process, the only rank; returns what `_train` does.
+    """Train the only rank, in the calling process; return the result of `_train`.
 
-    In a process of Ray Tune, Ray Train's functions must not be asked for rank and device: they raise there.
+    It does not ask Ray Train for rank and device, because these functions raise in a process of Ray Tune.
     """
     config: WorkerConfig = options["worker"]
     num_threads = torch.get_num_threads()
@@ -85,8 +85,8 @@ def run_alone(options: dict[str, Any]) -> str | None:
 
 
 def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | None:
-    """Train one rank. Returns what stopped it if every further attempt would stop there too; after other errors
-    another attempt may come further."""
+    """Train one rank. Return None when training is done, or the reason why it stopped if a retry would stop for the
+    same reason. Raises errors that a retry may overcome."""
     rank, num_ranks = place.rank, place.num_ranks
     torch.set_num_threads(config.cpus)
     reports = _Reports(config, num_ranks) if rank == 0 else None
@@ -95,7 +95,7 @@ def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | No
     def report(metrics: dict[str, float], step: int) -> None:
         if reports:
             reports.log_metrics(metrics, step)
-        if config.on_validation and "valid_loss" in metrics:  # it holds the loop until Ray looks
+        if config.on_validation and "valid_loss" in metrics:  # blocks until Ray has read them
             config.on_validation({"step": step, **metrics})
 
     try:
@@ -115,13 +115,13 @@ def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | No
                 saved=reports.saved if reports else lambda: None,
                 score=SampleScorer(config.settings, data_root) if reports and scored else None,
             )
-    except NotFiniteError as error:  # on all workers alike
+    except NotFiniteError as error:  # raised on all workers
         return str(error)
     except (ValueError, checkpoint.DiskFullError, torch.OutOfMemoryError) as error:
         if num_ranks > 1:
-            raise  # the other workers wait for this one: Ray has to end them
+            raise  # the other workers wait for this one, so Ray must stop them
         if isinstance(error, torch.OutOfMemoryError):
-            return f"out of memory: {last_line(error)}; lower hardware.micro_batch_tokens, or take more workers"
+            return f"out of memory: {last_line(error)}; lower hardware.micro_batch_tokens, or use more workers"
         return str(error)
     except (KeyboardInterrupt, SystemExit):
         patience_s = 5.0
@@ -133,7 +133,7 @@ def _train(config: WorkerConfig, place: Place, device: torch.device) -> str | No
 
 
 def _system_metrics(config: WorkerConfig, place: Place) -> AbstractContextManager[None]:
-    """Of this node, by the first of its workers."""
+    """Log the system metrics of this node; only its first worker does."""
     if not config.settings.tracking.system_metrics or place.local_rank != 0:
         return nullcontext()
     from pipeline.tracking.system_metrics import system_metrics
@@ -143,7 +143,7 @@ def _system_metrics(config: WorkerConfig, place: Place) -> AbstractContextManage
 
 
 class _Reports:
-    """What rank 0 reports: progress to the driver, usage to the run's folder, curves to MLflow."""
+    """The reports of rank 0: progress to the driver, usage to the run's folder, curves to MLflow."""
 
     def __init__(self, config: WorkerConfig, num_ranks: int) -> None:
         self._config = config
@@ -154,9 +154,9 @@ class _Reports:
         self._measured: deque[tuple[dict[str, float], int]] = deque()
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """To MLflow at once, but for what is MEASURED: that waits for a checkpoint to have it."""
+        """Log metrics to MLflow: at once, or those of MEASURED once a checkpoint includes the step (`saved`)."""
         if self._curves is None:
-            from pipeline.tracking.metric_writer import MetricWriter  # here: the first step does not wait for it
+            from pipeline.tracking.metric_writer import MetricWriter  # late: the first step does not wait for MLflow
 
             self._curves = MetricWriter(self._config.workspace.tracking_uri, self._config.run_id)
         self._curves.log({key: value for key, value in metrics.items() if key not in MEASURED}, step)
@@ -182,14 +182,14 @@ class _Reports:
 
 
 def settings_file(run_folder: AnyPath) -> AnyPath:
-    """The driver writes a run's settings there; a worker that finds it has the driver's storage."""
+    """The file to which the driver writes a run's settings. A worker that finds it uses the driver's storage."""
     return run_folder / "settings.json"
 
 
 def _check_storage(run_folder: AnyPath) -> None:
     with as_os_error(run_folder):
         if not settings_file(run_folder).exists():
-            raise OSError(f"{run_folder} lacks the driver's settings: is {RUN_STORAGE_ENV} the same on this node?")
+            raise OSError(f"{run_folder} lacks the driver's settings: give all nodes the same {RUN_STORAGE_ENV}")
 
 
 def last_line(error: BaseException) -> str:

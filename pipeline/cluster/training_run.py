@@ -1,4 +1,4 @@
-"""One training run from the driver's view: the MLflow run, Ray's workers or training in this process, the curves."""
+"""Run training from the driver: open the MLflow run, train on Ray's workers or in this process, log the curves."""
 
 import logging
 import tempfile
@@ -29,7 +29,7 @@ from pipeline.training.siblings import all_of_trajectory, origin_of
 
 
 class TrainingError(RuntimeError):
-    """Training did not finish; the message has the reason and the way out."""
+    """Training did not finish. The message has the reason and the way out."""
 
 
 @contextmanager
@@ -46,14 +46,19 @@ def training_run(
     on_validation: Callable[[dict[str, Any]], None] | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Iterator[TrainResult]:
-    """Train to the end, then run the block; the MLflow run is open until the block ends. `in_process`: here, as the
-    only worker and without Ray's processes; otherwise on the Ray cluster at hand.
+    """Train to the end, then run the block. The MLflow run stays open until the block ends.
 
-    The MLflow run is found again by `key` and gets `tags`; checkpoints go to `folder`, by checkpoint.py, which has
-    the reasons why not by Ray. `finished` is what `finished_state` finds in `folder`: training that is finished needs
-    no cluster. `show` draws a progress bar. `on_validation` gets the metrics of every validation, where they are
-    made; `callbacks` are for Ray Train on a cluster. Raises TrainingError, and ValueError or OSError with one line
-    for what a user can mend.
+    - `key` identifies the MLflow run, which is reopened if it exists and gets `tags`.
+    - `folder` gets the checkpoints. checkpoint.py writes them, and explains why Ray does not.
+    - `finished` is the result of `finished_state(folder, ...)`. A finished training is not repeated and needs no
+      cluster.
+    - `in_process` trains in this process, as the only worker and without Ray's processes; otherwise training runs on
+      the Ray cluster that `ray_cluster` started or joined.
+    - `show` draws a progress bar.
+    - `on_validation` is called in the workers with the metrics of every validation.
+    - `callbacks` are Ray Train's, on a cluster.
+
+    Raises TrainingError, and ValueError or OSError with a one-line message for what a user can fix.
     """
     from pipeline.tracking.runs import finish_run, open_run, run_guard
 
@@ -67,7 +72,7 @@ def training_run(
         all_tags = _cluster_tags(settings.hardware, gpu, cpus) | all_tags
         last_sign_at = total_usage(folder).last_sign_at
     elif show:
-        log(f"trained already, to step {state.step}; to train again, delete {all_of_trajectory(folder)}")
+        log(f"already trained to step {state.step}; to train again, delete {all_of_trajectory(folder)}")
     run_id = open_run(uri, settings, key, all_tags, workspace.root, folder, last_sign_at)
     with run_guard(uri, run_id):
         if state is None:
@@ -80,7 +85,10 @@ def training_run(
                 raise TrainingError(stopped_by)
             state = checkpoint.finished_state(folder, settings.train)
             if state is None:
-                raise TrainingError(f"training ended, but its last checkpoint is not in {folder}, or damaged")
+                raise TrainingError(
+                    f"training ended, but its last checkpoint is missing in {folder} or damaged: run again to repeat "
+                    "the last steps"
+                )
         _complete_curves(uri, run_id, state)
         yield TrainResult(key, run_id, folder, state, uri)
     finish_run(uri, run_id)
@@ -98,8 +106,8 @@ def _cluster_tags(hardware: Hardware, gpu: bool, cpus: int) -> dict[str, str]:
 
 
 def _run_here(config: WorkerConfig) -> str | None:
-    """Train in this process, by Ray Train's local mode; returns what stopped it."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it says that it is in local mode
+    """Train in this process, in Ray Train's local mode; return why it stopped early, or None."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it logs that it is in local mode
     with environment({}, IN_PROCESS):
         trainer = TorchTrainer(
             run_alone,  # type: ignore[arg-type]
@@ -110,7 +118,7 @@ def _run_here(config: WorkerConfig) -> str | None:
 
 
 def _run_workers(config: WorkerConfig, callbacks: list[ray.train.UserCallback]) -> str | None:
-    """Run Ray's workers until training is done, restarting dead ones; returns what stopped it."""
+    """Run Ray's workers until training is done, and restart dead ones; return why it stopped early, or None."""
     folder, hardware = config.run_folder, config.settings.hardware
     elastic = hardware.min_workers < hardware.max_workers
     try:
@@ -126,7 +134,7 @@ def _run_workers(config: WorkerConfig, callbacks: list[ray.train.UserCallback]) 
                 ),
                 run_config=RunConfig(
                     name=folder.name,
-                    storage_path=rays_own,  # Ray gets no checkpoint: ours have checksums, and resume bit for bit
+                    storage_path=rays_own,  # Ray saves no checkpoint: ours have checksums and resume bit for bit
                     failure_config=FailureConfig(max_failures=hardware.max_failures),
                     callbacks=callbacks,  # type: ignore[arg-type]
                     logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
@@ -134,13 +142,13 @@ def _run_workers(config: WorkerConfig, callbacks: list[ray.train.UserCallback]) 
             ).fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
-            f"training failed: {last_line(error)}; run again to go on from the last checkpoint"
+            f"training failed: {last_line(error)}; run again to resume from the last checkpoint"
         ) from error
     return result.return_value  # type: ignore[attr-defined]
 
 
 def _complete_curves(uri: str, run_id: str, state: TrainState) -> None:
-    """Log the points that a worker could not deliver; and all, if training was done but this MLflow run is new."""
+    """Log the points that a worker could not deliver, or all points if training was done before this MLflow run."""
     from pipeline.tracking.metric_writer import MetricWriter
 
     writer = MetricWriter(uri, run_id)

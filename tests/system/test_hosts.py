@@ -126,7 +126,7 @@ class Run:
             try:
                 yield process
             finally:
-                said = [line for line in self.project.log().splitlines() if line.startswith("  end:")]
+                said = [line for line in self.project.log().splitlines() if line.startswith("  stop:")]
                 if process.poll() is None and said:
                     self.project.run(*said[0].split()[1:], **self.environment)
                     self.project.wait_for(lambda: not self.cluster.workers(), "end of the workers", PATIENCE_S)
@@ -469,10 +469,10 @@ def test_preflight_refuses_storage_and_tracking_of_one_host(cluster, on_head):
     encoded = next((cluster.shared / "data").glob("grammar-*/data"))
     shutil.copytree(encoded, on_head / "data", dirs_exist_ok=True)
     said = refused(cluster, on_head, RUN_STORAGE="")
-    assert said.startswith("train: the cluster has 3 nodes, and RUN_STORAGE is not set: name a folder that all nodes")
+    assert said.startswith("train: the cluster has 3 nodes, but RUN_STORAGE is not set: set it to a folder that all")
     said = refused(cluster, on_head, MLFLOW_TRACKING_URI="sqlite:////var/tmp/x.db")
     assert said.startswith(
-        "train: the cluster has 3 nodes, and MLFLOW_TRACKING_URI is sqlite:////var/tmp/x.db, a file:"
+        "train: the cluster has 3 nodes, but MLFLOW_TRACKING_URI is sqlite:////var/tmp/x.db, a file:"
     )
     said = refused(cluster, on_head, MLFLOW_TRACKING_URI=f"http://{cluster.network}.1:5999")
     assert f"gets no answer from http://{cluster.network}.1:5999" in said
@@ -497,7 +497,7 @@ def test_preflight_refuses_more_workers_than_there_is_room_for(cluster, on_head)
     (on_head / "params.yaml").write_text(settings)
     assert said == (
         "train: hardware.num_workers is 4, with 1 CPUs each: the cluster has 3 on 3 nodes, room for 3; "
-        "lower it, or hardware.cpus_per_worker; [least, most] takes what there is"
+        "lower it, or hardware.cpus_per_worker, or write [least, most] to use as many as fit"
     )
 
 

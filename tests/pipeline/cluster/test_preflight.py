@@ -37,7 +37,7 @@ def test_preflight_of_one_node_asks_for_nothing(nodes, tmp_path):
     [
         (3, "RAY_ADDRESS", 1, "the cluster has 3 nodes"),
         (1, "RAY_ADDRESS", [1, 8], "more nodes may join the cluster"),
-        (1, RAY_JOB_ENV, 1, "a job's folder is thrown away with it"),
+        (1, RAY_JOB_ENV, 1, "Ray deletes a job's folder after the job"),
     ],
 )
 def test_preflight_refuses_what_other_nodes_could_not_see(
@@ -45,11 +45,13 @@ def test_preflight_refuses_what_other_nodes_could_not_see(
 ):
     nodes(count, joined_by)
     hardware = replace(HARDWARE, num_workers=workers)
-    with pytest.raises(ValueError, match=f"{why}.* and RUN_STORAGE is not set: name a folder that all nodes see"):
+    with pytest.raises(
+        ValueError, match=f"{why}.* but RUN_STORAGE is not set: set it to a folder that all nodes share"
+    ):
         preflight(hardware, Workspace(tmp_path, tmp_path, None, "http://127.0.0.1:9"))
     monkeypatch.setenv("RUN_STORAGE", str(tmp_path / "shared"))
     for uri in ("sqlite:///x.db", "file:///x", "/mlruns"):
-        with pytest.raises(ValueError, match=f"{why}.* and MLFLOW_TRACKING_URI is {uri}, a file"):
+        with pytest.raises(ValueError, match=f"{why}.* but MLFLOW_TRACKING_URI is {uri}, a file"):
             preflight(hardware, Workspace(tmp_path, tmp_path / "shared", None, uri))
 
 
@@ -68,7 +70,7 @@ def test_probe_node_names_another_version(tmp_path):
 
 
 def test_probe_node_names_storage_data_or_server_out_of_reach(tmp_path, monkeypatch):
-    assert "set RUN_STORAGE to a folder that all nodes see" in str(probe(tmp_path, probe=tmp_path / "none"))
+    assert "set RUN_STORAGE to a folder that all nodes share" in str(probe(tmp_path, probe=tmp_path / "none"))
     assert str(probe(tmp_path, published=tmp_path / "none")).startswith("cannot read the corpus: ")
     assert str(probe(tmp_path)).startswith("gets no answer from http://127.0.0.1:9: set MLFLOW_TRACKING_URI")
     assert probe(tmp_path, tracking_uri="sqlite:///x.db") is None

@@ -22,8 +22,8 @@ HARDWARE = load_settings(REPOSITORY).hardware
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("Version mismatch: The cluster was started with: Ray: 2.9", "has another version"),
-        ("UNAUTHENTICATED: wrong\ntoken", "refuses us .*RAY_AUTH_TOKEN_PATH"),
+        ("Version mismatch: The cluster was started with: Ray: 2.9", "has other versions"),
+        ("UNAUTHENTICATED: wrong\ntoken", "refuses the connection .*RAY_AUTH_TOKEN_PATH"),
         ("Failed to connect to GCS", "no Ray cluster answers at 10.0.0.1:6379"),
     ],
 )
@@ -67,7 +67,7 @@ def test_ray_cluster_that_accepts_and_keeps_silent_is_waited_for_with_a_line(mon
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
 def test_ray_cluster_refuses_an_address_of_another_kind(address, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ValueError, match=r"host:port of the head is needed"), ray_cluster(HARDWARE, tmp_path):
+    with pytest.raises(ValueError, match=r"must be host:port of the head"), ray_cluster(HARDWARE, tmp_path):
         pass
 
 
@@ -124,7 +124,7 @@ def test_ray_that_does_not_start_here_is_tried_once_more(failures, monkeypatch, 
         assert calls == ["init", "shutdown", "init", "work", "shutdown"]
     else:
         with (
-            pytest.raises(ConnectionError, match=r"^Ray did not start here: .* timed out"),
+            pytest.raises(ConnectionError, match=r"^Ray did not start on this machine: .* timed out"),
             ray_cluster(HARDWARE, tmp_path),
         ):
             pass

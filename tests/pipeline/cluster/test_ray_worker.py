@@ -41,13 +41,13 @@ def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_run_worker_alone_returns_that_memory_is_too_small(out_of_memory):
     assert out_of_memory(1) == (
         "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; "
-        "lower hardware.micro_batch_tokens, or take more workers"
+        "lower hardware.micro_batch_tokens, or use more workers"
     )
 
 
 def test_run_worker_without_the_drivers_storage_names_the_setting(out_of_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_worker, "settings_file", lambda run_folder: tmp_path / "none")
-    with pytest.raises(OSError, match=r"lacks the driver's settings: is RUN_STORAGE the same on this node\?"):
+    with pytest.raises(OSError, match=r"lacks the driver's settings: give all nodes the same RUN_STORAGE"):
         out_of_memory(1)
 
 
