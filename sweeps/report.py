@@ -1,5 +1,4 @@
-"""Put our numbers beside those of the paper's Table 3, each difference from base
-with its uncertainty.
+"""Compare our differences from base, with intervals, with the paper's Table 3.
 
     python -m sweeps.report
 

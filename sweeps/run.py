@@ -1,7 +1,8 @@
-"""Run the rows of Table 3 that params.yaml asks for, each with every seed, by
-Ray Tune over Ray Train.
+"""Run rows of Table 3, each with every seed, by Ray Tune over Ray Train.
 
     python -m sweeps.run
+
+Rows and seeds are those of params.yaml (sweep).
 
 Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which
 `python -m sweeps.report` makes the table.

@@ -39,7 +39,7 @@ def test_help_teaches_purpose_example_and_files_in_the_users_words(name, monkeyp
     shown = capsys.readouterr().out
     usage, purpose, rest = shown.split("\n\n", maxsplit=2)
     assert usage.startswith(f"usage: python -m {name} ")
-    assert re.fullmatch(r"[A-Z].*\.", purpose), "one line, a sentence"
+    assert re.fullmatch(r"[A-Z].{,78}\.", purpose), "one line of a terminal, a sentence"
     assert f"python -m {name}" in rest.split("\n\n")[0], "an example"
     assert re.search(r"\b(reads|writes|gets)\b", rest, re.IGNORECASE), "the files"
     assert "Exit code: 0 if done, 1 after an error" in rest
