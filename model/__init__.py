@@ -1,4 +1,4 @@
-"""The model of "Attention Is All You Need" (Vaswani et al. 2017), its loss and its search, in torch alone.
+"""The model of "Attention Is All You Need" (Vaswani et al. 2017), its loss and its search, in plain torch.
 
 In reading order, with the section of the paper:
 

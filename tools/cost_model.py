@@ -33,9 +33,9 @@ RESTART_S = 60.0
 WRITER_PAUSE_S = 1.0
 """Time between two calls of MLflow by a run. Points that come faster share a call."""
 LARGE_SHARE = 0.15
-"""A part of a step is a bottleneck if it takes more than this share of the step."""
+"""Besides the longest part of a step, a part is a bottleneck if it takes more than this share of the step."""
 CHECKPOINT_S = 600.0
-"""Advised time between checkpoints when they cost too much: the paper's ten minutes (section 6.1)."""
+"""Advised time between checkpoints, if checkpoints cost too much: the paper's ten minutes (section 6.1)."""
 PAPER = {"base": (8, 0.4, 12.0), "big": (8, 1.0, 84.0)}
 """Section 5.2: number of P100s, seconds per step, hours in total."""
 

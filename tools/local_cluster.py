@@ -61,7 +61,7 @@ class NoClusterError(OSError):
 def up(cpus: int) -> None:
     """Make and start the cluster; after an error, remove what was made."""
     if STATE.exists():
-        raise OSError(f"{STATE} exists: {COMMAND} down, or LOCAL_CLUSTER_DIR=another/folder")
+        raise OSError(f"{STATE} exists: run {COMMAND} down, or set LOCAL_CLUSTER_DIR to another folder")
     for folder in (STATE / "shared", STATE / "tmp", *(STATE / host / "tmp" for host in HOSTS)):
         folder.mkdir(parents=True)
     STATE.chmod(0o700)
@@ -107,18 +107,18 @@ def start(name: str, wait: bool = True) -> None:
 
 def status() -> None:
     """Print which hosts and servers answer."""
-    there = alive()
+    answering = alive()
     for host in HOSTS:
         link = "up" if "state UP" in _run("ip", "link", "show", netns_name(host)) else "cut"
-        print(f"{host:8} {address(host):10} link {link:4} Ray {'alive' if host in there else 'away'}")
+        print(f"{host:8} {address(host):10} link {link:4} Ray {'alive' if host in answering else 'away'}")
     print(f"mlflow   {_mlflow()} {'answers' if _get(f'{_mlflow()}/health') is not None else 'is away'}")
-    print(f"dashboard {_dashboard()} {'answers' if there else 'is away'}; token in {STATE}/token")
+    print(f"dashboard {_dashboard()} {'answers' if answering else 'is away'}; token in {STATE}/token")
 
 
 def down() -> None:
     """Stop and remove the cluster."""
     if not STATE.exists():
-        raise OSError(f"there is no cluster in {STATE} (LOCAL_CLUSTER_DIR names another folder)")
+        raise OSError(f"there is no cluster in {STATE}: set LOCAL_CLUSTER_DIR if it is in another folder")
     if (STATE / "mlflow.pid").exists():
         kill("mlflow")
     with suppress(NoClusterError):  # after a restart of the machine, only the files are left
@@ -179,7 +179,7 @@ def cluster_number() -> int:
     for path in Path("/sys/class/net").glob("lc*-bridge/ifalias"):
         if path.read_text().strip() == str(STATE):
             return int(path.parent.name[2:].partition("-")[0])
-    raise NoClusterError(f"there is no cluster in {STATE}: {COMMAND} up")
+    raise NoClusterError(f"there is no cluster in {STATE}: run {COMMAND} up")
 
 
 def address(host: str) -> str:
@@ -249,7 +249,7 @@ def _into(host: str) -> list[str]:
     there."""
     found = [pid for pid in _processes(host) if "/raylet/raylet" in _command_line(pid)]
     if not found:
-        raise OSError(f"Ray does not run on {host}: {COMMAND} start {host}")
+        raise OSError(f"Ray does not run on {host}: run {COMMAND} start {host}")
     namespaces = ["--mount", "--uts", "--net", "--pid"]
     return ["nsenter", "--target", str(found[0]), *namespaces, f"--wdns={Path().resolve()}"]
 

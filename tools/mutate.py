@@ -56,6 +56,8 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Mutation:
+    """A change of one place in a file, from `old` to `new`."""
+
     file: str
     line: int
     function: str
@@ -114,6 +116,7 @@ def broken(node: ast.AST) -> tuple[str, ast.AST] | None:
 
 
 def mutations_of(file: str) -> Iterator[Mutation]:
+    """All mutations in the functions of a file, except in `main`, __str__ and __repr__."""
     code = (REPOSITORY / file).read_text(encoding="utf-8")
     data = code.encode()  # ast counts columns in bytes
     starts = [0, *accumulate(map(len, data.splitlines(keepends=True)))]

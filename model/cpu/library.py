@@ -146,7 +146,7 @@ def _read(file: Path, key: dict[str, str]) -> Library | None:
 
 def _in_a_thread_of_its_own(measure: Callable[[], float]) -> float:
     """Call `measure` in a new thread, with one thread for torch. The caller's autocast, inference_mode and modes that
-    fake tensors do not act there."""
+    fake tensors do not apply to it."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -206,24 +206,24 @@ def _fill(net: Any, model: Path, sizes: dict[str, Any]) -> None:
     ours, d_model = load_file(model / "weights.safetensors"), sizes["d_model"]
     theirs = {name: torch.zeros_like(value) for name, value in net.state_dict().items() if "bias" in name}
 
-    def attention(there: str, here: str) -> None:
-        for name, weight in zip("qkv", ours[f"{here}.w_qkv"].split(d_model), strict=True):
-            theirs[f"{there}.{name}_proj.weight"] = weight
-        theirs[f"{there}.out_proj.weight"] = ours[f"{here}.w_o.weight"]
+    def attention(their: str, our: str) -> None:
+        for name, weight in zip("qkv", ours[f"{our}.w_qkv"].split(d_model), strict=True):
+            theirs[f"{their}.{name}_proj.weight"] = weight
+        theirs[f"{their}.out_proj.weight"] = ours[f"{our}.w_o.weight"]
 
-    def pair(there: str, here: str) -> None:
-        theirs[f"{there}.weight"], theirs[f"{there}.bias"] = ours[f"{here}.weight"], ours[f"{here}.bias"]
+    def pair(their: str, our: str) -> None:
+        theirs[f"{their}.weight"], theirs[f"{their}.bias"] = ours[f"{our}.weight"], ours[f"{our}.bias"]
 
     for i in range(sizes["num_layers"]):
         for stack, own in (("encoder", "attention_residual"), ("decoder", "self_attention_residual")):
-            there, here = f"model.{stack}.layers.{i}", f"{stack}.{i}"
-            attention(f"{there}.self_attn", f"{here}.self_attention")
-            pair(f"{there}.self_attn_layer_norm", f"{here}.{own}.norm")
-            pair(f"{there}.fc1", f"{here}.feed_forward.w_1")
-            pair(f"{there}.fc2", f"{here}.feed_forward.w_2")
-            pair(f"{there}.final_layer_norm", f"{here}.feed_forward_residual.norm")
-        attention(f"{there}.encoder_attn", f"{here}.cross_attention")
-        pair(f"{there}.encoder_attn_layer_norm", f"{here}.cross_attention_residual.norm")
+            their, our = f"model.{stack}.layers.{i}", f"{stack}.{i}"
+            attention(f"{their}.self_attn", f"{our}.self_attention")
+            pair(f"{their}.self_attn_layer_norm", f"{our}.{own}.norm")
+            pair(f"{their}.fc1", f"{our}.feed_forward.w_1")
+            pair(f"{their}.fc2", f"{our}.feed_forward.w_2")
+            pair(f"{their}.final_layer_norm", f"{our}.feed_forward_residual.norm")
+        attention(f"{their}.encoder_attn", f"{our}.cross_attention")
+        pair(f"{their}.encoder_attn_layer_norm", f"{our}.cross_attention_residual.norm")
     for name, value in net.state_dict().items():
         if name.endswith("embed_positions.weight"):
             angles = torch.arange(len(value))[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)

@@ -2,8 +2,8 @@
 
     python -m tools.benchmarks.scale_constants
 
-Prints a line for each constant: a median, and what it was measured on. Reads conf/model. Needs
-nothing outside this machine.
+Prints a line for each constant: a median, and what it was measured on. Reads
+params.yaml and conf/model. Needs nothing outside this machine.
 """
 
 import os

@@ -77,7 +77,7 @@ class Runner:
         return found
 
     def shares(self) -> dict[str, float]:
-        """Shares of the time of THREADS cores while the run was awake, since `used_s`.
+        """Shares of the time of THREADS cores that the parts of the run have used since its first turn, while awake.
 
         First come the THREADS busiest threads of the process that trains, which compute micro-batches. Then come its
         other threads, including the one that updates the weights, and then the other processes, the busiest first.
