@@ -1,12 +1,14 @@
-"""Estimate the time, cost, network traffic and bottleneck of one training run on many devices.
+"""Estimate time, cost and bottleneck of a training run on many devices.
 
     python -m tools.cost_model                                  base and big on 1, 8, 64 and 512 H100s
     python -m tools.cost_model --model big --gpu A100 --gpus 8 16 --network-gbit 400
     python -m tools.cost_model --gpu P100 --mfu 0.31 --gpus 8   the paper's machine
 
-The global batch is the preset's, whatever the number of devices, so that the experiment stays the same.
-model/flops.py counts the arithmetic. Rates of GPUs and networks are assumptions, listed in this file; the rest was
-measured. docs/scale.md explains the numbers. `python -m sweeps.plan` estimates a whole sweep.
+Reads params.yaml and the presets of conf/model, and prints Markdown. The global
+batch is the preset's for any number of devices, so that the experiment stays the
+same. model/flops.py counts the arithmetic. Rates of GPUs and networks are
+assumptions, listed in this file; the rest was measured. docs/scale.md explains the
+numbers. `python -m sweeps.plan` estimates a whole sweep.
 """
 
 from collections.abc import Callable

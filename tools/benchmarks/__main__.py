@@ -1,4 +1,4 @@
-"""Measure the speed of training, decoding and other parts, and compare it with other toolkits.
+"""Compare the speed of training, decoding and more with other toolkits.
 
     python -m tools.benchmarks                      # all parts, more than an hour
     python -m tools.benchmarks training decoding    # some parts

@@ -1,11 +1,12 @@
-"""Measure training of base and big on a GPU, in the paper's steps of 25,000 source and target tokens.
+"""Measure the speed of training base and big on a GPU.
 
     python -m tools.benchmarks.gpu
     python -m tools.benchmarks.gpu --device cpu --presets tiny --batch-tokens 500 \\
         --steps 1                                   # a short trial without a GPU
 
-Ours and torch.nn.Transformer train alternately, with bf16 autocast, on random
-tokens. Lengths of sentences are like those of WMT 2014 English-German. Ours uses
+Steps have the paper's 25,000 source and 25,000 target tokens. Ours and
+torch.nn.Transformer train alternately, with bf16 autocast, on random tokens.
+Lengths of sentences are like those of WMT 2014 English-German. Ours uses
 torch.compile and the settings of conf/hardware/gpu.yaml. Prints tokens per
 second, the share of the GPU's own rate at a product of 8192 x 8192 x 8192,
 memory, and the hours for the paper's number of steps.
