@@ -292,7 +292,8 @@ def test_badges_of_readme_are_true():
 
 
 def test_readme_is_short_and_leads_to_every_page():
-    assert len(prose("README.md").split()) <= 1300
+    words = re.findall(r"\S*\w\S*", prose("README.md"))  # the bars of tables are none
+    assert len(words) <= 1300
     pages = [path for path in tracked() if re.fullmatch(r"docs/[\w-]+\.md|CONTRIBUTING\.md|infra/README\.md", path)]
     assert len(pages) > 10
     assert [page for page in pages if f"({page})" not in prose("README.md")] == []
