@@ -114,7 +114,7 @@ def test_sweep_records_what_each_trial_cost(continued):
 
 
 def test_sweep_prints_its_plan_first_and_counts_finished_trials(continued):
-    plan = continued.output[: continued.output.index("trials:")]
+    plan = continued.output[: continued.output.index(" running, ")]
     assert f": 3 rows x 1 seed; trials: {len(continued.before)} done" in plan
     assert "1e+09 FLOPs a second, from sweep.flops_per_second" in plan
 
