@@ -138,7 +138,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobStatus:
         while True:
             log = asyncio.create_task(tail())
             while not (await asyncio.wait({log}, timeout=ASK_S))[0]:
-                await status()  # raises if the head is cut off, when its log neither ends nor fails
+                await status()  # raises if the head is cut off: the log would neither end nor fail
             await log
             if (found := await status()).is_terminal():
                 return found

@@ -3,8 +3,8 @@
     python -m pipeline.train
     RAY_ADDRESS=head:6379 RUN_STORAGE=s3://bucket/runs python -m pipeline.train
 
-Reads data/encoded/, data/tokenizer/ and, to score translations while it trains,
-data/clean/. Writes
+Reads data/encoded/, data/tokenizer/ and data/clean/ (to score translations
+during training). Writes
 
 - models/final, the average of the last checkpoints,
 - reports/train.json and metrics/train.json,

@@ -52,8 +52,8 @@ from pipeline.common.text import VISIBLE
 
 CHUNK_PAIRS = 100_000
 LONG_WORD = 10
-"""Characters. If the words of a sentence are longer on average (URLs, base64), every LONG_WORD characters count as a
-word."""
+"""In characters. If a sentence has longer words than this on average (URLs, base64), every LONG_WORD characters
+count as a word."""
 OTHER_SCRIPT_SHARE = 0.5  # of the letters of a sentence; names and quotations are below that
 
 REASONS = (

@@ -141,7 +141,7 @@ def test_train_with_another_average_trains_no_further(trained, tmp_path):
     project.edit("params.yaml", "train.average_checkpoints", 3)
     output = project.run("python", "-m", "pipeline.train")
     assert "train: already trained to step 400" in output
-    assert "s, without training: models/final/weights.safetensors is of step 400\n" in output
+    assert "s, without training: models/final/weights.safetensors is from step 400\n" in output
     assert project.json("reports/train.json")["averaged_steps"] == [400, 390, 380]
     assert project.checkpoints() == before
 
