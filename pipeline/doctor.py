@@ -2,10 +2,12 @@
 
     python -m pipeline.doctor
 
-Reads the versions, the devices, params.yaml, MLflow's store, the storage of runs, DVC's configuration, dvc.lock and
-the state of Git. It changes nothing, starts nothing and prints no password: paste its output into a report as it is.
+Reads the versions, the devices, params.yaml, MLflow's store, the storage of
+runs, DVC's configuration, dvc.lock and the state of Git. It changes nothing,
+starts nothing and prints no password: paste its output into a report as it is.
 
-A line that begins with ! is wrong, and ends with the way out. Exit code: 0 if no line is marked, 1 if one is.
+A line that begins with ! is wrong, and ends with the way out. The exit code is
+1 if there is one.
 """
 
 import logging

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -46,7 +46,7 @@ def begin() -> None:
             signal.signal(signum, _stop)
     sys.excepthook = _quiet_when_stopped
     if DVC_STAGE_ENV in os.environ:
-        threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+        threading.Thread(target=_end_with, args=[_lineage()], daemon=True).start()
 
 
 @contextmanager
@@ -126,17 +126,27 @@ def _quiet_when_stopped(kind: type[BaseException], error: BaseException, traceba
     sys.__excepthook__(kind, error, traceback)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when DVC has ended. `parent` is the process id of DVC, or of a shell that DVC has started.
+def _lineage() -> tuple[int, int | None]:
+    """The process id of the parent and, where the parent is a shell, of its parent.
+
+    DVC gives a stage's command to a shell. Most shells exec a single command, so that DVC is the parent.
+    """
+    parent = os.getppid()
+    try:
+        shell = psutil.Process(parent)
+        return parent, shell.ppid() if shell.name() in SHELLS else None
+    except psutil.NoSuchProcess:
+        return os.getppid(), None
+
+
+def _end_with(lineage: tuple[int, int | None]) -> None:
+    """End this process when DVC has ended, so that its `lineage` is another.
 
     Otherwise `kill -9` of `dvc repro` would leave training running unnoticed, in the way of the next `dvc repro`.
     Training that was started by hand, with nohup for example, outlives its parent.
     """
-    with suppress(psutil.NoSuchProcess):
-        shell = psutil.Process(parent) if psutil.Process(parent).name() in SHELLS else None
-        dvc = shell.ppid() if shell else parent  # most shells exec a single command, so DVC is the parent
-        while os.getppid() == parent and (not shell or shell.ppid() == dvc):
-            time.sleep(1)
+    while _lineage() == lineage:
+        time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * GRACE_S)  # SIGTERM has no effect in a call that signals do not interrupt
     os.kill(os.getpid(), signal.SIGKILL)

@@ -204,7 +204,7 @@ def test_stage_ends_when_dvc_was_killed_at_any_moment(shell, code, tmp_path):
             time.sleep(0.02)
         process.kill()
     stage = psutil.Process(int(begun[0].name.partition("-")[2]))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while stage.is_running() and stage.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
