@@ -70,30 +70,30 @@ def test_imports_point_down(path):
 
 
 @pytest.mark.parametrize("path", MODEL, ids=id_of)
-def test_the_model_imports_torch_and_itself_alone(path):
+def test_imports_of_the_model_are_torch_and_itself_alone(path):
     assert packages(path) <= {"model", "torch", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", modules("pipeline/training"), ids=id_of)
-def test_training_imports_neither_ray_nor_mlflow(path):
+def test_imports_of_training_are_neither_ray_nor_mlflow(path):
     assert not packages(path) & {"ray", "mlflow", "dvc"}
 
 
 @pytest.mark.parametrize("path", EVERY_MODULE, ids=id_of)
-def test_no_module_imports_a_command_or_the_tests(path):
+def test_imports_are_never_commands_or_tests(path):
     if not path.is_relative_to(REPOSITORY / "tools"):
         assert not imports(path) & {name_of(command) for command in COMMANDS}
     assert "tests" not in packages(path)
 
 
-def test_only_tracking_and_the_served_model_import_mlflow():
+def test_imports_of_mlflow_are_in_tracking_and_the_served_model_alone():
     importing = {name_of(path) for path in EVERY_MODULE if "mlflow" in packages(path)}
     assert {name for name in importing if not name.startswith(("pipeline.tracking.", "tools."))} == {
         "pipeline.inference.serving"
     }
 
 
-def test_only_the_cluster_and_the_commands_that_start_it_import_ray():
+def test_imports_of_ray_are_in_the_cluster_and_the_commands_that_start_it_alone():
     importing = {name_of(path) for path in EVERY_MODULE if "ray" in packages(path)}
     assert {name for name in importing if not name.startswith(("pipeline.cluster.", "tools."))} == {
         "pipeline.submit",
@@ -102,7 +102,7 @@ def test_only_the_cluster_and_the_commands_that_start_it_import_ray():
 
 
 @pytest.mark.parametrize("path", [*MODEL, *PIPELINE, *SWEEPS], ids=id_of)
-def test_no_module_imports_what_ray_mlflow_or_dvc_keep_private(path):
+def test_imports_are_never_private_modules_of_ray_mlflow_or_dvc(path):
     names = [name.split(".") for name in imports(path)]
     assert not [
         name for name in names if name[0] in {"ray", "mlflow", "dvc"} and any(p.startswith("_") for p in name)
@@ -126,7 +126,7 @@ def test_stages_are_those_of_the_pipeline_and_run_its_commands():
 
 
 @pytest.mark.parametrize("name", stages())
-def test_every_project_file_that_a_stage_runs_is_in_its_deps(name):
+def test_deps_of_a_stage_have_every_project_file_that_it_runs(name):
     stage = stages()[name]
     deps = set(stage["deps"])
     needed = reached(commands(stage))
@@ -136,7 +136,7 @@ def test_every_project_file_that_a_stage_runs_is_in_its_deps(name):
 
 
 @pytest.mark.parametrize("name", stages())
-def test_no_stage_depends_on_code_of_which_it_runs_nothing(name):
+def test_deps_of_a_stage_have_no_code_that_it_does_not_run(name):
     stage = stages()[name]
     run = reached(commands(stage))
     code = [dep for dep in stage["deps"] if dep.partition("/")[0] in {"model", "pipeline", "sweeps"}]
@@ -153,7 +153,7 @@ def texts(path: Path) -> str:
     return "\n".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
 
-def test_what_the_tokenizer_makes_is_called_a_token():
+def test_tokens_are_never_called_pieces():
     documents = [path for folder in (".", "docs", "infra") for path in (REPOSITORY / folder).glob("*.md")]
     settings = [REPOSITORY / "params.yaml", *(REPOSITORY / "conf").rglob("*.yaml")]
     assert [path for path in (*EVERY_MODULE, *documents, *settings) if re.search(r"\bpieces?\b", texts(path))] == []
@@ -189,12 +189,12 @@ HOSTS = [
 MACHINE_PATH = re.compile(rb"(?<![\w.}/-])/(?:work|root|tmp/w)(?:/|\b)(?![\w-]*\()")
 
 
-def test_no_tracked_file_names_a_package_registry():
+def test_tracked_files_name_no_package_registry():
     found = [(path, host) for path in tracked() for host in HOSTS if host.encode() in path.read_bytes()]
     assert not found
 
 
-def test_no_tracked_file_names_a_path_of_one_machine():
+def test_tracked_files_name_no_path_of_one_machine():
     found = [
         f"{path.relative_to(REPOSITORY)}:{number}: {line.decode(errors='replace').strip()}"
         for path in tracked()

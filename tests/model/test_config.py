@@ -80,7 +80,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_base_and_big_are_the_papers(name):
+def test_config_of_presets_base_and_big_is_the_papers(name):
     preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
     m, t = preset["model"], preset["train"]
     sizes = [m[key] for key in ("num_layers", "d_model", "d_ff", "num_heads", "d_k", "d_v", "dropout")]

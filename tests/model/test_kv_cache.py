@@ -26,7 +26,7 @@ def test_kv_cache_step_by_step_gives_the_logits_of_the_whole_decoder(positions, 
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_kv_cache_reorder_and_select_sentences_continue_the_rows_named(positions):
+def test_kv_cache_reorder_and_select_sentences_keep_the_rows_named(positions):
     model = build(config(positions=positions))
     src, tgt = sentences([5, 17, 11]), shifted(sentences([7, 7, 7], seed=3))
     cache = BeamKVCache(model, src)

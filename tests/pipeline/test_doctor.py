@@ -324,7 +324,7 @@ def test_mlflow_does_not_wait_for_a_server_that_is_silent(root, monkeypatch):
         assert time.monotonic() - started < 2
 
 
-def test_mlflow_asks_no_other_store(root, monkeypatch):
+def test_mlflow_does_not_query_other_stores(root, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://us:{SECRET}@db/mlflow")
     assert doctor.mlflow(root) == "postgresql://db/mlflow, not asked: it is neither a server nor an SQLite file"
 
@@ -375,7 +375,7 @@ def refuse() -> bool:
     ],
     ids=["answers", "no bucket", "refuses", "silent"],
 )
-def test_storage_asks_an_object_store_once(root, monkeypatch, exists, line):
+def test_storage_queries_an_object_store_once(root, monkeypatch, exists, line):
     monkeypatch.setattr(doctor, "PATIENCE_S", 0.05)
     monkeypatch.setattr("pipeline.common.storage.run_storage", lambda _: Store(exists))
     wrong, text = doctor.examine(doctor.storage, root)

@@ -157,7 +157,7 @@ def test_download_from_web_and_mirror_gives_the_same_bytes(server, mirror):
     assert {file.name: file.read_bytes() for file in Path("data/raw").iterdir()} == first
 
 
-def test_download_without_a_mirror_asks_the_public_address(server, monkeypatch):
+def test_download_without_a_mirror_uses_the_public_address(server, monkeypatch):
     monkeypatch.setattr("pipeline.download.CORPORA", catalogue(server.address))
     download(SETTINGS)
     assert_whole()
@@ -219,14 +219,14 @@ def test_download_continues_a_killed_run(server, project):
     assert_whole()
 
 
-def test_download_asks_a_server_without_ranges_for_the_whole_file(server):
+def test_download_gets_the_whole_file_from_a_server_without_ranges(server):
     server.knows_ranges = False
     server.faults = [701]
     download(SETTINGS, server.address)
     assert_whole()
 
 
-def test_download_gives_up_part_of_another_file(server):
+def test_download_discards_a_part_of_another_file(server):
     part = Path("data/downloads/toy/train.en.gz.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(b"?" * 503)
@@ -436,7 +436,7 @@ def test_download_reports_own_files_missing_double_or_broken():
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
-def test_download_refuses_own_files_that_are_none(make):
+def test_download_refuses_own_files_that_are_no_text(make):
     write_own_files()
     Path("data/own/train.en").unlink()
     make("data/own/train.en")

@@ -156,7 +156,7 @@ def test_tokenizer_decodes_any_text_back_normalised(corpus, texts):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",))))
-def test_tokenizer_gives_no_text_reserved_pieces(corpus, text):
+def test_tokenizer_gives_no_text_reserved_tokens(corpus, text):
     assert all(piece >= 4 for piece in load_tokenizer(corpus / "tokenizer").encode(text))
 
 

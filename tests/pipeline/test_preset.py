@@ -42,7 +42,7 @@ def run(root: Path, *arguments: str, code: int = 0) -> str:
     return done.stdout
 
 
-def test_the_default_is_what_its_presets_would_write(root):
+def test_write_presets_of_the_default_change_nothing(root):
     """params.yaml as committed is grammar and mini on hardware auto, to the byte: comments and order too."""
     before = text(root), text(root, "dvc.yaml")
     assert write_presets(["data=grammar", "model=mini", "hardware=auto"], root) == []
@@ -129,7 +129,7 @@ def test_command_names_what_it_does_not_know(root, arguments, message):
     assert run(root, *arguments, code=1) == message
 
 
-def test_command_says_that_it_has_written_where_other_values_are_bad(root):
+def test_command_reports_that_it_has_written_though_other_values_are_bad(root):
     path = root / "params.yaml"
     path.write_text(path.read_text().replace("  - heads\n", "  - headz\n"))
     printed = run(root, "model=tiny", code=1)

@@ -19,14 +19,14 @@ def write_corpus(folder, num_pairs=400, seed=3):
     return paths
 
 
-def test_train_tokenizer_numbers_reserved_pieces_as_the_model_does(tmp_path):
+def test_train_tokenizer_numbers_reserved_tokens_as_the_model_does(tmp_path):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     found = tokenizer.pad_id(), tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()
     assert found == (PAD, UNK, BOS, EOS)
 
 
-def test_train_tokenizer_counts_every_piece_in_vocab_size(tmp_path):
+def test_train_tokenizer_counts_every_token_in_vocab_size(tmp_path):
     train_tokenizer(*write_corpus(tmp_path), tmp_path / "tokenizer", 503)
     assert load_tokenizer(tmp_path / "tokenizer").get_piece_size() == 503
     pieces = (tmp_path / "tokenizer/spm.vocab").read_text(encoding="utf-8").split("\n")

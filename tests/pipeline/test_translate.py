@@ -82,7 +82,7 @@ def test_translate_writes_a_line_for_each_line(run, final: Path, search: dict):
 
 
 @pytest.mark.parametrize(("chunk_lines", "chunk_bytes"), [(1, 10**6), (2, 10**6), (1_000, 1), (1_000, 30)])
-def test_translate_keeps_the_order_whatever_is_translated_together(run, monkeypatch, chunk_lines, chunk_bytes):
+def test_translate_keeps_the_order_of_lines_in_any_batches(run, monkeypatch, chunk_lines, chunk_bytes):
     lines = LINES * 7
     once = run(text=encoded(lines))[1]
     monkeypatch.setattr(command, "CHUNK_LINES", chunk_lines)
@@ -137,7 +137,7 @@ def test_translate_writes_an_object_for_each_line(run, final: Path):
     assert "score" not in run("--format=jsonl", text=encoded(LINES))[1]
 
 
-def test_translate_says_what_is_split_or_cut(run):
+def test_translate_logs_what_is_split_or_cut(run):
     code, out, err = run(text=encoded(["das Kind malt", "Das Kind malt. " * 9, "", "ein Mann " * 20]))
     assert (code, out.count("\n")) == (0, 4)
     first, second = err.splitlines()

@@ -130,7 +130,7 @@ COPIES = [("Obama 1 2 3", "Obama 1 2 3"), ("A  name .", "A name . "), ("Obama", 
 """Two of them: spaces do not count, letters do."""
 
 
-def test_validate_counts_pairs_with_equal_sides_and_keeps_them():
+def test_validate_counts_pairs_whose_texts_are_equal_and_keeps_them():
     write_raw([*SOUND, *COPIES, ("", "")], valid=[*VALID, COPIES[0]], test=[*TEST, *COPIES[:2]])
     report = validate(LANGUAGES, LIMITS)
     assert [report[split]["copies"] for split in ("train", "valid", "test")] == [2, 1, 2]
@@ -138,7 +138,7 @@ def test_validate_counts_pairs_with_equal_sides_and_keeps_them():
     assert faults(report, "test") == {}
 
 
-def test_validate_drops_pairs_with_equal_sides_from_train_by_a_setting():
+def test_validate_drops_pairs_whose_texts_are_equal_from_train_by_a_setting():
     write_raw([*SOUND, *COPIES], valid=[*VALID, ("7", "7")], test=[*TEST, ("8", "8")])
     report = validate(LANGUAGES, replace(LIMITS, drop_copies=True))
     assert faults(report, "train") == {"copy": 2}

@@ -162,7 +162,7 @@ def test_is_done_if_finished_or_stopped_but_not_if_failed(root, status, done):
     assert other.num_to_train == 2
 
 
-def test_render_plan_shows_what_all_costs_and_what_is_still_to_pay(root):
+def test_render_plan_shows_the_full_cost_and_what_is_left_to_pay(root):
     edit(root, "sweep", price_per_device_hour=2.5)
     sweep = load_sweep(root)
     finish(sweep, {"base.3": "finished", "base.5": "failed", "B-dk32.3": "finished"})
@@ -208,7 +208,7 @@ def test_render_plan_has_a_table_of_80_columns(root):
 
 
 @pytest.mark.parametrize("seeds", [[3, 5], [5, 1]])
-def test_render_plan_says_that_base_is_trained_twice_and_the_way_out(root, seeds):
+def test_render_plan_warns_that_base_is_trained_twice_and_names_the_way_out(root, seeds):
     edit(root, "sweep", seeds=seeds)
     edit(root, "train", seed=1)
     said = render_plan(load_sweep(root), root, devices=1, gpu=False)
@@ -370,7 +370,7 @@ def test_has_results_if_each_trial_has_one_by_its_key(root):
     assert not has_results(load_sweep(root), root)
 
 
-def test_main_says_that_dvc_runs_nothing_if_all_results_are_there(root, monkeypatch, capsys):
+def test_main_prints_that_dvc_runs_nothing_if_all_results_exist(root, monkeypatch, capsys):
     pull_results(root)
     run_main(root, monkeypatch, "--seeds", "3")
     said = "data/sweep has the results of all trials: `dvc repro` runs none, unless `dvc status sweep`"
@@ -451,7 +451,7 @@ def test_main_plans_other_rows_seeds_and_models_than_those_of_params(root, monke
         (("--model", "huge"), "model must be one of base, big, mini, tiny, got 'huge'"),
     ],
 )
-def test_main_names_what_the_command_line_cannot_ask_for(root, monkeypatch, capsys, arguments, line):
+def test_main_names_an_impossible_option_of_the_command_line(root, monkeypatch, capsys, arguments, line):
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch, *arguments)
     assert line in capsys.readouterr().err

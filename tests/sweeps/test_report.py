@@ -391,7 +391,7 @@ def test_figure_is_a_png_of_readable_size_that_html_page_embeds(whole: tuple[Pat
     assert "](table3.png)" in (whole[1] / "table3.md").read_text(encoding="utf-8")
 
 
-def test_title_of_the_figure_is_whole_in_lines_as_wide_as_its_panels(whole: tuple[Path, Path]):
+def test_title_of_the_figure_fits_the_width_of_its_panels(whole: tuple[Path, Path]):
     sweep = read_sweep(whole[0])
     results = assess(sweep, whole[0], progress=False)
     lines = title(sweep, results, 50).splitlines()

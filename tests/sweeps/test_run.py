@@ -27,7 +27,7 @@ def test_num_devices_counts_gpus_or_the_cpus_of_all_workers():
 
 
 @pytest.mark.parametrize(("max_steps", "finished"), [(5, True), (20, False)])
-def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path, monkeypatch, max_steps, finished):
+def test_trial_with_more_steps_continues_the_shorter_one(tmp_path, monkeypatch, max_steps, finished):
     folders = {steps: tmp_path / f"checkpoints/grammar-mini-3-0123456789ab-{steps}" for steps in (5, 20)}
     save_checkpoint(folders[5], TrainState(step=5, finished=True))
     begun: list[Any] = []
@@ -46,7 +46,7 @@ def test_trial_with_more_steps_begins_with_what_the_shorter_one_trained(tmp_path
 
 
 @pytest.mark.parametrize("continued", [False, True])
-def test_trial_has_times_if_it_ran_without_a_break(tmp_path, monkeypatch, continued):
+def test_trial_has_times_if_it_ran_without_interruption(tmp_path, monkeypatch, continued):
     parent = tmp_path / "checkpoints"
     trial = Trial(ROW, 3, settings(train={"max_steps": 20}), parent / "grammar-mini-3-0123456789ab-20", "", "")
     if continued:
@@ -69,7 +69,7 @@ def test_trial_has_times_if_it_ran_without_a_break(tmp_path, monkeypatch, contin
     assert record["attempts"] == 1
 
 
-def test_of_tune_is_all_of_a_trial_in_its_process_and_next_to_nothing_of_a_driver(monkeypatch: pytest.MonkeyPatch):
+def test_of_tune_is_all_of_a_trial_in_its_process_and_almost_nothing_of_a_driver(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run, "this_node_resource", lambda: "node:10.0.0.1")
     alone = TrialResources(use_gpu=True, cpus_per_worker=7, num_workers=1, in_process=True)
     assert alone.of_tune == {"cpu": 7, "gpu": 1}

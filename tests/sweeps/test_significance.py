@@ -71,7 +71,7 @@ def test_interval_excludes_zero_if_both_ends_have_one_sign(low: float, high: flo
     assert Interval(low, high, "seeds").excludes_zero is expected
 
 
-def test_significance_of_text_without_spaces_is_by_its_languages_tokenizer():
+def test_corpus_bleu_and_paired_p_use_the_tokenizer_of_a_language_without_spaces():
     references = ["老国王在花园里睡觉。"] * 7
     translations = ["老国王在花园里吃饭。"] * 7
     found = corpus_bleu(sentence_statistics(translations, references, "zh"))

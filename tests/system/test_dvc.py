@@ -110,7 +110,7 @@ def test_own_corpus_goes_through_a_remote_to_a_clone_where_nothing_is_left_to_do
     assert "download" in clone.run("dvc", "status")
 
 
-def test_a_lock_that_a_kill_has_cut_is_named_with_a_way_out_that_works(project):
+def test_dvc_lock_cut_by_a_kill_is_named_with_a_way_out_that_works(project):
     lock, whole = project.root / "dvc.lock", (project.root / "dvc.lock").read_text()
     for left in ("", whole[: len(whole) // 2].rpartition("\n")[0] + "\n    outs:"):
         lock.write_text(left)

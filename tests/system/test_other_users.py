@@ -72,5 +72,5 @@ def test_other_users_cannot_plant_what_dvc_would_run(project):
     assert plant(project) == (1, False)
 
 
-def test_what_is_planted_in_a_folder_that_all_may_write_to_is_run(project):
+def test_dvc_runs_what_is_planted_in_a_folder_that_all_may_write_to(project):
     assert plant(project, DVC_SITE_CACHE_DIR=str(project.root.parent / "of-all")) == (0, True)

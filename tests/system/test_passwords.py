@@ -22,7 +22,7 @@ def files_with(text: str, *folders: Path) -> list[str]:
     ]
 
 
-def test_no_file_and_no_line_of_a_run_has_the_password_of_an_address(new_project, tmp_path):
+def test_passwords_of_addresses_are_in_no_file_and_no_output_of_a_run(new_project, tmp_path):
     project = new_project
     project.edit("params.yaml", "train.max_steps", 20)
     project.edit("params.yaml", "hardware.num_workers", 2)

@@ -69,7 +69,7 @@ def test_status_names_the_stages_that_read_a_changed_setting(all_stages, restore
 
 
 @pytest.mark.parametrize("command", ["download", "validate", "train_tokenizer", "encode", "train", "evaluate"])
-def test_every_command_first_checks_all_settings(untouched, restored, command):
+def test_commands_check_all_settings_first(untouched, restored, command):
     project = restored(untouched)
     project.edit(PARAMS, "sweep.rows", ["Z"])
     output = project.run("python", "-m", f"pipeline.{command}", code=1)
@@ -103,7 +103,7 @@ def test_exp_run_names_a_section_that_no_stage_reads(all_stages, restored, stage
     assert "check: params.yaml: modle is unknown: did you mean model?" in " ".join(output.split())
 
 
-def test_exp_run_changes_the_one_line_that_it_is_asked_for(new_project):
+def test_exp_run_changes_only_the_line_of_the_setting(new_project):
     """In a copy of the project's own params.yaml, with its comments and lists."""
     before = (ROOT / PARAMS).read_text()
     new_project.write(PARAMS, before)

@@ -69,7 +69,7 @@ def test_stage_stopped_at_any_moment_ends_with_one_line(command, seconds, traine
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "sweep"])
-def test_stage_whose_dvc_is_killed_in_its_first_seconds_ends_too(stage, trained, tmp_path, figures):
+def test_stage_ends_if_its_dvc_is_killed_in_its_first_seconds(stage, trained, tmp_path, figures):
     project = trained.copy(tmp_path / "project", without=())
     project.edit("params.yaml", "train.seed", 7)
     chance = random.Random(stage)

@@ -32,7 +32,7 @@ def test_dropout_of_nearly_all_does_not_divide_by_zero():
     assert dropout(torch.ones(400_003), 1 - 1e-9).unique().tolist() == [0, 2**16]
 
 
-def test_dropout_draws_anew_each_time_and_the_same_from_the_same_seed():
+def test_dropout_draws_differ_each_time_and_repeat_with_the_same_seed():
     x = torch.randn(31, 7, dtype=torch.float64)
     torch.manual_seed(11)
     first, second = dropout(x, 0.3), dropout(x, 0.3)

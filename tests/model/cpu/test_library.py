@@ -38,7 +38,7 @@ def refuse() -> float:
 
 
 @pytest.mark.parametrize("wanted", ["mkl", "onednn"])
-def test_chosen_is_the_environments_whatever_is_faster(wanted, cache, monkeypatch):
+def test_chosen_is_the_library_set_in_the_environment_unmeasured(wanted, cache, monkeypatch):
     monkeypatch.setattr(library, "speedup", refuse)
     monkeypatch.setenv("MODEL_CPU_MATMUL", wanted)
     assert chosen() == wanted
@@ -80,7 +80,7 @@ def test_chosen_is_measured_again_where_the_cache_is_damaged(damage, cache, monk
     assert json.loads(file.read_text(encoding="utf-8")) == json.loads(content)
 
 
-def test_chosen_is_mkl_unmeasured_where_it_cannot_be_kept(cache, monkeypatch):
+def test_chosen_is_mkl_unmeasured_where_the_cache_cannot_be_written(cache, monkeypatch):
     monkeypatch.setattr(library, "speedup", refuse)
     cache.write_text("a file where the folder would be", encoding="utf-8")
     assert chosen() == "mkl"
@@ -92,7 +92,7 @@ def test_chosen_is_mkl_without_avx512(monkeypatch):
     assert chosen() == "mkl"
 
 
-def test_chosen_is_the_same_for_all_that_start_at_once(monkeypatch):
+def test_chosen_is_the_same_for_all_processes_that_start_at_once(monkeypatch):
     """Threads here: they share the file and its lock alone, as processes do."""
     barrier, measured = threading.Barrier(8), []
 
@@ -139,7 +139,7 @@ def test_processor_names_more_than_its_brand():
     assert len(processor().split(", ")) >= 5
 
 
-def test_chosen_is_not_asked_for_by_an_import():
+def test_chosen_is_not_called_by_an_import():
     code = (
         "import model.kv_cache, model.loss, model.perplexity; from model.cpu.library import chosen; "
         "assert chosen.cache_info().misses == 0"

@@ -106,7 +106,7 @@ def test_usage_recorder_writes_every_other_second_at_most(tmp_path, clock, monke
     assert 8 <= len(written) <= 13
 
 
-def test_usage_recorder_gives_signs_during_a_long_step_until_it_is_closed(tmp_path, clock, monkeypatch):
+def test_usage_recorder_sends_heartbeats_during_a_long_step_until_closed(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(accounting, "HEARTBEAT_S", 0.01)
     recorder = UsageRecorder(tmp_path, devices=1, on_gpus=False)
     began = clock.time()
@@ -175,7 +175,7 @@ def test_carry_usage_counts_a_share_of_the_other_run_once(tmp_path, clock):
     assert total_usage(third).device_seconds == 46.0
 
 
-def test_has_begun_since_asks_for_the_beginning_of_any_attempt(tmp_path, clock):
+def test_has_begun_since_is_true_if_any_attempt_began_later(tmp_path, clock):
     assert not has_begun_since(tmp_path, 0.0)
     UsageRecorder(tmp_path, devices=1, on_gpus=False)
     began = clock.time()

@@ -27,7 +27,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch):
     return set_nodes
 
 
-def test_preflight_of_one_node_asks_for_nothing(nodes, tmp_path):
+def test_preflight_of_one_node_requires_nothing(nodes, tmp_path):
     nodes(1, "RAY_ADDRESS")
     preflight(HARDWARE, Workspace(tmp_path, tmp_path, None, "sqlite:///mlflow.db"))
 

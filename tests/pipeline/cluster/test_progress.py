@@ -60,7 +60,7 @@ def test_show_progress_begins_where_a_resumed_run_begins(tmp_path, capfd):
     assert " 94%" in capfd.readouterr().err
 
 
-def test_show_progress_hears_a_worker_that_takes_a_dead_ones_place(tmp_path, capfd):
+def test_show_progress_follows_a_worker_that_replaces_a_dead_one(tmp_path, capfd):
     path = tmp_path / "p.json"
     with show_progress(path, total=31, name="train"):
         first = ProgressReporter(path)
@@ -132,7 +132,7 @@ def test_show_bar_passes_over_a_store_that_is_away(capfd):
     assert "5/7" in capfd.readouterr().err.rpartition("\r")[2]
 
 
-def test_steps_done_can_be_asked_from_outside(tmp_path):
+def test_steps_done_is_read_by_another_process(tmp_path):
     path = tmp_path / "run" / "progress.json"
     assert steps_done(path) == 0  # not begun
     reporter = ProgressReporter(path)
@@ -159,7 +159,7 @@ def test_bars_are_whole_in_a_line_of_80_columns(name, form, text):
     assert line.endswith(f"100:00:00 left, {text}")
 
 
-def test_texts_beside_the_bars_have_three_digits():
+def test_training_text_and_trials_text_have_three_digits():
     assert training_text(10.1234, None, 12_345.6) == "loss 10.1, 12.3k tok/s"
     assert training_text(1.2345, 36_999.1, 987.6) == "loss 1.23, ppl 37.0k, 988 tok/s"
     assert trials_text(9, done=4, running=2, failed=1) == "trials: 4 of 9 done, 2 running, 1 failed"

@@ -53,7 +53,7 @@ def test_ray_cluster_where_nobody_listens_says_so_in_one_line(address, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_ray_cluster_that_accepts_and_keeps_silent_is_waited_for_with_a_line(monkeypatch, tmp_path, capsys):
+def test_ray_cluster_logs_that_it_waits_for_a_silent_head(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("pipeline.cluster.ray_cluster.ANSWER_S", 0.1)
     monkeypatch.setattr(ray, "init", lambda **options: time.sleep(0.3))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -98,7 +98,7 @@ def test_ray_cluster_leaves_the_environment_as_it_was(dashboard, monkeypatch, tm
         (1, RAY_JOB_ENV, False),
     ],
 )
-def test_one_worker_needs_no_workers_of_ray_but_on_a_cluster(workers, joined_by, expected, monkeypatch):
+def test_needs_no_workers_is_true_of_one_worker_outside_a_cluster(workers, joined_by, expected, monkeypatch):
     for name in ("RAY_ADDRESS", RAY_JOB_ENV):
         monkeypatch.delenv(name, raising=False)
     if joined_by:
@@ -107,7 +107,7 @@ def test_one_worker_needs_no_workers_of_ray_but_on_a_cluster(workers, joined_by,
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_ray_that_does_not_start_here_is_tried_once_more(failures, monkeypatch, tmp_path):
+def test_ray_cluster_retries_a_failed_start_once(failures, monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     calls = []
 
@@ -147,7 +147,7 @@ with ray_cluster(load_settings(Path(sys.argv[1])).hardware, Path()):
 
 
 @pytest.mark.slow
-def test_ray_started_here_is_reached_by_nobody_else_and_leaves_nothing(tmp_path):
+def test_ray_cluster_started_here_is_reached_by_nobody_else_and_leaves_nothing(tmp_path):
     """Nor does it need a home or a short TMPDIR."""
     tmpdir = tmp_path / ("x" * 120)
     tmpdir.mkdir()

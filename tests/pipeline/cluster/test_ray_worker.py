@@ -51,12 +51,12 @@ def test_run_worker_without_the_drivers_storage_names_the_setting(out_of_memory,
         out_of_memory(1)
 
 
-def test_run_worker_among_others_dies_of_small_memory_for_they_wait(out_of_memory):
+def test_run_worker_among_others_raises_out_of_memory(out_of_memory):
     with pytest.raises(torch.OutOfMemoryError):
         out_of_memory(2)
 
 
-def test_reports_hold_back_what_is_measured_until_a_checkpoint_has_it(tmp_path, monkeypatch):
+def test_reports_hold_back_measured_times_until_a_checkpoint_has_them(tmp_path, monkeypatch):
     logged: list[tuple[dict[str, float], int]] = []
     writer = SimpleNamespace(log=lambda metrics, step: logged.append((metrics, step)), close=lambda patience_s: True)
     monkeypatch.setattr("pipeline.tracking.metric_writer.MetricWriter", lambda uri, run_id: writer)

@@ -69,7 +69,7 @@ def test_training_run_in_process_leaves_the_process_as_it_was(workspace, monkeyp
     assert {name: os.environ.get(name) for name in before} == before
 
 
-def test_training_run_in_process_interrupted_is_killed_in_mlflow_and_goes_on(workspace):
+def test_training_run_in_process_interrupted_is_killed_in_mlflow_and_resumes(workspace):
     def interrupt(metrics: dict[str, float]) -> None:
         if metrics["step"] == 8:
             raise KeyboardInterrupt

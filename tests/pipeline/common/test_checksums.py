@@ -51,7 +51,7 @@ def test_verify_refuses_sums_of_something_else(folder, content):
         verify(folder, None, "train")
 
 
-def test_verify_leaves_files_alone_that_are_not_asked_for(folder):
+def test_verify_ignores_files_that_are_not_named(folder):
     flip_a_bit(folder / "b")
     verify(folder, ["a"], "train")
 

@@ -31,7 +31,7 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches_purpose_example_and_files_in_the_users_words(name, monkeypatch, capsys):
+def test_help_has_purpose_example_and_files_in_the_users_words(name, monkeypatch, capsys):
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", ["anything", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -79,7 +79,7 @@ def test_exit_on_error_leaves_bugs_their_traceback():
         raise RuntimeError("a bug")
 
 
-def test_exit_on_error_ends_without_a_word_when_nobody_reads_the_output():
+def test_exit_on_error_ends_silently_when_nobody_reads_the_output():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "pipeline.preset", "--list"]
@@ -128,7 +128,7 @@ with exit_on_error("evaluate"):
 
 
 @pytest.mark.parametrize(("signum", "code"), STOPS)
-def test_command_ends_with_the_code_of_the_signal_whatever_becomes_of_the_exception(signum, code, tmp_path):
+def test_command_ends_with_the_code_of_the_signal_though_the_exception_changes(signum, code, tmp_path):
     with slow_command(tmp_path, "torch", REPLACED) as process:
         process.send_signal(signum)
         assert process.communicate(timeout=3)[1] == "evaluate: interrupted\n"
@@ -146,7 +146,7 @@ while True:
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_command_that_does_not_end_when_it_is_stopped_is_ended(again, tmp_path):
+def test_command_that_ignores_a_signal_is_killed_after_a_grace_period(again, tmp_path):
     with slow_command(tmp_path, "torch", SWALLOWED) as process:
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)

@@ -30,7 +30,7 @@ def test_periodic_json_file_in_a_store_ends_with_the_newest_values_and_never_blo
     assert len(written) < 4
 
 
-def test_periodic_json_file_brings_the_newest_values_to_a_store_that_was_away(monkeypatch):
+def test_periodic_json_file_writes_the_newest_values_after_an_outage(monkeypatch):
     path = UPath("memory://periodic/away.json")
     monkeypatch.setattr(periodic, "STORE_PAUSE_S", 0.05)
     faults = [OSError("away"), OSError("away")]

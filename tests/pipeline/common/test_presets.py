@@ -21,7 +21,7 @@ def test_presets_are_the_folders_of_conf_and_cover_known_sections():
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
-def test_every_preset_is_whole_and_valid(kind, name):
+def test_presets_are_whole_and_valid(kind, name):
     preset = yaml.safe_load(find_preset(REPOSITORY, kind, name).read_text())
     assert tuple(preset) == PRESETS[kind]
     load_settings(REPOSITORY, **{kind: name})

@@ -185,7 +185,7 @@ def test_load_settings_guesses_which_key_was_meant(root, section, key, known):
     refused(root, f"{section and section + '.'}{key} is unknown: did you mean {known}?")
 
 
-def test_load_settings_names_the_file_as_a_user_in_its_folder_does(root, monkeypatch):
+def test_load_settings_names_the_file_relative_to_the_current_folder(root, monkeypatch):
     set_value(root, "model", "dropout", False)
     monkeypatch.chdir(root)
     with pytest.raises(ValueError, match=r"^params\.yaml: model\.dropout must be a number in \[0, 1\), got false$"):
@@ -298,7 +298,7 @@ def test_load_settings_names_an_impossible_value_and_what_is_allowed(root, secti
         ("max_length", 10**12, "model must have at most 1e+11 parameters and positions, got 1e+14"),
     ],
 )
-def test_load_settings_names_sizes_that_do_not_go_together(root, key, value, fault):
+def test_load_settings_names_sizes_that_contradict_each_other(root, key, value, fault):
     set_value(root, "model", "d_k", 5)
     set_value(root, "model", key, value)
     refused(root, fault)
@@ -357,7 +357,7 @@ def test_load_settings_names_a_file_that_is_no_settings_file(root, content, mess
         load_settings(root)
 
 
-def test_load_settings_tells_where_to_run_if_params_yaml_is_missing(tmp_path):
+def test_load_settings_names_the_folder_to_run_in_if_params_yaml_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"params\.yaml does not exist: run from the project's root folder$"):
         load_settings(tmp_path)
 
@@ -411,7 +411,7 @@ def test_load_settings_takes_presets_instead():
         load_settings(REPOSITORY, model="huge")
 
 
-def test_settings_check_a_changed_copy_too():
+def test_settings_are_checked_in_a_changed_copy_too():
     own = load_settings(REPOSITORY)
     with pytest.raises(ValueError, match="seed"):
         own.with_seed(-3)

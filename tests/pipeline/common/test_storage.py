@@ -141,7 +141,7 @@ def test_database_file_is_the_one_that_sqlalchemy_opens(uri, file):
     assert database_file(uri) == (Path(file) if file else None)
 
 
-def test_cache_is_this_users_alone(tmp_path, monkeypatch):
+def test_cache_is_readable_by_this_user_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = cache()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -189,7 +189,7 @@ def test_socket_folder_is_short_whatever_tmpdir_is(tmp_path, monkeypatch):
                 server.bind(str(path))
 
 
-def test_retry_unreachable_waits_for_a_store_and_says_for_how_long(monkeypatch):
+def test_retry_unreachable_waits_for_a_store_and_logs_for_how_long(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     left = [OSError("away"), OSError("away")]
 
@@ -232,7 +232,7 @@ def test_one_at_a_time_takes_the_lock_of_a_killed_process_after_a_while(tmp_path
         pytest.fail("two are inside")
 
 
-def test_home_in_a_copy_that_dvc_makes_for_an_experiment_is_where_the_experiment_was_started(tmp_path, monkeypatch):
+def test_home_of_an_experiment_copy_is_the_project_that_started_it(tmp_path, monkeypatch):
     copy, project = tmp_path / "project/.dvc/tmp/exps/tmp7", tmp_path / "project"
     monkeypatch.delenv("RUN_STORAGE", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

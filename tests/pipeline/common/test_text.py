@@ -8,16 +8,16 @@ from pipeline.common.text import VISIBLE, is_blank
 
 
 @pytest.mark.parametrize("text", ["", " ", "\t\u00a0\u3000", "\u200b", "\ufeff \u00ad", "\u2800\u3164", "\U000e0041"])
-def test_a_text_of_invisible_characters_is_blank(text):
+def test_is_blank_is_true_of_invisible_characters(text):
     assert is_blank(text)
 
 
 @pytest.mark.parametrize("text", ["a", ".", "\u200bא", "नि\u200d", "\u0301", "\ufffd", "❤\ufe0f", "\U0001f468\u200d"])
-def test_a_text_with_a_visible_character_is_not_blank(text):
+def test_is_blank_is_false_with_a_visible_character(text):
     assert not is_blank(text)
 
 
-def test_python_and_polars_see_the_same_characters():
+def test_is_blank_agrees_with_the_pattern_visible_in_polars():
     characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
     frame = pl.DataFrame({"text": characters})
     polars = frame.filter(~pl.col("text").str.contains(VISIBLE))["text"].to_list()

@@ -11,7 +11,7 @@ READ_OTHERWISE_BY_YAML_1_1 = {
 
 
 @pytest.mark.parametrize("text", READ_OTHERWISE_BY_YAML_1_1)
-def test_values_are_those_that_dvc_reads(tmp_path, text):
+def test_parse_yaml_gives_the_values_that_dvc_reads(tmp_path, text):
     """A language `no` is Norwegian to both, and 0400 is four hundred."""
     value = READ_OTHERWISE_BY_YAML_1_1[text]
     content = f"a: {text}\n{text}: a\n"
@@ -23,7 +23,7 @@ def test_values_are_those_that_dvc_reads(tmp_path, text):
 
 
 @pytest.mark.parametrize("content", ["a: 1\na: 1\n", "s: {a: 1, b: 2, a: 3}\n", "- {a: 1, a: 2}\n"])
-def test_a_key_that_is_there_twice_is_refused_as_by_dvc(tmp_path, content):
+def test_parse_yaml_refuses_a_duplicate_key_as_dvc_does(tmp_path, content):
     (tmp_path / "params.yaml").write_text(content)
     for read in (read_yaml, read_with_comments):
         with pytest.raises(ValueError, match=r"params\.yaml is not valid YAML: .* found duplicate key"):

@@ -95,7 +95,7 @@ def test_batch_plan_mixes_the_sentences_of_a_length_each_epoch():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_batch_plan_steps_are_shared_out_by_workers_in_turn(workers):
+def test_batch_plan_deals_micro_batches_to_workers_round_robin(workers):
     plan = make_plan()
     for step in plan.steps(0):
         shares = [step[rank::workers] for rank in range(workers)]

@@ -129,7 +129,7 @@ def test_encoded_split_needs_tokens_of_the_vocabulary(corpus):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_no_file_of_an_encoded_corpus_is_damaged_unseen(corpus, tmp_path, damage):
+def test_encoded_split_detects_damage_of_any_file(corpus, tmp_path, damage):
     def open_all(folder):
         for split in SPLITS:
             EncodedSplit.open(folder, split)
@@ -146,7 +146,7 @@ def test_no_file_of_an_encoded_corpus_is_damaged_unseen(corpus, tmp_path, damage
         shutil.rmtree(copy)
 
 
-def test_verified_files_are_read_once_in_a_process(corpus, monkeypatch):
+def test_encoded_split_verifies_files_once_in_a_process(corpus, monkeypatch):
     EncodedSplit.open(corpus, "train")
     monkeypatch.setattr("pipeline.common.checksums.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
     EncodedSplit.open(corpus, "train")
@@ -162,7 +162,7 @@ def test_corpus_info_names_what_is_wrong_with_it(tmp_path):
             CorpusInfo.open(tmp_path)
 
 
-def test_load_tokenizer_names_a_file_that_is_none(tmp_path):
+def test_load_tokenizer_names_a_file_that_is_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"spm\.model does not exist: run the tokenize stage first"):
         load_tokenizer(tmp_path)
     for content in (b"", b"something else"):

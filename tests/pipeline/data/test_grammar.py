@@ -359,7 +359,7 @@ def test_german_phrase_article_adjective_and_noun_agree(pairs):
     assert count > 2 * len(pairs)
 
 
-def test_german_place_is_accusative_for_into_and_else_dative(pairs):
+def test_german_place_is_accusative_for_into_and_otherwise_dative(pairs):
     for english, german, _ in pairs:
         cases = [
             {reading[:3] for reading in phrase_readings(match)} - {"nom", "gen"}

@@ -106,7 +106,7 @@ def test_ctranslate2_searches_as_torch_does_but_for_three_rules():
     assert same >= 99 - 3  # counted on an Intel Xeon; another processor may round a tie the other way
 
 
-def test_ctranslate2_translations_depend_on_no_batches_and_threads(own_threads):
+def test_ctranslate2_translations_do_not_depend_on_batches_or_threads(own_threads):
     model, sources = random_model(1, "learned"), random_sources(40, seed=1)
     expected = [translate(model, TOKENIZER, [source], SETTINGS, progress=False)[0] for source in sources]
     assert len({translation.text for translation in expected}) > 10

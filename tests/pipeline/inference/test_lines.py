@@ -26,7 +26,7 @@ def plain(lines: list[str], settings: Evaluate = SETTINGS):
 
 
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
-def test_lines_are_translated_as_evaluation_does(engine: str):
+def test_line_translator_translates_as_evaluation_does(engine: str):
     settings = replace(SETTINGS, engine=engine)
     found = LineTranslator(MODEL, TOKENIZER, settings)(LINES, fail)
     assert [best.text for [best] in found] == [best.text for best in plain(LINES, settings)]
@@ -34,14 +34,14 @@ def test_lines_are_translated_as_evaluation_does(engine: str):
 
 
 @pytest.mark.parametrize("line", ["", " ", "\u200b\ufeff \u2060"])
-def test_an_empty_line_has_no_translation(line: str):
+def test_line_translator_gives_an_empty_line_no_translation(line: str):
     translator = LineTranslator(MODEL, TOKENIZER, SETTINGS)
     assert translator([line], fail) == [[]]
     assert [len(found) for found in translator([line, LINES[0], line], fail)] == [0, 1, 0]
     assert translator([], fail) == []
 
 
-def test_a_line_that_is_too_long_is_split_at_ends_of_sentences():
+def test_line_translator_splits_a_long_line_at_ends_of_sentences():
     said: list[tuple[int, str]] = []
     line = "das Kind malt. Ein Mann singt im Haus! „Eine Frau liest das Buch.“  Das Kind?"
     parts = ["das Kind malt.", "Ein Mann singt im Haus!", "„Eine Frau liest das Buch.“", "Das Kind?"]
@@ -54,7 +54,7 @@ def test_a_line_that_is_too_long_is_split_at_ends_of_sentences():
     assert said == [(1, f"has {number} tokens, more than the model's {LONGEST}: translated in 4 parts")]
 
 
-def test_a_sentence_that_is_too_long_is_cut():
+def test_line_translator_cuts_a_long_sentence():
     said: list[tuple[int, str]] = []
     line = "ein Mann " * 20
     tokens = TOKENIZER.encode(line)
@@ -83,12 +83,12 @@ def test_a_sentence_that_is_too_long_is_cut():
     ],
     ids=lambda value: None if isinstance(value, list) else value[:12],
 )  # fmt: skip
-def test_sentences_end_where_a_reader_sees_it(line: str, sentences: list[tuple[str, str]]):
+def test_sentences_end_where_a_reader_sees_an_end(line: str, sentences: list[tuple[str, str]]):
     assert _sentences(line) == sentences
 
 
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
-def test_several_translations_are_different_and_the_best_comes_first(engine: str):
+def test_line_translator_with_num_best_gives_different_translations_best_first(engine: str):
     settings = replace(SETTINGS, engine=engine)
     found = LineTranslator(MODEL, TOKENIZER, settings, num_best=3)(LINES, fail)
     for best, several in zip(plain(LINES, settings), found, strict=True):
@@ -99,7 +99,7 @@ def test_several_translations_are_different_and_the_best_comes_first(engine: str
         assert len(set(scores)) == len(scores)
 
 
-def test_several_translations_of_a_line_in_parts_go_together_by_rank():
+def test_line_translator_with_num_best_joins_parts_of_a_line_by_rank():
     line, parts = "Ein Mann singt im Haus. Das Kind malt. " * 2, ["Ein Mann singt im Haus.", "Das Kind malt."] * 2
     translator = LineTranslator(MODEL, TOKENIZER, SETTINGS, num_best=2)
     of_parts = translator(parts, fail)

@@ -54,7 +54,7 @@ def model(seed: int = 1) -> Transformer:
 
 
 @pytest.mark.parametrize("number", [7, 1000])
-def test_scores_are_those_of_greedy_translations_of_the_sample(root, number):
+def test_sample_scorer_scores_greedy_translations_of_the_sample(root, number):
     scorer, trained = SampleScorer(settings(number), root), model()
     valid = read_split("valid", "en", "de", root)
     chosen = sorted(np.random.default_rng(0).permutation(len(PAIRS[::3]))[:number].tolist())
@@ -71,7 +71,7 @@ def test_scores_are_those_of_greedy_translations_of_the_sample(root, number):
     assert expected["valid_chrf"] > 0
 
 
-def test_scores_leave_random_state_and_mode_as_they_are(root):
+def test_sample_scorer_leaves_random_state_and_mode_as_they_are(root):
     scorer, trained = SampleScorer(settings(9), root), model()
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -99,7 +99,7 @@ def trained(root: Path, folder: Path, score: Callable[[Transformer], dict[str, f
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_training_that_is_scored_is_the_same_bit_for_bit(root, tmp_path, own_threads, num_threads):
+def test_sample_scorer_changes_no_bit_of_training(root, tmp_path, own_threads, num_threads):
     torch.set_num_threads(num_threads)
     plain = trained(root, tmp_path / "plain", None)
     scored = trained(root, tmp_path / "scored", SampleScorer(settings(9), root))
@@ -112,6 +112,6 @@ def test_training_that_is_scored_is_the_same_bit_for_bit(root, tmp_path, own_thr
     assert scored["state"] == plain["state"]
 
 
-def test_scorer_names_the_text_that_is_missing(root, tmp_path):
+def test_sample_scorer_names_the_text_that_is_missing(root, tmp_path):
     with pytest.raises(ValueError, match="run the tokenize stage first"):
         SampleScorer(settings(9), tmp_path)

@@ -175,7 +175,7 @@ def test_translator_logs_what_is_too_long_and_leaves_what_is_empty(root: Path, c
     assert re.fullmatch(r"sentence 3 of 4 has \d+ tokens, more than the model's 30: translated in 5 parts", message)
 
 
-def test_translator_answers_requests_in_turn_by_all_threads(root: Path, own_threads) -> None:
+def test_translator_answers_one_request_at_a_time_with_all_threads(root: Path, own_threads) -> None:
     torch.set_num_threads(3)
     served = serve(root / "final")
     expected = served.predict(SENTENCES)

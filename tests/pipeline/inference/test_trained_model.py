@@ -34,7 +34,7 @@ def test_load_trained_gives_the_model_and_its_own_tokenizer(final: Path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_no_file_of_a_model_is_damaged_unseen(final: Path, tmp_path: Path, damage):
+def test_load_trained_detects_damage_of_any_file(final: Path, tmp_path: Path, damage):
     load_trained(final)
     for path in sorted(final.iterdir()):
         copy = shutil.copytree(final, tmp_path / "copy")

@@ -64,7 +64,7 @@ def test_translate_gives_each_sentence_its_own_best_output(model, tokenizer, sou
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 17, 10_000])
-def test_translate_depends_on_no_size_of_batches(model, tokenizer, sources, batch_tokens: int):
+def test_translate_does_not_depend_on_the_size_of_batches(model, tokenizer, sources, batch_tokens: int):
     expected = translate(model, tokenizer, sources, SETTINGS, progress=False)
     found = translate(model, tokenizer, sources, with_(batch_tokens=batch_tokens), progress=False)
     assert [best.text for best in found] == [best.text for best in expected]

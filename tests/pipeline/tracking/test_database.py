@@ -58,7 +58,7 @@ def half_made(tmp_path: Path, empty_store: Path) -> Path:
     return file
 
 
-def test_a_store_is_under_its_name_only_when_all_tables_are_made(
+def test_database_gets_its_name_only_when_all_tables_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "mlflow.db"
@@ -75,7 +75,7 @@ def test_a_store_is_under_its_name_only_when_all_tables_are_made(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_store_that_a_kill_left_half_made_is_made_again(
+def test_database_half_made_by_a_killed_process_is_made_again(
     half_made: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     client = connect(uri_of(half_made))
@@ -86,7 +86,7 @@ def test_a_store_that_a_kill_left_half_made_is_made_again(
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_empty_file_becomes_a_store_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_database_replaces_an_empty_file_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "mlflow.db"
     file.touch()
     assert connect(uri_of(file)).search_experiments()
@@ -94,7 +94,7 @@ def test_an_empty_file_becomes_a_store_with_a_warning(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("table", ["_alembic_tmp_runs", "experiments"])
-def test_a_half_made_store_that_somebody_has_written_to_is_kept(half_made: Path, table: str) -> None:
+def test_database_half_made_but_written_to_is_kept(half_made: Path, table: str) -> None:
     row = {"_alembic_tmp_runs": "(run_uuid) values ('a run')", "experiments": "(experiment_id, name) values (7, 'x')"}
     wanted = {"_alembic_tmp_runs": "run_uuid = 'a run'", "experiments": "experiment_id = 7"}
     write(half_made, f"insert into {table} {row[table]}")
@@ -105,7 +105,7 @@ def test_a_half_made_store_that_somebody_has_written_to_is_kept(half_made: Path,
 
 
 @pytest.mark.slow
-def test_twenty_kills_while_a_store_is_made_leave_none_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_database_can_be_opened_after_twenty_kills_while_it_is_made(tmp_path: Path) -> None:
     """Processes are killed (-9) at random moments, each making what the one before has left; all can be opened."""
     seconds, number, lefts = random.Random(1), 0, set()
     for _ in range(20):
@@ -127,7 +127,7 @@ def artifacts_of(file: Path, run_id: str) -> str:
     return connect(uri_of(file)).get_run(run_id).info.artifact_uri
 
 
-def test_a_project_that_was_copied_takes_its_artifacts_along(
+def test_artifacts_follow_a_copied_project(
     uri: str, root: Path, settings: Settings, run_id: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     left_behind = open_run(uri, settings, "its artifacts are not copied", {}, root)
@@ -142,7 +142,7 @@ def test_a_project_that_was_copied_takes_its_artifacts_along(
     assert artifacts_of(root / "mlflow.db", run_id) == f"{there}/{run_id}/artifacts"
 
 
-def test_a_project_that_was_moved_takes_its_artifacts_along(
+def test_artifacts_follow_a_moved_project(
     root: Path, run_id: str, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     moved = tmp_path_factory.mktemp("moved") / "project"
@@ -154,7 +154,7 @@ def test_a_project_that_was_moved_takes_its_artifacts_along(
     root.mkdir()
 
 
-def test_a_store_that_a_run_of_another_machine_writes_to_is_left_as_it_is(
+def test_artifacts_stay_while_a_run_of_another_machine_writes_to_the_store(
     uri: str,
     root: Path,
     settings: Settings,

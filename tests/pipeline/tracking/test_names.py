@@ -14,7 +14,7 @@ def named(settings: Settings, model: str = "mini", **changes: Any) -> Settings:
     return replace(settings, data_name="grammar", model_name=model, changes=keys)
 
 
-def test_run_name_says_model_data_changes_and_seed(settings: Settings):
+def test_run_name_has_model_data_changes_and_seed(settings: Settings):
     plain = named(settings).with_seed(7)
     assert run_name(plain) == "mini on grammar, seed 7"
     changed = named(settings, model__dropout=0.15, train__max_steps=100).with_seed(2)
@@ -57,5 +57,5 @@ def test_changes_text_has_all_that_was_changed(settings: Settings):
         ("tokenize.lowercase", False, "lowercase false"),
     ],
 )
-def test_setting_name_is_what_people_say(key: str, value: Any, name: str):
+def test_setting_name_is_the_common_name(key: str, value: Any, name: str):
     assert setting_name(key, value) == name

@@ -20,7 +20,7 @@ def note(uri: str, run_id: str) -> dict[str, str]:
     return dict(line.removeprefix("**").split(":** ") for line in text.split("\n\n"))
 
 
-def test_note_of_a_new_run_says_model_data_change_and_command(
+def test_note_of_a_new_run_has_model_data_change_and_command(
     uri: str, root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_COMMIT", "0123456789abcdef")
@@ -60,7 +60,7 @@ def test_note_of_a_trial_has_its_result_and_how_it_differs_from_base(
     assert parts["Links"].endswith(f"/runs/{run_id})")
 
 
-def test_note_of_a_run_that_was_ended_says_why(uri: str, root: Path, settings: Settings, run_id: str) -> None:
+def test_note_of_a_run_that_was_ended_has_the_reason(uri: str, root: Path, settings: Settings, run_id: str) -> None:
     end_run_of(uri, "key", EXPERIMENT, "FINISHED", "ended by ASHA at step 100")
     assert note(uri, run_id)["Result"] == "ended by ASHA at step 100"
 
@@ -70,7 +70,7 @@ def test_note_that_the_caller_gives_is_kept(uri: str, root: Path, settings: Sett
     assert MlflowClient(uri).get_run(run_id).data.tags[NOTE] == "a sweep"
 
 
-def test_shortened_leaves_whole_lines_out_and_says_so() -> None:
+def test_shortened_leaves_whole_lines_out_and_marks_it() -> None:
     line = "x" * 99
     short = "\n".join([line] * 75)
     assert shortened(short) == short

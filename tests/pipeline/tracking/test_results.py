@@ -21,7 +21,7 @@ from pipeline.tracking.runs import finish_run
 from tests.support.imports import REPOSITORY, packages, reached
 
 
-def test_a_served_model_brings_all_packages_that_it_imports() -> None:
+def test_served_model_names_all_packages_that_it_imports() -> None:
     files = reached(["pipeline/inference/serving.py"])
     found = set().union(*(packages(REPOSITORY / file) for file in files)) - set(sys.stdlib_module_names)
     for_others = {"ctranslate2", "upath", "psutil"}  # imported only by another engine, for a store, by `python -m`

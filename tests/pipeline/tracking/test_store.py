@@ -28,7 +28,7 @@ def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> 
     prepare_store("http://127.0.0.1:9")  # is not asked
 
 
-def test_connect_gives_name_and_password_of_an_address_to_mlflow_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_gives_mlflow_name_and_password_separately_from_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USERNAME", "PASSWORD"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "another")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -43,7 +43,7 @@ def test_connect_gives_name_and_password_of_an_address_to_mlflow_apart(monkeypat
     assert read_mlflow_creds() == ("us", "se/cret")
 
 
-def test_a_store_that_refuses_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_shows_no_password_of_a_store_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConnectionError) as refused:
         connect("postgresql+nodriver://us:secret@127.0.0.1:9/runs")
     assert str(refused.value).startswith("MLflow's store postgresql+nodriver://127.0.0.1:9/runs: ")

@@ -246,7 +246,7 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=list(IN_THE_WAY))
-def test_what_is_no_checkpoint_and_has_the_name_of_one_is_passed_over_and_replaced(tmp_path, make):
+def test_load_latest_passes_over_and_save_replaces_what_only_has_a_checkpoints_name(tmp_path, make):
     save(tmp_path, 5)
     make(tmp_path / "step_99999999")
     make(tmp_path / "step_00000007")

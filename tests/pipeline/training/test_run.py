@@ -207,7 +207,7 @@ def test_write_model_averages_the_last_checkpoints_and_returns_the_metrics(root,
     }  # fmt: skip
 
 
-def test_write_model_says_that_the_best_validation_was_long_before_the_end(root, tmp_path, capsys):
+def test_write_model_logs_that_the_best_validation_was_long_before_the_end(root, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "grammar-mini-1-0123456789ab-9", 9, finished=True).parent
     state = checkpoint.finished_state(folder, SETTINGS.train)
     assert state is not None
@@ -227,7 +227,7 @@ def test_write_model_says_that_the_best_validation_was_long_before_the_end(root,
         ((9, 10), 3, True),
     ],
 )
-def test_write_model_says_that_fewer_checkpoints_are_averaged_and_why(root, tmp_path, capsys, steps, average, said):
+def test_write_model_logs_that_fewer_checkpoints_are_averaged_and_why(root, tmp_path, capsys, steps, average, said):
     folder = tmp_path / f"grammar-mini-1-0123456789ab-{steps[-1]}"
     for step in steps:
         write_checkpoint(folder, step, finished=step == steps[-1])

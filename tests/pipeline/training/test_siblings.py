@@ -222,7 +222,7 @@ def test_continue_sibling_of_a_finished_run_with_the_same_end_trains_no_step(dat
     assert checkpoint.finished_state(folder_of(tmp_path, patient.train), patient.train) is not None
 
 
-def test_continue_sibling_that_is_longer_and_has_deleted_what_is_averaged_begins_anew(data, tmp_path):
+def test_continue_sibling_starts_over_if_a_longer_run_has_deleted_what_is_averaged(data, tmp_path):
     train(data, tmp_path, with_ends(max_steps=24))  # keeps 18, 21 and 24
     for end, begins_at in ((20, None), (23, 21), (30, 24)):
         shorter = with_ends(max_steps=end, average_checkpoints=2 if end == 23 else 3)

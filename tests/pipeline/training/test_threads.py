@@ -38,7 +38,7 @@ def threads_of_a_new_thread() -> int:
 
 @pytest.mark.parametrize("num_threads", [2, 3, 4, 16])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_threads_with_a_micro_batch_each_equal_one_with_dropout_on(num_threads, bf16):
+def test_threaded_data_parallel_equals_one_thread_with_dropout_on(num_threads, bf16):
     epoch = [micro_batches([5, 7, 2, 9, 3, 8]), micro_batches([4], seed=2), micro_batches([6, 1, 3, 3], seed=3)]
     (expected, alone), (found, together) = run_by(1, epoch, bf16), run_by(num_threads, epoch, bf16)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 if bf16 else 1e-4)
@@ -47,7 +47,7 @@ def test_threads_with_a_micro_batch_each_equal_one_with_dropout_on(num_threads, 
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2 if bf16 else 1e-4)
 
 
-def test_threads_give_the_same_weights_bit_for_bit_again():
+def test_threaded_data_parallel_repeats_the_same_weights_bit_for_bit():
     epoch = [micro_batches([5, 7, 2, 9, 3, 1]), micro_batches([6, 1, 3], seed=3)]
     first = run_by(3, epoch)[0]
     for _ in range(5):
@@ -100,7 +100,7 @@ def test_replicas_share_the_weights_and_are_no_more_than_had_work():
     assert len({replica.gradient.data_ptr() for replica in parallel.replicas}) == 6
 
 
-def test_threads_raise_a_fault_when_no_other_is_at_work(monkeypatch):
+def test_threaded_data_parallel_raises_an_error_once_all_threads_are_done(monkeypatch):
     done = []
 
     def fail(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def test_threads_raise_a_fault_when_no_other_is_at_work(monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_threads_end_with_the_context(fails):
+def test_threaded_data_parallel_ends_its_threads_with_the_context(fails):
     def loss_of(model: Transformer, micro: Sentences) -> Tensor:
         seen.add(threading.current_thread())
         if fails:
