@@ -252,6 +252,14 @@ def test_images_have_tags_with_a_version():
         assert re.search(r"\d+\.\d+", tag), image
 
 
+def test_nodes_pull_an_image_that_was_pushed_again_with_its_tag():
+    containers = [container for _, template in pod_templates() for container in template["spec"]["containers"]]
+    policies = {c["name"]: c.get("imagePullPolicy") for c in containers if "attention-pipeline" in c["image"]}
+    assert set(policies) == {"ray-head", "ray-worker", "submitter", "mlflow"}
+    assert set(policies.values()) == {"Always"}
+    assert all(documents(name)[0]["docker"]["pull_before_run"] for name in RAY_UP)
+
+
 def test_images_of_the_databases_are_the_same():
     assert len({image for image in images() if "postgres" in image}) == 1
 
