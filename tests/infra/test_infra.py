@@ -645,6 +645,24 @@ def test_readme_makes_every_secret_and_setting_that_pods_read():
     assert made["attention-run"] >= {"RUN_STORAGE", "MLFLOW_TRACKING_URI", "GIT_COMMIT"}
 
 
+@pytest.mark.parametrize("name", RAY_UP)
+def test_readme_has_the_region_and_the_machines_of(name):
+    config = documents(name)[0]
+    nodes = {key: node_type["node_config"] for key, node_type in config["available_node_types"].items()}
+    head, gpu = (nodes[key].get("InstanceType") or nodes[key]["machineType"] for key in ("head", "gpu"))
+    gpu_type = config["available_node_types"]["gpu"]
+    (row,) = (line for line in read("README.md").splitlines() if line.startswith(f"| `{name}`, in "))
+    place = config["provider"]["region"] if "aws" in name else config["provider"]["availability_zone"]
+    assert f"in {place} | {head}, on demand |" in row
+    assert f"| {gpu_type['min_workers']} to {gpu_type['max_workers']} {gpu}, spot: " in row
+    assert f"{gpu_type['resources']['CPU']} CPUs" in row
+
+
+def test_readme_asks_for_the_machine_image_of_the_region():
+    (region,) = set(re.findall(r"aws ssm .*--region ([\w-]+)", read("README.md")))
+    assert region == documents("ray-aws.yaml")[0]["provider"]["region"]
+
+
 def test_readme_replaces_every_placeholder():
     used = {word for name, text in texts() if name.endswith(".yaml") for word in PLACEHOLDERS if word in text}
     assert used == set(PLACEHOLDERS)
