@@ -645,6 +645,17 @@ def test_readme_makes_every_secret_and_setting_that_pods_read():
     assert made["attention-run"] >= {"RUN_STORAGE", "MLFLOW_TRACKING_URI", "GIT_COMMIT"}
 
 
+def test_variables_of_another_store_reach_ray_and_the_mlflow_server():
+    """AWS_ENDPOINT_URL and AWS_REGION, which a user adds to these two ConfigMaps."""
+    sources = {
+        container["name"]: [source["configMapRef"]["name"] for source in container.get("envFrom", [])]
+        for _, template in pod_templates()
+        for container in template["spec"]["containers"]
+    }
+    assert {name for name, found in sources.items() if found == ["attention-run"]} == {"ray-head", "ray-worker"}
+    assert sources["mlflow"] == ["mlflow-settings"]
+
+
 @pytest.mark.parametrize("name", RAY_UP)
 def test_readme_has_the_region_and_the_machines_of(name):
     config = documents(name)[0]
