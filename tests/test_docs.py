@@ -81,6 +81,7 @@ def blocks(text: str) -> Iterator[tuple[int, list[str]]]:
             while number < len(lines) and (lines[number].startswith("    ") or not lines[number].strip()):
                 number += 1
             yield first + 1, [line[4:] for line in lines[first:number]]
+            continue  # `number` is already the line after the block
         number += 1
 
 
@@ -169,6 +170,10 @@ def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words[2:])
     with pytest.raises(ParsedError):
         module.main()
+
+
+def test_blocks_finds_a_fence_directly_after_an_indented_block():
+    assert [*blocks("    one\n\n```\ntwo\n```\n")] == [(1, ["one", ""]), (4, ["two"])]
 
 
 @pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[where for where, _ in COMMANDS])
