@@ -99,14 +99,15 @@ class RowResult:
         return self.verdict in ("better", "worse")
 
     @property
-    def agreement(self) -> Literal["as the paper", "against the paper", "open"] | None:
-        """Whether the paper's difference has our sign. Open if either is unclear or zero, None if one is missing."""
+    def same_sign(self) -> Literal["yes", "no", "open"] | None:
+        """Whether the paper's difference and ours have the same sign: "open" if ours is not significant or the
+        paper's is zero, None if one is missing."""
         if not self.paper or self.paper.bleu_difference is None or not self.comparison:
             return None
         if not self.is_significant or self.paper.bleu_difference == 0:
             return "open"
         same = (self.comparison.bleu_difference > 0) == (self.paper.bleu_difference > 0)
-        return "as the paper" if same else "against the paper"
+        return "yes" if same else "no"
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def as_dict(row: RowResult) -> dict[str, Any]:
         **_columns(Comparison, row.comparison),
         **_columns(Interval, interval, "interval_"),
         **_columns(Paper, row.paper, "paper_"),
-        "agreement": row.agreement,
+        "same_sign": row.same_sign,
     }
     del columns["interval"]
     return columns | {"seeds": row.means and " ".join(map(str, row.means.seeds))}

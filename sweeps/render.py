@@ -97,11 +97,11 @@ def findings(rows: Sequence[RowResult]) -> list[str]:
         named("Not significant: this table cannot tell them from base", unclear),
     ]
     titles = {
-        "as the paper": "Different, with the sign that the difference has in the paper",
-        "against the paper": "Different, with the opposite sign",
+        "yes": "Different, with the sign that the difference has in the paper",
+        "no": "Different, with the opposite sign",
     }
-    for agreement, title in titles.items():
-        points.append(named(title, [row.label for row in rows if row.agreement == agreement]))
+    for same_sign, title in titles.items():
+        points.append(named(title, [row.label for row in rows if row.same_sign == same_sign]))
     if "sentences" in covered(rows):
         points.append("Where one seed is all there is, this is about these models: another seed may say otherwise.")
     without = [f"{row.label} ({row.verdict})" for row in rows if not row.means or row.verdict == "not compared"]
@@ -152,7 +152,7 @@ BLEU_COLUMNS = [
     ("test BLEU", ">", _number("test_bleu", ".2f")),
     ("paper", ">", _number("paper_bleu", ".1f")),
     ("paper - base", ">", _number("paper_bleu_difference", "+z.1f")),
-    ("agrees?", "<", _number("agreement", "")),
+    ("same sign?", "<", _number("same_sign", "")),
 ]
 """Heading, alignment, and the cell from a row's `as_dict`."""
 
@@ -213,7 +213,7 @@ def _bleu_legend(rows: Sequence[RowResult]) -> list[str]:
         "mean equal: this table cannot tell.",
         "paper, paper - base: Table 3 of the paper, on its validation split newstest2013, and another kind of BLEU: "
         "compare signs of differences alone. "
-        "agrees?: open where ours is not significant or the paper's is zero.",
+        "same sign?: open where ours is not significant or the paper's is zero.",
     ]
 
 

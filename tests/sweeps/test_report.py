@@ -162,7 +162,7 @@ def test_write_report_tables_the_trials_numbers(whole: tuple[Path, Path]):
     assert rows["A: 1 head"][3:6] == [
         f"{statistics.fmean(differences):+.2f}", f"{interval.low:+.2f} to {interval.high:+.2f}", "seeds"
     ]  # fmt: skip
-    assert rows["A: 1 head"][9:] == ["24.9", "-0.9", "as the paper"]
+    assert rows["A: 1 head"][9:] == ["24.9", "-0.9", "yes"]
     assert rows["A: 1 head"][7] == rows["alibi positions"][7] == "worse"
     assert rows["base"][3:8] == ["", "", "", "", "base"]
     assert rows["base"][9:] == ["25.8", "", ""]
@@ -236,19 +236,19 @@ def test_assess_corrects_sacrebleus_p_over_all_seeds_by_holm(whole: tuple[Path, 
 
 def test_assess_finds_no_difference_in_bases_own_translations(whole: tuple[Path, Path]):
     row = sheet(whole[1])["B-dk32"]
-    assert (row["verdict"], row["p_holm"], row["agreement"]) == ("not significant", "1.0", "open")
+    assert (row["verdict"], row["p_holm"], row["same_sign"]) == ("not significant", "1.0", "open")
     assert [float(row[key]) for key in ("bleu_difference", "interval_low", "interval_high")] == [0, 0, 0]
 
 
-def test_agreement_compares_signs_only_where_both_are_clear(whole: tuple[Path, Path]):
+def test_same_sign_is_open_where_ours_is_not_significant_or_the_papers_is_zero(whole: tuple[Path, Path]):
     rows = sheet(whole[1])
-    found = {id: (row["verdict"], row["paper_bleu_difference"], row["agreement"]) for id, row in rows.items()}
+    found = {id: (row["verdict"], row["paper_bleu_difference"], row["same_sign"]) for id, row in rows.items()}
     assert found == {
         "base": ("base", "", ""),
-        "A-h1": ("worse", "-0.9", "as the paper"),
+        "A-h1": ("worse", "-0.9", "yes"),
         "A-h16": ("better", "0.0", "open"),
         "B-dk32": ("not significant", "-0.4", "open"),
-        "D-dropout0.0": ("better", "-1.2", "against the paper"),
+        "D-dropout0.0": ("better", "-1.2", "no"),
         "positions-alibi": ("worse", "", ""),
     }
     said = (whole[1] / "table3.md").read_text(encoding="utf-8")
@@ -341,7 +341,7 @@ def test_write_report_without_base_has_no_differences(tmp_path: Path):
     files = write_report(sweep, tmp_path, progress=False)
     assert all(file.stat().st_size for file in files)
     row, said = sheet(tmp_path)["A-h1"], files[0].read_text(encoding="utf-8")
-    assert (row["bleu_difference"], row["p_holm"], row["agreement"]) == ("", "", "")
+    assert (row["bleu_difference"], row["p_holm"], row["same_sign"]) == ("", "", "")
     assert float(row["bleu"]) == pytest.approx(statistics.fmean(bleus(sweep, "A-h1")))
     assert "- A: 1 head: not compared (base has no result).\n" in said
     assert "- base, seed 2: failed: `loss is nan`." in said
