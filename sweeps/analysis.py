@@ -1,6 +1,6 @@
-"""The rows of a sweep compared with base and with the paper: means over seeds, differences, their uncertainty.
+"""Compare the rows of a sweep with base and with the paper: means over seeds, differences and their uncertainty.
 
-Read from data/sweep: trials.json, references.txt and the translations, as sweeps/run.py writes them.
+The input is data/sweep, as written by sweeps/run.py: trials.json, references.txt and the translations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +18,14 @@ from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
 @dataclass(frozen=True, kw_only=True)
 class SeedMeans:
-    """A row's means over the seeds that finished; costs are of one training, restarts included. `bleu`, like all
-    differences, is of the validation split, as in the paper's Table 3."""
+    """A row's means over the seeds that finished. Costs are for one training run, including restarts. `bleu` and all
+    differences are for the validation split, as in the paper's Table 3."""
 
     seeds: list[int]
     bleu: float
     bleu_sd: float | None  # None for one seed
     test_bleu: float
-    ppl: float  # per token of the validation split, averaged weights
+    ppl: float  # per token of the validation split, with averaged weights
     params: float
     updates: float
     device_hours: float
@@ -35,7 +35,8 @@ class SeedMeans:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row's differences from base, over the seeds that both finished. `p_holm`: with Holm's correction."""
+    """A row's differences from base, over the seeds that both finished. `p_holm` is the p value after Holm's
+    correction."""
 
     bleu_difference: float
     interval: Interval
@@ -49,7 +50,7 @@ class Comparison:
         return "better" if self.bleu_difference > 0 else "worse"
 
     def as_metrics(self) -> dict[str, float]:
-        """As MLflow has it, by short names."""
+        """The metrics for MLflow, under short names."""
         return {
             "bleu": self.bleu_difference,
             "low": self.interval.low,
@@ -61,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Paper:
-    """A row as the paper prints it; differences are from the paper's base, None for base itself."""
+    """A row as the paper prints it. Differences are from the paper's base; they are None for base itself."""
 
     bleu: float
     bleu_difference: float | None
@@ -72,7 +73,8 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """A row of the table. Without `means`, `state` is how that came about, and `note` why."""
+    """A row of the table. `state` shows whether the row finished; `note` is the reason if it has no means or no
+    comparison."""
 
     id: str
     group: str
@@ -111,7 +113,10 @@ class RowResult:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """trials.json, and the lines of references.txt as "references". Raises ValueError that names what is wrong."""
+    """Read trials.json, with the lines of references.txt under "references".
+
+    Raises ValueError that names what is wrong.
+    """
     return read_trials(folder / "trials.json") | {"references": _read_lines(folder / "references.txt")}
 
 
@@ -125,7 +130,10 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> list[RowResult]:
-    """A result for each row, base first. Raises ValueError if translations and references do not belong together."""
+    """A result for each row, base first.
+
+    Raises ValueError if a file of translations and the references have different numbers of lines.
+    """
     base_row = sweep["rows"][0]
     trials: dict[str, list[dict]] = {row["id"]: [] for row in sweep["rows"]}
     for trial in sweep["trials"]:
@@ -145,12 +153,12 @@ def assess(sweep: Mapping[str, Any], folder: Path, progress: bool = True) -> lis
 
 
 def by_seed(trials: Iterable[dict]) -> dict[int, dict]:
-    """Those that finished."""
+    """The finished trials, by seed."""
     return {trial["seed"]: trial for trial in trials if trial["status"] == "finished"}
 
 
 def _row_result(row: Mapping[str, Any], trials: Sequence[dict], base: Mapping[str, Any] | None) -> RowResult:
-    """All but the comparison with base; `base` is the paper's."""
+    """The row's result without the comparison with base. `base` is the paper's base row."""
     finished = list(by_seed(trials).values())
     states = sorted({trial["status"] for trial in trials})
     if finished:
@@ -192,7 +200,8 @@ def _means(trials: Sequence[dict]) -> SeedMeans:
 
 
 def _paper(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> Paper:
-    bleu = round(row["bleu"] - base["bleu"], 1) if base else None  # the paper prints one digit, and two of PPL
+    # the paper prints one decimal of BLEU and two of perplexity
+    bleu = round(row["bleu"] - base["bleu"], 1) if base else None
     ppl = round(row["ppl"] - base["ppl"], 2) if base else None
     return Paper(row["bleu"], bleu, row["ppl"], ppl, row["params"])
 
@@ -205,12 +214,13 @@ def _compared(
     references: list[str],
     language: str,
 ) -> RowResult:
-    """`ours` and `base` are finished trials by seed. p is not corrected yet."""
+    """Add the comparison with base. `ours` and `base` are finished trials by seed. The p value is not corrected."""
     seeds = sorted(ours.keys() & base.keys())
     if not seeds:
-        reason = (
-            f"no seed in common with base, which has {', '.join(map(str, base))}" if base else "base has no result"
-        )
+        reason = "base has no result"
+        if base:
+            seeds_of_base = f"seed{'s' * (len(base) > 1)} {', '.join(map(str, base))}"
+            reason = f"no seed in common with base, which has {seeds_of_base}"
         return replace(result, note=reason)
 
     def differences(metric: str) -> list[float]:
@@ -241,7 +251,7 @@ def _translations(path: Path, references: Sequence[str]) -> list[str]:
 
 
 def as_dict(row: RowResult) -> dict[str, Any]:
-    """All of a row by column of the CSV file. None is what is not known or does not apply."""
+    """The row as {column of the CSV file: value}. None means unknown or not applicable."""
     interval = row.comparison and row.comparison.interval
     columns: dict[str, Any] = {
         **{key: getattr(row, key) for key in ("id", "group", "axis", "label")},
@@ -259,13 +269,13 @@ def as_dict(row: RowResult) -> dict[str, Any]:
 
 
 def _columns(kind: type, values: object | None, prefix: str = "") -> dict[str, Any]:
-    """The fields of a dataclass by name; None for each if there are no values."""
+    """The fields of a dataclass as {name: value}, with None for each field if there are no values."""
     return {f"{prefix}{field.name}": values and getattr(values, field.name) for field in fields(kind)}
 
 
 def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, float]:
-    """Counts and costs of all trials together, those that failed included; OVERHEAD is a mean over those that ran
-    without a break, if there are any."""
+    """Counts and costs of all trials together, failed ones included. The times of OVERHEAD are means over the trials
+    that ran without interruption; they are missing if there are none."""
 
     def spent(key: str) -> float:
         return sum(trial.get(key) or 0 for trial in sweep["trials"])
@@ -285,5 +295,5 @@ def totals(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> dict[str, flo
 
 
 def covered(rows: Sequence[RowResult]) -> list[str]:
-    """The sources of chance that the intervals cover: "seeds", "sentences"."""
+    """The sources of randomness that the intervals cover: "seeds", "sentences"."""
     return sorted({row.comparison.interval.covers for row in rows if row.comparison})

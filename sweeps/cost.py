@@ -1,5 +1,8 @@
-"""What a sweep costs: FLOPs from the sizes of model and batches, hours at a rate that is stated, known from training
-that is done, or measured."""
+"""Compute the cost of a sweep.
+
+FLOPs follow from the sizes of model and batches. Hours are FLOPs divided by a rate, which is set by the user, known
+from earlier training, or measured.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +31,12 @@ from sweeps.trials import SweepPlan, Trial
 
 MEASURED_S = 3.0
 DONE = ("finished", "stopped")
-"""What the status of a trial is that need not run again."""
+"""The statuses of trials that need not run again."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One row, over all its seeds; `num_trained` trials have only to be evaluated, and `flops_left` are those of the
+    """The cost of one row over all its seeds. `num_trained` trials only need evaluation; `flops_left` is for the
     steps that are not trained yet."""
 
     label: str
@@ -51,19 +54,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOPs per second of one device, and where the figure is from."""
+    """FLOPs per second of one device, and the source of the figure."""
 
     flops_per_second: float
     source: str
 
 
 def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
-    """Row by row, without those that are left out."""
+    """The cost of each row, without skipped rows."""
     found = []
     for row in sweep.rows:
         trials = [trial for trial in sweep.trials if trial.row.id == row.id]
         if trials:
-            first = trials[0].settings  # the others differ in the seed
+            first = trials[0].settings  # the others differ only in the seed
             left = [steps_left(trial.folder, trial.settings.train) for trial in trials if not is_done(trial)]
             per_step = flops_per_step(first, root)
             found.append(
@@ -81,19 +84,19 @@ def costs(sweep: SweepPlan, root: Path) -> list[Cost]:
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether it need not run again: a failed trial gets another chance."""
+    """Whether the trial is done, so that it is not run again. Failed trials are not: they are tried again."""
     record = trial.record()
     return record is not None and record["status"] in DONE
 
 
 def has_results(sweep: SweepPlan, root: Path) -> bool:
-    """Whether data/sweep has a result of every trial, as after `dvc pull`: DVC need not run the sweep."""
+    """Whether data/sweep has a result of every trial, as after `dvc pull`, so that DVC need not run the sweep."""
     keys = {trial["key"] for trial in _results(root)["trials"]}
     return bool(sweep.trials) and keys.issuperset(trial.key for trial in sweep.trials)
 
 
 def _results(root: Path) -> dict[str, Any]:
-    """trials.json of data/sweep, with those trials that are a result; without any if there is no such file."""
+    """trials.json of data/sweep with only the trials that have a result; with none if the file cannot be read."""
     try:
         content = read_trials(root / SWEEP / "trials.json")
     except ValueError:
@@ -109,7 +112,7 @@ def num_parameters(settings: Settings, root: Path) -> int:
 
 
 def flops_per_step(settings: Settings, root: Path) -> float:
-    """The mean over an epoch's steps; padding counts, for it is computed too."""
+    """Training FLOPs per step, as the mean over an epoch. Padding counts, because it is computed too."""
     config = settings.model.config(CorpusInfo.open(root / ENCODED).vocab_size)
     micro_tokens = settings.hardware.micro_batch_tokens
     num_steps, shapes = _shapes(root / ENCODED, settings.train.batch_tokens, micro_tokens, config.max_length)
@@ -120,7 +123,7 @@ def flops_per_step(settings: Settings, root: Path) -> float:
 def _shapes(
     data: Path, batch_tokens: int, micro_batch_tokens: int, max_length: int
 ) -> tuple[int, list[tuple[int, int, int]]]:
-    """Steps of an epoch, and (pairs, source positions, target positions) of each of its micro-batches."""
+    """The steps of an epoch, and (pairs, source positions, target positions) of each of its micro-batches."""
     split = EncodedSplit.open(data, "train")
     src, tgt = split.src.lengths + 1, split.tgt.lengths + 1  # end of sentence
     plan = BatchPlan(
@@ -136,7 +139,7 @@ def _shapes(
 
 
 def measured_rate(settings: Settings, root: Path, device: torch.device) -> float:
-    """FLOPs per second that training of these settings reaches on one device (one thread, on a CPU) here."""
+    """FLOPs per second of training with these settings on one device of this machine: a GPU, or one CPU thread."""
     data = root / ENCODED
     config = settings.model.config(CorpusInfo.open(data).vocab_size)
     split = EncodedSplit.open(data, "train")
@@ -150,8 +153,8 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
             batch = collate(split, indices)
             loss = summed_loss(model, batch, settings.train.label_smoothing, device, bf16=bf16)
             loss.backward()
-            loss.item()  # waits for a GPU
-            if number == 2:  # what came before warmed up
+            loss.item()  # waits until the GPU has finished
+            if number == 2:  # the first three micro-batches are the warm-up
                 flops, started = 0, time.perf_counter()
             else:
                 pairs, length = batch.src.shape
@@ -164,9 +167,12 @@ def measured_rate(settings: Settings, root: Path, device: torch.device) -> float
 
 
 def known_rate(sweep: SweepPlan, root: Path, gpu: bool) -> Rate | None:
-    """The rate of the sweep's trials on devices of this kind, validation and checkpoints included: of those that are
-    done; else of those that are trained, as base is by the train stage, or a shorter run that a trial continues; else
-    of those in data/sweep, if they ran on a machine like this one. None if there are none."""
+    """The rate of earlier training on devices of this kind, including validation and checkpoints.
+
+    It is taken from the first of these that exists: trials that are done; finished training runs that a trial uses or
+    continues (of the train stage, or of fewer steps); trials in data/sweep that ran on a machine like this one. None
+    if there are none.
+    """
     done = ((trial, trial.folder) for trial in sweep.trials if is_done(trial))
     starts = ((trial, start_of(trial.folder, trial.settings.train)) for trial in sweep.trials)
     trained = ((trial, start[0].parent) for trial, start in starts if start and start[1].finished)
@@ -202,10 +208,10 @@ Measure = Callable[[Settings, Path, torch.device], float]
 
 
 def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: Measure | None = None) -> str:
-    """The plan for people, as Markdown: what the whole sweep costs, and what of it is still to be trained.
+    """The plan as Markdown: the cost of the whole sweep, and of the training that is left.
 
-    `devices` is how many compute at once. Their rate is that of the settings, else `known_rate`, else what `measure`
-    (default: `measured_rate`) returns.
+    `devices` is the number of devices that compute at once. Their rate is that of the settings, else `known_rate`,
+    else the result of `measure` (default: `measured_rate`).
     """
     found = costs(sweep, root)
     settings = sweep.base.sweep
@@ -235,7 +241,7 @@ def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: 
 
     def priced(flops: float) -> str:
         price = settings.price_per_device_hour
-        money = f", {hours(flops) * price:.2f} at {price:g} an hour and {kind}" if price else ""
+        money = f", {hours(flops) * price:.2f} at {price:g} per {kind} hour" if price else ""
         duration = _duration(hours(flops) / devices)
         return f"{flops:.2g} FLOPs: {amount(hours(flops))} {kind} hours, {duration} on {devices} at once{money}"
 
@@ -256,20 +262,20 @@ def render_plan(sweep: SweepPlan, root: Path, devices: int, gpu: bool, measure: 
         f"The whole sweep: {priced(flops)}.",
         f"Still to train: {priced(left) if left else 'nothing'}.",
         f"Rate: {rate.flops_per_second:.2g} FLOPs a second, from {rate.source}.",
-        "Starting trials and evaluating them comes on top.",
+        "Not included: starting the trials and evaluating them.",
     ]
     return "\n".join(lines)
 
 
 def _seed_line(sweep: SweepPlan) -> str | None:
-    """That base is trained by the train stage and again by the sweep, if so, and the way out."""
+    """A warning, with the way out, if the sweep trains base again after the train stage; otherwise None."""
     own, seeds = sweep.base.train.seed, sweep.base.sweep.seeds
     of_base = [trial for trial in sweep.trials if trial.row.group == "base" and not is_done(trial)]
     if own in seeds or not any(steps_left(trial.folder, trial.settings.train) for trial in of_base):
         return None
     return (
-        f"train.seed is {own}, sweep.seeds has {', '.join(map(str, seeds))}: the run of the train stage is not used, "
-        f"and base is trained again. Add {own} to sweep.seeds, or set train.seed to {seeds[0]}."
+        f"train.seed is {own}, but sweep.seeds has {', '.join(map(str, seeds))}: the run of the train stage is not "
+        f"used, and base is trained again. Add {own} to sweep.seeds, or set train.seed to {seeds[0]}."
     )
 
 

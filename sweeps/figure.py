@@ -1,4 +1,4 @@
-"""The figure of the report: one panel for each axis of Table 3, our points with intervals and the paper's."""
+"""Draw the figure of the report: one panel for each axis of Table 3, with our differences and the paper's."""
 
 import io
 import textwrap
@@ -23,11 +23,11 @@ AXES = {
     "positions": ("positions", "model.positions"),
     "norm": ("layer normalisation", "model.norm"),
 }
-"""What a panel is called, and the setting whose values are its categories; in other panels these are the labels."""
+"""The name of a panel, and the setting whose values are its categories. Other panels use the rows' labels."""
 
 OURS, PAPERS, GREY = "#0072b2", "#d55e00", "#6e7781"  # blue and vermilion of Okabe and Ito: safe for the colour-blind
-LETTERS = 60  # of the title, over one column of panels
-APART = 0.15  # our points from the paper's, of the distance between two categories
+LETTERS = 60  # in a line of the title, for each column of panels
+APART = 0.15  # shift of our points to the left, of the paper's to the right; categories are 1 apart
 
 
 def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
@@ -58,7 +58,7 @@ def figure(sweep: Mapping[str, Any], rows: Sequence[RowResult]) -> bytes:
 
 
 def title(sweep: Mapping[str, Any], rows: Sequence[RowResult], width: int) -> str:
-    """In lines of so many letters at most."""
+    """The title, in lines of at most `width` letters."""
     seeds, chances = len(sweep["seeds"]), covered(rows)
     text = f"{sweep['base_name']}; {seeds} seed{'s' if seeds > 1 else ''}"
     if chances:
@@ -67,7 +67,10 @@ def title(sweep: Mapping[str, Any], rows: Sequence[RowResult], width: int) -> st
 
 
 def draw_panel(panel: Axes, axis: str, rows: list[RowResult], base: Mapping[str, Any]) -> None:
-    """`base` is the base model's settings, {"model.d_k": 64, ...}. Numbers are in their order, base among them."""
+    """Draw base and the rows of one axis. `base` has the base model's settings, {"model.d_k": 64, ...}.
+
+    Categories that are numbers are sorted, with base among them.
+    """
     name, key = AXES.get(axis, (axis, ""))
     shown: list[tuple[Any, RowResult]] = [
         ((base if row.axis == "base" else row.changes).get(key), row) for row in rows
@@ -105,12 +108,12 @@ def draw_panel(panel: Axes, axis: str, rows: list[RowResult], base: Mapping[str,
 
 
 def _write(panel: Axes, text: str, x: float, y: float, color: str, to_the_left: bool = False) -> None:
-    """The value next to its mark: to the left, or away from the line at zero."""
+    """Write the value next to its marker: to the left of it, or above or below, away from the line at zero."""
     shift, across, up = ((-6, 0), "right", "center") if to_the_left else ((0, -6), "center", "top")
     if y > 0 and not to_the_left:
         shift, up = (0, 6), "bottom"
     label = panel.annotate(text, (x, y), shift, "data", "offset points", ha=across, va=up, fontsize=8, color=color)
-    label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # legible where a line runs through
+    label.set_path_effects([withStroke(linewidth=2, foreground="white")])  # legible where a line crosses it
 
 
 def _category(row: RowResult, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""trials.json of data/sweep: what `sweeps.run` writes and the report needs of it, checked when it is read."""
+"""Read data/sweep/trials.json, which `sweeps.run` writes, and check the keys that the report needs."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,13 @@ FileName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
 WebAddress = Annotated[str, Field(pattern=r"^https?://")]
 Value = int | FiniteFloat | str
 OVERHEAD = ("seconds", "seconds_to_first_step", "seconds_of_overhead")
-"""Of a trial's wall time; the last is what is neither training nor evaluation, but Ray, MLflow and imports."""
+"""Seconds of a trial: in all, until its first step was finished, and in neither training nor evaluation (imports, Ray
+and MLflow)."""
 OF_FINISHED = ("translations", "parameters", "steps", "tokens_per_second", "device_hours", "flops", "attempts")
 
 
 class _Strict(BaseModel):
-    """More keys are no fault: sweeps.run writes some for people."""
+    """Other keys are allowed: sweeps.run writes some for people who read the file."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -90,18 +91,20 @@ class _Sweep(_Strict):
     def _check_rows(self) -> "_Sweep":
         ids = [row.id for row in self.rows]
         if len(set(ids)) < len(ids):
-            raise ValueError("two rows have one id")
+            raise ValueError("two rows have the same id")
         if not isinstance(self.base.get("data.tgt"), str):
-            raise ValueError("base has no data.tgt, the language that BLEU is of")
+            raise ValueError("base has no data.tgt, the target language")
         for trial in self.trials:
             if trial.row not in ids:
-                raise ValueError(f"{trial.name} is of row {trial.row!r}, which there is not")
+                raise ValueError(f"{trial.name} belongs to row {trial.row!r}, which does not exist")
         return self
 
 
 def read_trials(path: Path) -> dict[str, Any]:
-    """The content of trials.json, each text of it a line without backticks. Raises ValueError that names the file
-    and what is wrong."""
+    """The content of trials.json, with each text as one line without backticks.
+
+    Raises ValueError that names the file and what is wrong.
+    """
     again = "run the sweep again (python -m sweeps.run)"
     try:
         content = _plain(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse))
@@ -118,11 +121,11 @@ def read_trials(path: Path) -> dict[str, Any]:
 
 
 def _refuse(number: str) -> None:
-    raise ValueError(f"{number} is no number")
+    raise ValueError(f"{number} is not a finite number")
 
 
 def _plain(value: Any) -> Any:
-    """With texts that are one line, printable, and no code in Markdown."""
+    """The value, with each text in it as one printable line without backticks."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else " " for c in " ".join(value.split())).replace("`", "'")
     if isinstance(value, list):

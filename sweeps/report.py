@@ -1,11 +1,11 @@
-"""Compare our differences from base, with intervals, with the paper's Table 3.
+"""Compare the rows of a sweep with base, and the differences with the paper's.
 
     python -m sweeps.report
 
 Reads data/sweep (trials.json, references.txt, the translations); writes
 reports/table3.md, .html, .csv, .png and .json, and adds them to the sweep's run
-in MLflow. Where trials failed, or base did, the table names them and holds the
-rest.
+in MLflow. The table is written even if trials failed, of base too, and names
+them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from sweeps.table3 import BLEU, PPL, TEST_BLEU
 
 
 def write_report(folder: Path, reports: Path, progress: bool = True) -> list[Path]:
-    """From what the sweep left in `folder` to table3.* in `reports`: the files written.
+    """Write table3.* to `reports` from the results of the sweep in `folder`. Returns the files.
 
     Raises ValueError that names what is missing or damaged in `folder`.
     """
@@ -46,6 +46,7 @@ def write_report(folder: Path, reports: Path, progress: bool = True) -> list[Pat
 
 
 def write_files(sweep: Mapping[str, Any], results: Sequence[RowResult], reports: Path) -> list[Path]:
+    """Write table3.md, .html, .csv, .png and .json. Returns the files."""
     md, html, csv, image, metrics = (reports / f"table3.{end}" for end in ("md", "html", "csv", "png", "json"))
     sections, png = document(sweep, results), figure(sweep, results)
     write_text(md, markdown(sections, image.name))
@@ -66,12 +67,12 @@ def write_files(sweep: Mapping[str, Any], results: Sequence[RowResult], reports:
 
 
 def report_sweep(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
-    """The stage: write the files, print the main points, tell MLflow. Raises ValueError with one line."""
+    """The stage: write the files, print the table, log all to MLflow. Raises ValueError with a one-line message."""
     sweep = read_sweep(folder)
     results = assess(sweep, folder)
     files = write_files(sweep, results, reports)
     print(markdown_table(table_of(BLEU_COLUMNS, results)))
-    print("\n".join([*findings(results), *missing(sweep, results), f"All of it: {', '.join(map(str, files))}"]))
+    print("\n".join([*findings(results), *missing(sweep, results), f"Full report: {', '.join(map(str, files))}"]))
     store = tracking_uri(Path()), sweep["mlflow_parent"]
     try:
         log_report(*store, files, totals(sweep, results), _note(sweep, results))
@@ -79,21 +80,20 @@ def report_sweep(folder: Path = SWEEP, reports: Path = REPORTS) -> None:
         if address := share_sweep_view(*store, _changed(results), (BLEU, TEST_BLEU, PPL)):
             print(f"In MLflow (make ui): {address}")
     except ValueError as error:  # the sweep ran elsewhere (`dvc pull`)
-        print(f"Not in MLflow: {error}")
+        print(f"Not logged to MLflow: {error}")
 
 
 def _note(sweep: Mapping[str, Any], results: Sequence[RowResult]) -> str:
-    """The description of the sweep's run: what ran, what came of it, the table."""
-    head, said = document(sweep, results)[:2]
+    """The description of the sweep's MLflow run: the table, what ran and the findings."""
+    head, found = document(sweep, results)[:2]
     table = markdown_table(table_of(NOTE_COLUMNS, results))
-    points = markdown_list([*head.points, *said.points])
-    return (
-        f"**{head.title}**, by `python -m sweeps.run`\n\n{table}\n\n{points}\n\nAll of it: table3.html, an artifact."
-    )
+    points = markdown_list([*head.points, *found.points])
+    title = f"**{head.title}**, made by `python -m sweeps.run`"
+    return f"{title}\n\n{table}\n\n{points}\n\nFull report: artifact table3.html."
 
 
 def _log_comparisons(uri: str, sweep: Mapping[str, Any], results: Sequence[RowResult]) -> None:
-    """How a row differs from base, over all its seeds, to the run of each of them."""
+    """Log a row's comparison with base, over all its seeds, to the MLflow run of each seed."""
     compared = {row.id: row for row in results}
     for trial in sweep["trials"]:
         row = compared[trial["row"]]
@@ -102,7 +102,7 @@ def _log_comparisons(uri: str, sweep: Mapping[str, Any], results: Sequence[RowRe
 
 
 def _changed(results: Sequence[RowResult]) -> list[str]:
-    """The parameters in which the rows differ, by their names in MLflow; d_v goes with d_k and the heads."""
+    """The parameters in which the rows differ, by their names in MLflow, without d_v, which changes with d_k."""
     names = (key.partition(".")[2] for row in results for key in row.changes)
     return [name for name in dict.fromkeys(names) if name != "d_v"]
 

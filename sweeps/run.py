@@ -1,19 +1,19 @@
-"""Run rows of Table 3, each with every seed, by Ray Tune over Ray Train.
+"""Run rows of Table 3, each with every seed, with Ray Tune and Ray Train.
 
     python -m sweeps.run
 
-Rows and seeds are those of params.yaml (sweep).
+Rows and seeds are set in params.yaml (sweep).
 
-Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, of which
+Reads data/encoded, data/tokenizer and data/clean; writes data/sweep, from which
 `python -m sweeps.report` makes the table.
 
-A trial is what the train stage and then the evaluate stage do. On this machine,
-with one worker a trial, both run in a process of Tune's, which goes on to the
-next trial. A trial's result is kept with its checkpoints, in a folder that is
-named after all that decides it. So the same command goes on after `kill -9`:
-finished trials are kept, others continue from their checkpoints, failed ones
-are tried again, and rows or seeds that were added run. With RAY_ADDRESS set, or
-inside `ray job submit`, it uses that cluster.
+A trial does what the train stage and the evaluate stage do. On this machine,
+with one worker per trial, both run in one of Tune's processes, which is then
+reused for the next trial. A trial's result is kept in the folder of its
+training run; a change of settings, data or code gives a new result. So the same
+command continues after `kill -9`: finished trials are kept, others continue
+from their checkpoints, failed ones are tried again, and new rows and seeds are
+run. With RAY_ADDRESS set, or inside `ray job submit`, it uses that cluster.
 """
 
 import io
@@ -69,12 +69,12 @@ from sweeps.cost import flops_per_step, is_done, measured_rate, render_plan, thi
 from sweeps.table3 import BLEU
 from sweeps.trials import SweepPlan, Trial, load_sweep
 
-REDUCTION = 4  # ASHA: of the trials that come as far, one in four goes on
+REDUCTION = 4  # ASHA: of the trials that reach a rung, one in four continues
 LOOK_INTERVAL_S = 1.0
 
 
 def run_sweep(root: Path) -> None:
-    """The stage. Raises ValueError or OSError with one line for what a user can mend."""
+    """The stage. Raises ValueError or OSError with a one-line message for errors that a user can fix."""
     workspace = open_workspace(load_settings(root), root)
     sweep = load_sweep(root)
     to_run = [trial for trial in sweep.trials if not is_done(trial)]
@@ -87,35 +87,38 @@ def run_sweep(root: Path) -> None:
     with environment({}, TUNE), cluster:
         if to_run:
             preflight(sweep.base.hardware, workspace)
-        reconcile(uri, experiment)  # sweeps with another base, data or code that were killed
+        reconcile(uri, experiment)  # runs of killed sweeps with another base, data or code
         signs = [sign for trial in to_run if (sign := total_usage(trial.folder).last_sign_at)]
         tags = {
             "mlflow.runName": title,
             "mlflow.source.name": "python -m sweeps.run",
-            NOTE: f"**{title}**, by `python -m sweeps.run`; its table comes here with `python -m sweeps.report`.",
+            NOTE: f"**{title}**, made by `python -m sweeps.run`; `python -m sweeps.report` adds its table here.",
             "row": "all",
         }
         folder = workspace.storage / CHECKPOINTS.name
         parent = open_run(uri, sweep.base, sweep.run_key, tags, root, folder, max(signs, default=None))
         with run_guard(uri, parent):
-            end_children(uri, experiment, parent)  # of a driver that was killed
+            end_children(uri, experiment, parent)  # left over from a killed driver
             if to_run:
                 _run_trials(sweep, to_run, workspace, parent)
             records = [record for trial in sweep.trials if (record := trial.record())]
             if all(record["status"] == "failed" for record in records):
-                why = records[0]["error"] if records else "sweep.rows names none that can be built"
-                raise ValueError(f"no trial has come to a result: {why}")
+                why = records[0]["error"] if records else "sweep.rows contains no row that can be run"
+                raise ValueError(f"no trial has produced a result: {why}")
             _write_results(sweep, root, parent)
         finish_run(uri, parent)
 
 
 def _run_trials(sweep: SweepPlan, to_run: list[Trial], workspace: Workspace, parent: str) -> None:
-    """Print the plan and run the trials, as many at once as there is room for. Raises ValueError if there is none."""
+    """Print the plan and run the trials, as many at once as fit on the devices.
+
+    Raises ValueError if a trial does not fit, or if some rows would run on GPUs and others on CPUs.
+    """
     slots = {resources: _num_concurrent(resources) for resources in {_resources_of(trial) for trial in to_run}}
     if len({resources.use_gpu for resources in slots}) > 1:
         raise ValueError(
-            "some rows would run on GPUs and others, for want of them, on CPUs: "
-            "set hardware.device to one of both, or lower sweep.num_workers"
+            "some rows would run on GPUs and others on CPUs because there are not enough GPUs: "
+            "set hardware.device to gpu or cpu, or lower sweep.num_workers"
         )
     root, uri = workspace.root, workspace.tracking_uri
     devices = max(number * resources.num_devices for resources, number in slots.items())
@@ -129,20 +132,21 @@ def _run_trials(sweep: SweepPlan, to_run: list[Trial], workspace: Workspace, par
             for resources, group in groupby(sorted(to_run, key=_resources_of, reverse=True), key=_resources_of):
                 _tune(list(group), resources, slots[resources], workspace, parent)
     finally:
-        end_children(uri, sweep.base.tracking.experiment, parent)  # whose process was killed
+        end_children(uri, sweep.base.tracking.experiment, parent)  # trials whose process was killed
 
 
 def _measure(workspace: Workspace, settings: Settings, root: Path, device: torch.device) -> float:
-    """`measured_rate`, on a GPU in a process of its own: this one may have none, and would keep its memory."""
+    """Run `measured_rate`; for a GPU, in a separate process, because this process may have no GPU and would not
+    release its memory."""
 
-    def there() -> float:
+    def measure() -> float:
         return measured_rate(settings, workspace.data_root(), device)
 
-    return there() if device.type == "cpu" else ray.get(ray.remote(num_gpus=1, max_calls=1)(there).remote())
+    return measure() if device.type == "cpu" else ray.get(ray.remote(num_gpus=1, max_calls=1)(measure).remote())
 
 
 class TrialResources(NamedTuple):
-    """What a trial takes. `in_process`: for Tune's own process of the trial, otherwise for workers of Ray Train."""
+    """The resources of a trial. With `in_process`, Tune's own process uses them, otherwise Ray Train's workers do."""
 
     use_gpu: bool
     cpus_per_worker: int
@@ -155,8 +159,8 @@ class TrialResources(NamedTuple):
 
     @property
     def of_tune(self) -> dict[str, float]:
-        """What Tune is asked for. Where there are workers, it starts their driver. That takes no CPU, for the workers
-        could not start beside it, and runs on this node, where `root` is and whose end is the sweep's too."""
+        """The resources to request from Tune. With workers, Tune starts only their driver: it reserves no CPU, so
+        that the workers fit, and is pinned to this node, which has `root` and on which the sweep depends anyway."""
         if not self.in_process:
             return {this_node_resource(): 1e-4}
         return {"cpu": self.cpus_per_worker, "gpu": int(self.use_gpu)}
@@ -166,7 +170,8 @@ def _resources_of(trial: Trial) -> TrialResources:
     try:
         gpu, cpus = share_of_each_worker(trial.settings.hardware)
     except ValueError as error:
-        raise ValueError(f"{trial.row.label}: {error} (here: sweep.num_workers, sweep.cpus_per_worker)") from None
+        where = "in a sweep, set sweep.num_workers and sweep.cpus_per_worker"
+        raise ValueError(f"{trial.row.label}: {error} ({where})") from None
     hardware = trial.settings.hardware
     room = capacity(node_resources(), cpus, gpu)
     num_workers = max(hardware.min_workers, min(hardware.max_workers, room))
@@ -174,14 +179,17 @@ def _resources_of(trial: Trial) -> TrialResources:
 
 
 def _num_concurrent(resources: TrialResources) -> int:
-    """How many such trials run at once. Ray does not count a trial's workers as the trial's, so that Tune
-    would start them all. `share_of_each_worker` has refused what is more than the whole cluster."""
+    """How many such trials can run at once. Raises ValueError if not even one fits.
+
+    Ray does not count the workers as part of the trial, so without a limit Tune would start all trials at once.
+    `share_of_each_worker` has already rejected trials larger than the whole cluster.
+    """
     gpu, cpus, num_workers, _ = resources
     room = capacity(node_resources(), cpus, gpu)
     if room < num_workers:
         raise ValueError(
-            f"a trial wants {num_workers} workers of {cpus} CPUs{' and a GPU' if gpu else ''}, and the nodes of the "
-            f"cluster have room for {room}: lower sweep.cpus_per_worker, hardware.num_workers or sweep.num_workers"
+            f"a trial needs {num_workers} workers with {cpus} CPUs{' and a GPU' if gpu else ''} each, but the "
+            f"cluster has room for {room}: lower sweep.cpus_per_worker, hardware.num_workers or sweep.num_workers"
         )
     return room // num_workers
 
@@ -193,8 +201,8 @@ def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace:
     asha = trials[0].settings.sweep.scheduler == "asha"
     max_failures = trials[0].settings.hardware.max_failures
     if asha:
-        # Not by Tune's count of reports, which starts at zero after a kill. The last trials are not ended at their
-        # last step: they still have to be evaluated.
+        # time_attr is not Tune's count of reports, which restarts at zero after a kill. Trials that reach max_t are
+        # not stopped (stop_last_trials): they still have to be evaluated.
         train = trials[0].settings.train
         max_steps = max(trial.settings.train.max_steps for trial in trials)
         scheduler = RecordingASHA(
@@ -216,14 +224,15 @@ def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace:
         tune_config=ray.tune.TuneConfig(
             max_concurrent_trials=slots,
             scheduler=scheduler,
-            # Seconds of imports a trial. The driver of workers that a scheduler ends has to go.
+            # Reuse saves seconds of imports per trial. It is off when ASHA may stop a driver of workers, whose
+            # process must then exit.
             reuse_actors=resources.in_process or not asha,
         ),
         run_config=ray.tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
             verbose=0,
-            # Workers are started again by Ray Train.
+            # With workers, Ray Train does the retries.
             failure_config=ray.tune.FailureConfig(max_failures if resources.in_process else 0),
         ),
     )
@@ -240,8 +249,8 @@ def _tune(trials: list[Trial], resources: TrialResources, slots: int, workspace:
 
 
 class RecordingASHA(ASHAScheduler):
-    """ASHA that records the trials it has ended, {trial: reason}. They cannot do so themselves: they only see their
-    workers die, or die at once."""
+    """ASHA that records in `ended` the trials it has stopped, {trial id: reason}. The trials cannot record it
+    themselves: they only see their workers die, or are killed immediately."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -256,7 +265,7 @@ class RecordingASHA(ASHAScheduler):
 
 
 def _end(trial: Trial, status: str, reason: str, workspace: Workspace) -> None:
-    """The record of a trial that was ended from outside: by the scheduler, or by its own process's death."""
+    """Write the record of a trial that was stopped by the scheduler or whose process died."""
     trial.write_record(_cost(trial, workspace.root) | {"status": status, "error": reason, "metrics": {}})
     mlflow_status = "FINISHED" if status == "stopped" else "FAILED"
     end_run_of(workspace.tracking_uri, trial.run_key, trial.settings.tracking.experiment, mlflow_status, reason)
@@ -269,15 +278,18 @@ def run_trial(
     workspace: Workspace,
     parent: str,
 ) -> None:
-    """One trial, as Tune runs it: train, then evaluate. If its process dies, Tune starts it again, and it goes on
-    from its last checkpoint. Its own failures are a record, not Tune's business: they would come again, and where
-    there are workers Ray Train has tried again already."""
+    """Run one trial for Tune: train, then evaluate.
+
+    If the trial's process dies, Tune starts it again, and it continues from its last checkpoint. Errors of the trial
+    are written to its record and not raised to Tune: a retry would fail again, and Ray Train has already retried its
+    workers.
+    """
     trial = trials[config["trial"]]
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     try:
         trial.write_record(_train_and_evaluate(trial, resources, workspace, parent))
     except ray.exceptions.RayActorError:
-        raise  # Ray Train's controller is gone: the scheduler has ended this trial, or its node is down
+        raise  # Ray Train's controller is gone: the scheduler has stopped this trial, or its node is down
     except Exception as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         name = "" if isinstance(error, (ValueError, OSError, TrainingError)) else f"{type(error).__name__}: "
@@ -287,11 +299,11 @@ def run_trial(
         )
     else:
         for folder in checkpoint.folders(trial.folder)[: -trial.settings.train.average_checkpoints]:
-            remove(folder)  # the weights of the result stay
+            remove(folder)  # keeps the checkpoints that were averaged
 
 
 def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Workspace, parent: str) -> dict[str, Any]:
-    """Run a trial; returns its record."""
+    """Train and evaluate a trial. Returns its record."""
     started = time.time()
     tags = {
         "mlflow.runName": trial.name,
@@ -306,7 +318,7 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
         (trial.folder / "trial.json").unlink(missing_ok=True)
     asha = trial.settings.sweep.scheduler == "asha"
     on_validation, callbacks = None, []
-    if asha and trial.row.group != "base":  # which has to come to its end: all others are compared with it
+    if asha and trial.row.group != "base":  # base is never stopped early, because all rows are compared with it
         on_validation = ray.tune.report if resources.in_process else ray.train.report
         callbacks = [] if resources.in_process else [TuneReportCallback()]
     root = workspace.root
@@ -329,7 +341,8 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
         gpu, cpus = resources.use_gpu, resources.cpus_per_worker
         if resources.in_process:
             metrics, evaluation = _evaluate(trial, workspace, cpus)
-        else:  # on devices that training has left; not in the trial's own placement group, which holds no CPU
+        else:
+            # on the devices that training has released, outside the trial's placement group, which has no CPU
             outside = PlacementGroupSchedulingStrategy(placement_group=None)  # type: ignore[arg-type]
             task = ray.remote(num_cpus=cpus, num_gpus=int(gpu), scheduling_strategy=outside)(_evaluate)
             metrics, evaluation = ray.get(task.remote(trial, workspace, cpus))
@@ -346,7 +359,7 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
         "metrics": metrics | {"valid_ppl": trained["valid_ppl"]},
         "mlflow_run_id": run.run_id,
     }
-    if is_new and used.attempts == 1 and used.first_step_at:  # all of it was now, without a break
+    if is_new and used.attempts == 1 and used.first_step_at:  # all of it in this attempt, uninterrupted
         seconds = time.time() - started
         record |= {
             "seconds": seconds,
@@ -357,10 +370,11 @@ def _train_and_evaluate(trial: Trial, resources: TrialResources, workspace: Work
 
 
 def _evaluate(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[str, Any], float]:
-    """What the evaluate stage does: the metrics, and the seconds that it took."""
+    """Evaluate as the evaluate stage does. Returns the metrics and the time in seconds."""
     torch.set_num_threads(cpus)
     started = time.time()
-    os.environ[TRACKING_URI_ENV] = workspace.tracking_uri  # of the driver, not of where its data are here
+    # use the driver's store, not the default one beside this node's data folder
+    os.environ[TRACKING_URI_ENV] = workspace.tracking_uri
     root = workspace.data_root()
     with local_copy(trial.folder / "model") as model, tempfile.TemporaryDirectory() as reports:
         found = evaluate_run(trial.settings, root, model, Path(reports), progress=False).metrics
@@ -370,7 +384,7 @@ def _evaluate(trial: Trial, workspace: Workspace, cpus: int) -> tuple[dict[str, 
 
 
 def _cost(trial: Trial, root: Path) -> dict[str, Any]:
-    """What training has cost, killed attempts included."""
+    """The cost of the training so far, killed attempts included."""
     used = total_usage(trial.folder)
     return {
         "attempts": used.attempts,
@@ -380,7 +394,7 @@ def _cost(trial: Trial, root: Path) -> dict[str, Any]:
 
 
 def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
-    """One bar over the steps of all trials, with how many of them are done, running and failed."""
+    """Show a progress bar over the steps of all trials, with the numbers of trials done, running and failed."""
     started = time.time()
 
     def look() -> tuple[int, str]:
@@ -400,13 +414,14 @@ def _show_progress(trials: Sequence[Trial]) -> AbstractContextManager[None]:
 
 
 def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
-    """data/sweep: trials.json, and of the validation split the references and every finished trial's translations."""
+    """Write data/sweep: trials.json and, for the validation split, the references and each finished trial's
+    translations."""
     settings = sweep.base
     trials = []
     provenance = git_tags(root)
     commit = f"commit {provenance['git_commit'][:10]}" if provenance else "an unknown commit"
     if provenance.get("git_dirty") == "true":
-        commit += " with changes"
+        commit += " with uncommitted changes"
     runs_page = experiment_page(tracking_uri(root), parent)
     with replace_folder(root / SWEEP) as folder:
         shutil.copy(root / CLEAN / f"valid.{settings.data.tgt}", folder / "references.txt")
@@ -448,7 +463,7 @@ def _write_results(sweep: SweepPlan, root: Path, parent: str) -> None:
 
 def main() -> None:
     cli.parser("sweeps.run", __doc__).parse_args()
-    with cli.exit_on_error("sweep", interrupted="interrupted; the same command goes on where this one was"):
+    with cli.exit_on_error("sweep", interrupted="interrupted; the same command continues from here"):
         run_sweep(Path().resolve())
 
 

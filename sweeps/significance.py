@@ -1,7 +1,7 @@
 """The uncertainty of a difference in BLEU: intervals, sacreBLEU's paired test, Holm's correction. Pure functions.
 
-Chance has two parts here. Training again with another seed gives another model; and the validation split could have
-held other sentences. `seed_interval` is about the first, `sentence_interval` and `paired_p` about the second.
+There are two sources of randomness: another seed gives another model, and the validation split could have had other
+sentences. `seed_interval` covers the first, `sentence_interval` and `paired_p` the second.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from scipy import stats
 from pipeline.inference.metrics import bleu_tokenizer
 
 LEVEL = 0.05
-"""Intervals hold 1 - LEVEL; a p value below LEVEL is significant."""
+"""The significance level: p values below it are significant, and intervals have a coverage of 1 - LEVEL."""
 
 RESAMPLES = 2_000
 SHUFFLES = 10_000  # sacreBLEU's default
@@ -25,7 +25,7 @@ SHUFFLES = 10_000  # sacreBLEU's default
 
 @dataclass(frozen=True)
 class Interval:
-    """95% interval of a difference, and which chance it covers: that of the seeds or of the sentences."""
+    """95% interval of a difference, and what it covers: the randomness of the seeds or of the sentences."""
 
     low: float
     high: float
@@ -44,7 +44,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def seed_interval(differences: Sequence[float]) -> Interval:
     """Student's t interval of the mean of differences that are paired by seed: mean -+ t(n - 1) sd / sqrt(n).
 
-    Two seeds or more are needed; with two it is wide, for t is 12.7 there, with three 4.3.
+    It is wide with few seeds: t is 12.7 with two and 4.3 with three. Raises ValueError for fewer than two.
     """
     mean, deviation = mean_and_deviation(differences)
     if deviation is None:
@@ -72,25 +72,27 @@ def sentence_interval(
 
 
 def sentence_statistics(translations: Sequence[str], references: Sequence[str], language: str) -> np.ndarray:
-    """What adds up to the BLEU of a corpus, a row for each sentence: length, reference's length, matches of 1- to
-    4-grams, their totals."""
-    # effective_order is proper for a sentence; it changes no count
+    """BLEU's sufficient statistics [sentences, 10]: length, reference length, matches of 1- to 4-grams, their totals.
+
+    Their sums over sentences give the BLEU of a corpus (`corpus_bleu`).
+    """
+    # sacreBLEU asks for effective_order with single sentences; it does not change the counts
     metric = BLEU(tokenize=bleu_tokenizer(language), effective_order=True)
     scores = [metric.sentence_score(text, [ref]) for text, ref in zip(translations, references, strict=True)]
     return np.array([[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in scores])
 
 
 def corpus_bleu(rows: np.ndarray) -> float:
-    """BLEU of the sentences whose `sentence_statistics` these are, smoothed as by sacreBLEU's default."""
+    """BLEU of the sentences with these `sentence_statistics`, smoothed as in sacreBLEU's default."""
     length, reference_length, *counts = rows.sum(axis=0).tolist()
     matches, totals = counts[: len(counts) // 2], counts[len(counts) // 2 :]
     return BLEU.compute_bleu(matches, totals, length, reference_length, smooth_method="exp").score
 
 
 class BleuOverSeeds(BLEU):
-    """BLEU where a hypothesis has a line for each seed: a sentence's statistics are the sum of theirs.
+    """BLEU of hypotheses that have a line for each seed: a sentence's statistics are summed over the seeds.
 
-    PairedTest takes texts alone, so the sum has to be made in the method by which it asks a metric for statistics.
+    PairedTest accepts only texts, so the sum is made in the method that it calls for a metric's statistics.
     """
 
     def _extract_corpus_statistics(self, hypotheses: Any, references: Any) -> Any:
@@ -101,15 +103,15 @@ class BleuOverSeeds(BLEU):
 def paired_p(
     base: Sequence[Sequence[str]], system: Sequence[Sequence[str]], references: Sequence[str], language: str
 ) -> float:
-    """Two-sided p of a difference in BLEU: sacreBLEU's PairedTest, approximate randomization.
+    """Two-sided p value of a difference in BLEU: sacreBLEU's PairedTest with approximate randomization.
 
-    `base` and `system` have the translations of all sentences for each seed. Of a sentence, those of all seeds are
-    swapped together, for they are no independent evidence: the same models three times over have the p of once.
+    `base` and `system` have one list of translations for each seed. The translations of a sentence by all seeds are
+    swapped together, because they are not independent evidence: three copies of one model get the p value of one.
 
-    Swaps the two translations of each sentence by a coin's toss, and counts how often the difference is larger than
-    the real one. sacreBLEU does not count ties, so identical systems would come out at p = 1 / 10,001. But of the 2^k
-    ways to swap k sentences that score differently, the real one and its mirror image always tie: p is at least
-    2 / 2^k. The seed is sacreBLEU's own (12345, or SACREBLEU_SEED).
+    The test swaps the two systems' translations of each sentence at random, and counts how often the difference is
+    larger than the real one. sacreBLEU does not count ties, so identical systems would get p = 1 / 10,001. But of the
+    2^k ways to swap k sentences that score differently, the real one and its mirror image always tie: p is at least
+    2 / 2^k. The seed of the swaps is sacreBLEU's own (12345, or SACREBLEU_SEED).
     """
     metric = BleuOverSeeds(tokenize=bleu_tokenizer(language), force=True)
     systems: list[tuple[str, Sequence[str]]] = [
@@ -128,9 +130,10 @@ def paired_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, so that LEVEL bounds the chance of even one false alarm (Holm 1979).
+    """p values corrected for their number, so that LEVEL bounds the probability of any false positive (Holm 1979).
 
-    The smallest of n is multiplied by n, the next by n - 1 and so on, and none may come out below an earlier one.
+    The smallest of n p values is multiplied by n, the next by n - 1 and so on; none becomes smaller than the one
+    before it.
     """
     adjusted = [0.0] * len(p_values)
     highest = 0.0

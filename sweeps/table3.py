@@ -1,7 +1,7 @@
-"""Table 3 of the paper as data, and its rows at the size at hand.
+"""Table 3 of the paper as data, and its rows scaled to the base model of params.yaml.
 
-A row is what it changes from base. On a base of another size every number is scaled by the ratio that it has in the
-paper (1 head of 8 is x 1/8), so that on conf/model/base.yaml the rows are exactly the paper's.
+A row is a set of changes from base. If base has other sizes than the paper's, each number is scaled by the paper's
+ratio (1 head of 8 becomes x 1/8), so that with conf/model/base.yaml the rows are exactly the paper's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ from pipeline.tracking.names import setting_name
 Value = int | float | str
 
 BLEU, PPL, TEST_BLEU = "valid_averaged_bleu", "valid_averaged_ppl", "test_bleu"
-"""What the table shows, by its names in MLflow: scores of the validation split, as the paper's Table 3, and of the
-averaged weights; and one of the test split beside them."""
+"""The metrics of the table, by their names in MLflow, all with averaged weights: two of the validation split, as in
+the paper's Table 3, and one of the test split."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints: perplexity per wordpiece and BLEU on newstest2013, and millions of parameters, which
-    it leaves blank (None) where they are those of base."""
+    """The paper's numbers: perplexity per wordpiece and BLEU on newstest2013, and millions of parameters, None where
+    the paper leaves them blank because they are the same as base's."""
 
     ppl: float
     bleu: float
@@ -32,9 +32,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Row:
-    """`changes` are the settings that differ from base; `skipped` is why the row cannot be run, None if it can."""
+    """`changes` are the settings that differ from base. `skipped` is the reason if the row cannot be run, or None."""
 
-    id: str  # unique, and safe in a file's name
+    id: str  # unique, and safe as a file name
     group: str  # base, A, B, C, D, E, big; beyond (the paper); grid (the user's own)
     axis: str  # base, heads, d_k, layers, d_model, d_ff, dropout, label_smoothing, positions, norm, big, grid
     label: str
@@ -53,7 +53,7 @@ def _label(group: str, changes: Mapping[str, Value]) -> str:
     named = [_named(key, value) for key, value in changes.items()]
     if group == "grid":
         return f"grid: {', '.join(named)}"
-    return named[0] if group == "beyond" else f"{group}: {named[0]}"  # in the paper the others follow from the first
+    return named[0] if group == "beyond" else f"{group}: {named[0]}"  # the others follow from the first
 
 
 def _row(
@@ -80,7 +80,7 @@ BASE: Mapping[str, int | float] = {
     "train.label_smoothing": 0.1,
     "train.max_steps": 100_000,
 }
-"""The numbers of Table 3's first row, which all others are relative to."""
+"""The first row of Table 3. The numbers of all other rows are scaled relative to it."""
 
 BIG: Mapping[str, Value] = {
     "model.d_model": 1024,
@@ -122,11 +122,11 @@ BEYOND = tuple(
 
 
 def rows(settings: Settings, chosen: Sequence[str], grid: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """Base, the rows of these groups and axes in the order of the paper, and every combination of the grid's values.
+    """Base, the rows of the chosen groups and axes in the paper's order, and every combination of the grid's values.
 
-    `settings` are the base at hand. `grid`: "model.d_ff" or the like -> values; of the combinations those are left
-    out that are base or another row. A row that has no whole number of something, that is refused by the settings'
-    own checks, or that is base itself, is there, with the reason in `skipped`.
+    `settings` describe base. `grid` is {"model.d_ff": values, ...}; combinations that equal base or another row are
+    left out. A row that would have a fraction of something (a head, say), that has invalid settings, or that equals
+    base is included, with the reason in `skipped`.
     """
     other_norm = "pre" if settings.model.norm == "post" else "post"
     norm = _row(f"norm-{other_norm}", "beyond", "norm", {"model.norm": other_norm})
@@ -139,7 +139,7 @@ def rows(settings: Settings, chosen: Sequence[str], grid: Mapping[str, Sequence[
 
 
 def apply(settings: Settings, row: Row) -> Settings:
-    """The settings with the row's changes. Raises ValueError where their own checks refuse them."""
+    """The settings with the row's changes. Raises ValueError if they are invalid."""
     changes: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     for key, value in row.changes.items():
         section, name = key.split(".")
@@ -149,8 +149,8 @@ def apply(settings: Settings, row: Row) -> Settings:
 
 
 def _scaled(settings: Settings, row: Row) -> Row:
-    """The paper's row on the base at hand."""
-    at_hand = _values(settings)
+    """The paper's row, scaled to the base that `settings` describe."""
+    ours = _values(settings)
     changes: dict[str, Value] = {}
     skipped = None
     for key, value in row.changes.items():
@@ -158,25 +158,26 @@ def _scaled(settings: Settings, row: Row) -> Row:
             changes[key] = value
             continue
         ratio = _exact(value) / _exact(BASE[key])
-        number = _exact(at_hand[key]) * ratio
+        number = _exact(ours[key]) * ratio
         if isinstance(value, float):
             changes[key] = float(number)
         elif number.denominator == 1:
             changes[key] = int(number)
         else:
             changes[key] = round(float(number), 3)
-            skipped = skipped or f"{_named(key, at_hand[key])} x {ratio} is {_named(key, changes[key])}"
+            skipped = skipped or f"{_named(key, ours[key])} x {ratio} is {_named(key, changes[key])}"
     row = replace(row, label=_label(row.group, changes), changes=changes)
     return replace(row, skipped=skipped or _refused(settings, row))
 
 
 def _grid_rows(settings: Settings, grid: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Named after what differs from base, so that more values or settings, or another order, rename no row."""
-    at_hand = _values(settings)
+    """The rows of the grid. They are named after what differs from base, so that more values or settings, or another
+    order, do not change the names."""
+    ours = _values(settings)
     keys = [key for key in GRID_KEYS if key in grid]
-    lists = [[float(value) if isinstance(at_hand[key], float) else value for value in grid[key]] for key in keys]
+    lists = [[float(value) if isinstance(ours[key], float) else value for value in grid[key]] for key in keys]
     for combination in product(*lists):
-        changes = {key: value for key, value in zip(keys, combination, strict=True) if value != at_hand[key]}
+        changes = {key: value for key, value in zip(keys, combination, strict=True) if value != ours[key]}
         name = "-".join(["grid", *(f"{key.partition('.')[2]}{value}" for key, value in changes.items())])
         row = Row(name, "grid", "grid", _label("grid", changes), changes)
         yield replace(row, skipped=_refused(settings, row))
@@ -187,7 +188,7 @@ def _refused(settings: Settings, row: Row) -> str | None:
         same = apply(settings, row) == settings
     except ValueError as error:
         return str(error)
-    return "is the base itself" if same and row.group != "base" else None
+    return "is the same as base" if same and row.group != "base" else None
 
 
 def _values(settings: Settings) -> dict[str, Any]:
@@ -195,4 +196,4 @@ def _values(settings: Settings) -> dict[str, Any]:
 
 
 def _exact(number: float) -> Fraction:
-    return Fraction(str(number))  # as it is written: 3 x 0.1 is 0.3
+    return Fraction(str(number))  # the decimal as written, so that 3 x 0.1 is 0.3

@@ -1,4 +1,4 @@
-"""The trials of a sweep: every row with every seed, with settings, identity and record."""
+"""The trials of a sweep: every row with every seed, with its settings, keys and record."""
 
 import hashlib
 import json
@@ -31,8 +31,9 @@ EVALUATION_CODE = (
     "pipeline/inference/translate.py",
     "pipeline/training/checkpoint.py",
 )
-"""The files that decide the scores of a training run, besides settings and texts: what evaluation.py imports,
-directly or not. WEIGHTS_CODE is in the run's key; tests/sweeps/test_trials.py lists with reasons what does not count.
+"""The files that decide the scores of a training run, besides settings and texts: all that evaluation.py imports,
+directly or not, except WEIGHTS_CODE, which the run's key covers, and the files that tests/sweeps/test_trials.py lists
+with reasons.
 """
 
 
@@ -40,8 +41,9 @@ directly or not. WEIGHTS_CODE is in the run's key; tests/sweeps/test_trials.py l
 class Trial:
     """One row with one seed: a training run and its evaluation, whose `record` is in the run's folder.
 
-    `key` is a digest of all that decides the result; a record with another key is ignored. `run_key` finds its run in
-    MLflow: training and search, because one training that is searched with two beams has two results.
+    `key` is a digest of everything that decides the result; a record with another key is ignored. `run_key`
+    identifies the trial's run in MLflow. It covers training and search, because one trained model that is evaluated
+    with two beam sizes has two results.
     """
 
     row: Row
@@ -63,7 +65,7 @@ class Trial:
         write_json(self.folder / "trial.json", {"key": self.key, **record})
 
     def record(self) -> dict[str, Any] | None:
-        """The result of the trial, {"status", "error", "metrics", ...}; None if there is none yet."""
+        """The result of the trial, {"status", "error", "metrics", ...}, or None if there is none yet."""
         path = self.folder / "trial.json"
         try:
             with as_os_error(path):
@@ -75,10 +77,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """All rows, skipped ones (with the reason in `skipped`) included, and the trials of the others.
+    """All rows of a sweep, including skipped ones (with the reason in `skipped`), and the trials of the others.
 
-    `run_key` finds its run in MLflow. It depends on data, code, base and search alone: rows and seeds may be added to
-    a sweep.
+    `run_key` identifies the sweep's run in MLflow. It depends only on data, code, base and search, so that rows and
+    seeds can be added to a sweep.
     """
 
     base: Settings
@@ -88,7 +90,7 @@ class SweepPlan:
 
 
 def load_sweep(root: Path, settings: Settings | None = None) -> SweepPlan:
-    """The sweep that params.yaml asks for, or these settings. Raises ValueError that names the setting."""
+    """The sweep of `settings`, by default those of params.yaml. Raises ValueError that names the setting."""
     settings = settings or load_settings(root)
     sweep = settings.sweep
     base = replace(
@@ -103,12 +105,12 @@ def load_sweep(root: Path, settings: Settings | None = None) -> SweepPlan:
     trials: list[Trial] = []
     labels: dict[AnyPath, str] = {}
     for row in rows:
-        of_row = [] if row.skipped else [_trial(base, row, seed, root) for seed in sweep.seeds]
-        if of_row and (same := labels.get(of_row[0].folder)):  # both would train in one folder
-            row, of_row = replace(row, skipped=f"trains the same weights as {same}"), []
-        labels |= {trial.folder: row.label for trial in of_row}
+        trials_of_row = [] if row.skipped else [_trial(base, row, seed, root) for seed in sweep.seeds]
+        if trials_of_row and (same := labels.get(trials_of_row[0].folder)):  # both would train in one folder
+            row, trials_of_row = replace(row, skipped=f"trains the same weights as {same}"), []
+        labels |= {trial.folder: row.label for trial in trials_of_row}
         kept.append(row)
-        trials += of_row
+        trials += trials_of_row
     key = _search_key(base, run_key(base.with_seed(0), root))
     return SweepPlan(base, kept, trials, f"sweep {key}")
 

@@ -182,7 +182,7 @@ def test_render_plan_shows_the_full_cost_and_what_is_left_to_pay(root):
         hours = flops / 1e6 / 3600
         assert line == (
             f"{name}: {flops:.2g} FLOPs: {hours:.3g} CPU core hours, {60 * hours / 4:.0f} minutes on 4 at once, "
-            f"{2.5 * hours:.2f} at 2.5 an hour and CPU core."
+            f"{2.5 * hours:.2f} at 2.5 per CPU core hour."
         )
         assert 60 * hours > 4  # so that none of these is a zero
     assert lines[10] == "Rate: 1e+06 FLOPs a second, from sweep.flops_per_second."
@@ -213,8 +213,8 @@ def test_render_plan_warns_that_base_is_trained_twice_and_names_the_way_out(root
     edit(root, "train", seed=1)
     said = render_plan(load_sweep(root), root, devices=1, gpu=False)
     line = (
-        "train.seed is 1, sweep.seeds has 3, 5: the run of the train stage is not used, and base is trained again. "
-        "Add 1 to sweep.seeds, or set train.seed to 3."
+        "train.seed is 1, but sweep.seeds has 3, 5: the run of the train stage is not used, and base is trained "
+        "again. Add 1 to sweep.seeds, or set train.seed to 3."
     )
     assert (line in said.splitlines()) == ("train.seed" in said) == (seeds == [3, 5])
 
@@ -231,7 +231,7 @@ def test_render_plan_names_gpu_hours_and_no_price_if_none_is_set(root):
     plan = render_plan(load_sweep(root), root, devices=1, gpu=True)
     assert "GPU hours, " in plan
     assert "CPU" not in plan
-    assert " an hour" not in plan
+    assert " per " not in plan
 
 
 def test_render_plan_of_twice_the_devices_takes_half_the_time_at_equal_cost(root):
@@ -426,7 +426,7 @@ def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch,
     with pytest.raises(SystemExit):
         run_main(root, monkeypatch)
     assert capsys.readouterr().err.startswith(
-        "plan: hardware.device is gpu and there is none here: state its rate in "
+        "plan: hardware.device is gpu, but this machine has no GPU: set the rate of one in "
     )
 
 

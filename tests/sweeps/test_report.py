@@ -1,4 +1,4 @@
-"""The report of a sweep, as its files say it: analysis.py, render.py, figure.py and report.py together."""
+"""The report of a sweep, by the content of its files: analysis.py, render.py, figure.py and report.py together."""
 
 import base64
 import csv
@@ -180,15 +180,15 @@ def test_write_report_shows_costs_as_means_of_one_training(whole: tuple[Path, Pa
 def test_write_report_begins_with_what_ran_and_what_all_trials_cost(whole: tuple[Path, Path]):
     head = (whole[1] / "table3.md").read_text(encoding="utf-8").partition("##")[0]
     assert "# Table 3: nano on grammar, 100 steps\n" in head
-    assert "- Made on 2026-11-28 by commit 0123456789 with changes, on 2 cores of a processor.\n" in head
-    assert f"Corpus: grammar; scored on the {NUM_SENTENCES} sentences of its validation split" in head
-    assert "Base: nano on grammar, 100 steps. Updates: 400.\n" in head
-    assert "Seeds: 1, 2, 5;" in head
+    assert "- Made on 2026-11-28 at commit 0123456789 with changes, on 2 cores of a processor.\n" in head
+    assert f"Corpus: grammar. Rows are compared on the {NUM_SENTENCES} sentences of its validation split" in head
+    assert "Base: nano on grammar, 100 steps. Steps: 400.\n" in head
+    assert "Seeds: 1, 2, 5." in head
     assert "`nrefs:1|case:mixed`" in head
     hours = 6 * (1 + 2 + 5) / 7
     assert f"Cost: {hours:.3g} device-hours (cpu) of training, 0.18 of evaluation; 5.3e19 FLOPs" in head
-    assert "Time of a trial: 74 s, 19 s of them until its first step; 17 s are neither training nor" in head
-    assert "Money" not in head
+    assert "Mean time of a trial: 74 s. Its first step is finished after 19 s; 17 s are neither training nor" in head
+    assert "Price" not in head
 
 
 def test_write_report_shows_times_of_a_few_seconds_with_a_decimal(tmp_path: Path):
@@ -198,8 +198,8 @@ def test_write_report_shows_times_of_a_few_seconds_with_a_decimal(tmp_path: Path
 
     write_report(write_sweep(tmp_path / "sweep", [1], hurry), tmp_path, progress=False)
     said = (tmp_path / "table3.md").read_text(encoding="utf-8")
-    assert "Time of a trial: 12 s, 1.3 s of them until its first step; 0.1 s are neither training nor" in said
-    assert "- Seed: 1; with the same seed" in said
+    assert "Mean time of a trial: 12 s. Its first step is finished after 1.3 s; 0.1 s are neither training" in said
+    assert "- Seed: 1. Rows with the same seed" in said
 
 
 def test_write_report_leaves_out_times_if_no_trial_ran_as_a_whole(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_write_report_leaves_out_times_if_no_trial_ran_as_a_whole(tmp_path: Path
             del trial["seconds"], trial["seconds_to_first_step"], trial["seconds_of_overhead"]
 
     write_report(write_sweep(tmp_path / "sweep", [1], continue_all), tmp_path, progress=False)
-    assert "Time of a trial" not in (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert "Mean time of a trial" not in (tmp_path / "table3.md").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "table3.json").read_text())
     assert not {"seconds", "seconds_to_first_step", "seconds_of_overhead"} & metrics.keys()
 
@@ -220,7 +220,7 @@ def test_counted_has_a_plural_for_all_but_one():
 def test_write_report_prices_all_device_hours(damaged: tuple[Path, Path]):
     trials = json.loads((damaged[0] / "trials.json").read_text())["trials"]
     hours = sum(trial["device_hours"] + trial["evaluation_device_hours"] for trial in trials)
-    assert f"Money: {2.5 * hours:.2f} at 2.50 a device-hour." in (damaged[1] / "table3.md").read_text(
+    assert f"Price: {2.5 * hours:.2f} at 2.50 per device-hour." in (damaged[1] / "table3.md").read_text(
         encoding="utf-8"
     )
 
@@ -289,7 +289,7 @@ def test_assess_takes_the_interval_over_sentences_with_one_seed(tmp_path: Path):
     assert (float(row["interval_low"]), float(row["interval_high"])) == (expected.low, expected.high)
     assert (row["interval_covers"], row["bleu_sd"], row["num_seeds"]) == ("sentences", "", "1")
     assert "- 95% interval over sentences: paired bootstrap" in said
-    assert "another seed may say otherwise" in said
+    assert "another seed may give other results" in said
     assert "interval over seeds" not in said
 
 
@@ -297,7 +297,7 @@ def test_assess_takes_the_interval_over_seeds_with_several(whole: tuple[Path, Pa
     said = (whole[1] / "table3.md").read_text(encoding="utf-8")
     assert "- 95% interval over seeds: Student's t" in said
     assert "interval over sentences" not in said
-    assert "another seed may say otherwise" not in said
+    assert "another seed may give other results" not in said
 
 
 def test_missing_gives_the_reason_for_rows_and_trials_without_a_result(damaged: tuple[Path, Path]):
@@ -355,7 +355,7 @@ def test_assess_does_not_compare_a_row_without_a_seed_of_bases(tmp_path: Path):
     write_report(write_sweep(tmp_path / "sweep", [1, 2], part), tmp_path, progress=False)
     rows = sheet(tmp_path)
     assert (rows["A-h1"]["verdict"], rows["A-h1"]["note"]) == (
-        "not compared", "no seed in common with base, which has 2"
+        "not compared", "no seed in common with base, which has seed 2"
     )  # fmt: skip
     assert rows["D-dropout0.0"]["interval_covers"] == "sentences"
 
@@ -483,16 +483,16 @@ NO_FILE_NAME = r"trials\.1\.translations: String should match pattern"
 NO_ADDRESS = r"trials\.0\.mlflow_page: String should match pattern"
 EDITS: dict[str, tuple[Callable[[dict], object], str]] = {
     "no rows": (lambda sweep: sweep.update(rows=[]), "rows: List should have at least 1 item"),
-    "a row gone": (lambda sweep: sweep["rows"].pop(2), r"A: 8 heads, seed 1 is of row 'A-h16', which there is not"),
-    "a row twice": (lambda sweep: sweep["rows"].append(sweep["rows"][1]), "two rows have one id"),
+    "a row gone": (lambda sweep: sweep["rows"].pop(2), r"A: 8 heads, seed 1 belongs to row 'A-h16', which"),
+    "a row twice": (lambda sweep: sweep["rows"].append(sweep["rows"][1]), "two rows have the same id"),
     "no trials": (lambda sweep: sweep.pop("trials"), "trials: Field required"),
     "no seeds": (lambda sweep: sweep.update(seeds=[]), "seeds: List should have at least 1 item"),
     "a seed in words": (of_trial(1, seed="one"), r"trials\.1\.seed: Input should be a valid integer"),
     "an unknown status": (of_trial(1, status="done"), r"trials\.1\.status: Input should be 'finished', 'failed'"),
     "no metrics": (of_trial(1, metrics={}), "A: 1 head, seed 1 is finished and has no metrics.valid_averaged_bleu"),
     "a metric in words": (of_trial(1, metrics={"test_bleu": "7"}), r"trials\.1\.metrics\.test_bleu: Input should be"),
-    "not a number": (of_trial(1, metrics={"test_bleu": float("nan")}), "NaN is no number"),
-    "infinite": (of_trial(1, flops=float("inf")), "Infinity is no number"),
+    "not a number": (of_trial(1, metrics={"test_bleu": float("nan")}), "NaN is not a finite number"),
+    "infinite": (of_trial(1, flops=float("inf")), "Infinity is not a finite number"),
     "no cost": (of_trial(1, device_hours=None), "A: 1 head, seed 1 is finished and has no device_hours"),
     "half of the times": (
         of_trial(1, seconds_of_overhead=None),
@@ -601,7 +601,7 @@ def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
     assert all(file.is_file() for file in files)
     assert (metrics["trials_finished"], metrics["trials_not_finished"]) == (3, 2)
-    assert note.startswith("**Table 3: nano on grammar, 100 steps**, by `python -m sweeps.run`\n\n| row ")
+    assert note.startswith("**Table 3: nano on grammar, 100 steps**, made by `python -m sweeps.run`\n\n| row ")
     assert "\n- Different from base: " in note
     row = sheet(tmp_path)["positions-alibi"]
     values = {name: float(row[column]) for name, column in COMPARISON.items()}
@@ -623,7 +623,7 @@ def test_report_sweep_reports_a_sweep_that_only_another_store_knows(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     report_sweep(write_sweep(tmp_path / "sweep", [1]), tmp_path / "reports")
     assert (tmp_path / "reports/table3.html").is_file()
-    assert f"Not in MLflow: sqlite:///{tmp_path}/mlflow.db has no run parent" in capsys.readouterr().out
+    assert f"Not logged to MLflow: sqlite:///{tmp_path}/mlflow.db has no run parent" in capsys.readouterr().out
 
 
 def test_headings_of_a_table_are_all_different(whole: tuple[Path, Path]):

@@ -214,10 +214,10 @@ def test_rows_keep_the_papers_ratios_or_are_skipped(num_heads: int, d_k: int, nu
             "D-ls0.2",
             "train.label_smoothing must be in [0, 1), got 1.2",
         ),
-        ({"positions": "rotary"}, "positions-rotary", "is the base itself"),
-        ({"positions": "learned"}, "E-learned", "is the base itself"),
-        ({"dropout": 0}, "D-dropout0.0", "is the base itself"),
-        ({"dropout": 0.0}, "D-dropout0.2", "is the base itself"),
+        ({"positions": "rotary"}, "positions-rotary", "is the same as base"),
+        ({"positions": "learned"}, "E-learned", "is the same as base"),
+        ({"dropout": 0}, "D-dropout0.0", "is the same as base"),
+        ({"dropout": 0.0}, "D-dropout0.2", "is the same as base"),
     ],
 )
 def test_rows_that_cannot_run_have_the_reason(changes, id, reason):
