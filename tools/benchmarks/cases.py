@@ -94,9 +94,10 @@ def decoding(setting: Setting) -> list[str]:
     lines = [
         "**Decoding**, beam 4, Multi30k's test 2016. Tiny was trained for four epochs. Base has random weights and "
         "translates sentences of two lengths, 64 of each; an output has 10 tokens more than its source. CTranslate2 "
-        "ends a search when four outputs are finished, even if other hypotheses still grow; with patience 2, which "
-        "evaluate.engine uses to get our outputs, when eight are. The share of the ceiling counts the FLOPs of four "
-        f"hypotheses as long as the output. {found}",
+        "ends a search when four outputs have finished, even if other hypotheses could still overtake them. With "
+        "patience 2, which evaluate.engine uses so that outputs match ours, it ends when eight have finished. For "
+        "the share of the ceiling, FLOPs are counted as if all four hypotheses were as long as the output. "
+        f"{found}",
         "",
         "| | sentences/s | output tokens/s | share of the ceiling | ours / theirs | peak memory |",
         "|---|---:|---:|---:|---|---:|",
@@ -136,13 +137,15 @@ def data(setting: Setting) -> list[str]:
     _clear(project)
     new_project(project, data="own", model="mini")
     if setting.text:
-        what, vocab_size = f"from {setting.text[0].name}, repeated and numbered", WMT_VOCAB_SIZE
+        what = f"{setting.text[0].name}, repeated with numbers added to reach {setting.pairs:,} pairs"
+        vocab_size = WMT_VOCAB_SIZE
         _write_copies(setting.text, project / "data/own", setting.pairs)
     else:
-        what, vocab_size = "each of two random pairs of Multi30k", VOCAB_SIZE
+        what = f"{setting.pairs:,} pairs, each made of two random pairs of Multi30k"
+        vocab_size = VOCAB_SIZE
         _write_pairs(setting.data / "raw", project / "data/own", setting.pairs)
     lines = [
-        f"**Data**, {setting.pairs:,} pairs, {what}, a vocabulary of {vocab_size:,}.",
+        f"**Data**: {what}; vocabulary {vocab_size:,}. The download reads files on the same disk.",
         "",
         "| | seconds | pairs/s | peak memory |",
         "|---|---:|---:|---:|",
@@ -169,13 +172,13 @@ def data(setting: Setting) -> list[str]:
     (block,) = plan.blocks
     lines += [
         "",
-        f"- The rate of encode divided by SentencePiece's: {systems[0].ratio(systems[1], 'pairs_per_s')}. Of the CPU "
-        f"time of encode, SentencePiece takes {shares[1]:.0%} to encode, and {shares[2]:.0%} to decode each sentence "
-        f"for a comparison with its source text. Reading, comparing, counting and writing take "
+        f"- The rate of encode divided by SentencePiece's: {systems[0].ratio(systems[1], 'pairs_per_s')}. "
+        f"SentencePiece takes {shares[1]:.0%} of encode's CPU time to encode the text, and {shares[2]:.0%} to decode "
+        "the tokens again, so that they can be compared with the text. Reading, comparing, counting and writing take "
         f"{1 - shares[1] - shares[2]:.0%}.",
-        f"- The batch plan of 4.5 million pairs: {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s for each "
-        f"epoch, {block['resume_s']:.1f} s to the first batch of a run that resumes in the middle of an epoch, "
-        f"{plan.peak_bytes / 1e9:.2f} GB.",
+        f"- The batch plan of 4.5 million pairs takes {block['plan_s']:.1f} s once, {block['epoch_s']:.1f} s per "
+        f"epoch and {plan.peak_bytes / 1e9:.2f} GB. A run that resumes in the middle of an epoch has its first batch "
+        f"after {block['resume_s']:.1f} s.",
     ]
     return lines
 
@@ -233,8 +236,8 @@ def start(setting: Setting) -> list[str]:
     return [
         "**Start**",
         "",
-        f"- Command to first step: {first_steps}. Of the last, {imports:.1f} s are imports, checks and MLflow's "
-        f"store, {first:.1f} s data, model and the first step.",
+        f"- Command to first step: {first_steps}. Of the latter, {imports:.1f} s are imports, checks and "
+        f"MLflow's store, and {first:.1f} s are data, model and the first step.",
     ]
 
 
@@ -262,9 +265,9 @@ def orchestration(setting: Setting) -> list[str]:
     lines = [
         "**Orchestration**",
         "",
-        "- Time of a step of tiny by `python -m pipeline.train`, with MLflow and a checkpoint every 100 steps, "
-        f"against the bare loop: {statistics.median(slower):+.1%} ({min(slower):+.1%} to {max(slower):+.1%}).",
-        f"- Use of the cores in the last round: {shares[0]}. By the bare loop: {shares[1]}.",
+        "- A step of tiny under `python -m pipeline.train`, with MLflow and a checkpoint every 100 steps, takes "
+        f"{statistics.median(slower):.1%} longer than in the bare loop ({min(slower):.1%} to {max(slower):.1%}).",
+        f"- Use of the cores in the last round: {shares[0]}. In the bare loop: {shares[1]}.",
     ]
     write_presets(["model=base"], project)
     _lengths(project, max_steps=6, checkpoint_every=6)
@@ -284,7 +287,7 @@ def orchestration(setting: Setting) -> list[str]:
     one, two = map(statistics.median, rates.values())
     lines.append(
         f"- Base on workers with one thread each, from the third step on: {one:,.0f} tokens/s with one worker, "
-        f"{two:,.0f} with two: {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})."
+        f"{two:,.0f} with two, a speedup of {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})."
     )
     _clear(project)
     new_project(project, data="grammar", model="mini")
@@ -353,8 +356,8 @@ def _forget(project: Path) -> None:
 def _profile(system: System) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in system.shares.items() if name != OPERATORS)
     return (
-        f"- {system.name}: operators take {system.shares[OPERATORS]:.0%} of the threads' time; the rest is between "
-        f"operators, or waiting. Of the operators' time: {shares}."
+        f"- {system.name}: operators take {system.shares[OPERATORS]:.0%} of the threads' time; the rest is overhead "
+        f"between operators and waiting. Of the operators' time: {shares}."
     )
 
 
@@ -375,9 +378,10 @@ def _config(preset: str) -> Any:
 def _ceiling() -> tuple[float, str]:
     """FLOP/s of large products, and a sentence about it for the table."""
     rates = multiply_rates(THREADS)
-    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s with {name}" for name, rate in rates.items())
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s ({name})" for name, rate in rates.items())
     return max(rates.values()), (
-        f"The ceiling is the faster of torch's libraries at a matrix product of 2048 x 2048 x 2048: {found}."
+        "The ceiling is the speed of a 2048 x 2048 x 2048 matrix product with the faster of torch's two libraries: "
+        f"{found}."
     )
 
 

@@ -8,8 +8,8 @@ Steps have the paper's 25,000 source and 25,000 target tokens. Ours and
 torch.nn.Transformer train alternately, with bf16 autocast, on random tokens.
 Lengths of sentences are like those of WMT 2014 English-German. Ours uses
 torch.compile and the settings of conf/hardware/gpu.yaml. Prints tokens per
-second, the share of the GPU's own rate at a product of 8192 x 8192 x 8192,
-memory, and the hours for the paper's number of steps.
+second, the share of the GPU's rate in an 8192 x 8192 x 8192 matrix product,
+peak memory, and the hours for the paper's number of steps.
 
 Reads params.yaml and conf/. Of the dependencies, needs only torch, numpy,
 pydantic, ruamel.yaml, filelock, psutil and tqdm.
@@ -58,8 +58,8 @@ def measure(device: torch.device, presets: list[str], batch_tokens: int, steps: 
         raise ValueError("torch finds no GPU; try the benchmark with --device cpu")
     ceiling = _multiply_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    print(f"{name}, torch {torch.__version__}: a product in bf16 runs at {ceiling / 1e12:.3g} TFLOP/s.\n")
-    print("| | target tokens/s | TFLOP/s | share of the product's | ours to it | peak memory | hours to all steps |")
+    print(f"{name}, torch {torch.__version__}: a matrix product in bf16 runs at {ceiling / 1e12:.3g} TFLOP/s.\n")
+    print("| | target tokens/s | TFLOP/s | share of that rate | ours / theirs | peak memory | hours for all steps |")
     print("|---|---:|---:|---:|---|---:|---:|")
     profiles = []
     with TemporaryDirectory() as folder:
