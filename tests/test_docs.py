@@ -39,7 +39,6 @@ ELSEWHERE = {
     "do": "a loop over docker's commands",
     "done": "a loop over docker's commands",
     "kubectl": "needs Kubernetes",
-    "helm": "needs Kubernetes",
     "pip": "installs; tests/infra checks what the image installs",
     "base64": "reads from kubectl",
     "aws": "needs an account",
