@@ -6,20 +6,20 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A process of pytest-xdist has one core: two threads in each of two processes would wait for each other."""
+    """Give each process of pytest-xdist one thread: with two each, they would compete for two cores."""
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist, the file that takes longest comes first: that of tests/system."""
+    """With pytest-xdist, start the file of tests/system first: it takes longest."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: "tests/system/" not in item.nodeid)
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C counts, even if these tests are a shell's background job, which ignores it."""
+    """Handle SIGINT even if the tests run as a shell's background job, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -27,8 +27,8 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture
 def own_threads() -> Iterator[None]:
-    """What a test sets of torch's threads ends with it."""
-    import torch  # here: most tests of infra/ do without
+    """Restore torch's number of threads after the test."""
+    import torch  # not at the top: most tests of infra/ do not need torch
 
     threads = torch.get_num_threads()
     yield

@@ -1,4 +1,4 @@
-"""What many tests build: sizes and models, sentences of random tokens, settings, an encoded corpus."""
+"""Objects that many tests need: sizes, models, sentences of random tokens, settings, an encoded corpus."""
 
 import json
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ SMALL = TransformerConfig(
     vocab_size=23, num_layers=2, d_model=26, d_ff=17, num_heads=3, d_k=10, d_v=7,
     dropout=0.1, positions="sinusoidal", norm="post", max_length=41,
 )  # fmt: skip
-"""Every size another, so that no two can be confused unseen."""
+"""All sizes differ, so that a test fails if two of them are confused."""
 BASE = TransformerConfig(
     vocab_size=37_000, num_layers=6, d_model=512, d_ff=2048, num_heads=8, d_k=64, d_v=64,
     dropout=0.1, positions="sinusoidal", norm="post", max_length=1024,
@@ -38,22 +38,22 @@ TRAIN = Train(
 PAIRS = {"train": 97, "valid": 13, "test": 3}
 """Sentence pairs in each split of `write_corpus`."""
 VALID_WORDS = 41
-"""Words in each text of it, as its meta.json claims."""
+"""Number of words that the meta.json of `write_corpus` states for each text."""
 
 
 def config(**changes: Any) -> TransformerConfig:
-    """SMALL with these fields changed."""
+    """Return SMALL with these fields changed."""
     return replace(SMALL, **changes)
 
 
 def build(config: TransformerConfig = SMALL, seed: int = 1) -> Transformer:
-    """A model with random weights, for evaluation."""
+    """Return a model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return Transformer(config).eval()
 
 
 def save_checkpoint(run_folder: Path, state: TrainState) -> None:
-    """A checkpoint of a model that has taken one step, as if it were in this state."""
+    """Write a checkpoint with the weights after one step and with this state."""
     model = Transformer(config())
     optimizer = adam(model, 0.9, 0.98, 1e-9)
     for p in model.parameters():
@@ -63,7 +63,7 @@ def save_checkpoint(run_folder: Path, state: TrainState) -> None:
 
 
 def sentences(lengths: list[int], vocab_size: int = 23, seed: int = 2) -> Tensor:
-    """Random tokens [len(lengths), longest], EOS at each end, PAD behind."""
+    """Return random tokens [len(lengths), longest]. Each row ends with EOS and is padded with PAD."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(EOS + 1, vocab_size, (length - 1,), generator=generator) for length in lengths]
     rows = [torch.cat((row, torch.tensor([EOS]))) for row in rows]
@@ -71,12 +71,12 @@ def sentences(lengths: list[int], vocab_size: int = 23, seed: int = 2) -> Tensor
 
 
 def shifted(tgt: Tensor) -> Tensor:
-    """The decoder's input for these targets."""
+    """Return the decoder's input for these targets."""
     return torch.cat((torch.full((len(tgt), 1), BOS), tgt[:, :-1].masked_fill(tgt[:, :-1] == EOS, PAD)), dim=1)
 
 
 def train_settings(**changes: Any) -> Train:
-    """Settings of a training of nine steps, with these fields changed."""
+    """Return settings of training for nine steps, with these fields changed."""
     return replace(TRAIN, **changes)
 
 
@@ -86,8 +86,10 @@ def settings(
     train: dict[str, Any] | None = None,
     hardware: dict[str, Any] | None = None,
 ) -> Settings:
-    """The project's own, with a small model with dropout and `train_settings`, and these fields changed: of the
-    corpus of `write_corpus`, an epoch is four steps of a few micro-batches."""
+    """Return the project's settings with a small model, dropout, `train_settings`, and these fields changed.
+
+    With the corpus of `write_corpus`, an epoch is four steps of a few micro-batches.
+    """
     own = load_settings(REPOSITORY)
     sizes = asdict(config(num_layers=1, d_model=14, d_k=5, dropout=0.2, max_length=31))
     del sizes["vocab_size"]
@@ -101,8 +103,10 @@ def settings(
 
 
 def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23, longest_tgt: int | None = None) -> None:
-    """An encoded corpus of random tokens, as the tokenize stage writes it; pairs of each split as in PAIRS. `longest`
-    is the most tokens of a sentence, `longest_tgt` of one of the target, if not the same."""
+    """Write an encoded corpus of random tokens as the tokenize stage does, with PAIRS pairs per split.
+
+    A sentence has at most `longest` tokens, a target sentence at most `longest_tgt`, if given.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(1)
     for split in SPLITS:
@@ -126,12 +130,12 @@ def write_corpus(folder: Path, longest: int = 11, vocab_size: int = 23, longest_
 
 
 def update_sums(folder: Path) -> None:
-    """Let SHA256SUMS agree with what the files are now, as if they had been written so."""
+    """Make SHA256SUMS match the current files, as if they had been written like this."""
     write_sums(folder, read_sums(folder))
 
 
 def edit_corpus(folder: Path, **values: Any) -> None:
-    """Set these values of its meta.json, as if it had been written with them."""
+    """Set these values in meta.json, as if the corpus had been written with them."""
     path = folder / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     update_sums(folder)

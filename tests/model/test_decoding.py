@@ -16,12 +16,12 @@ from model.transformer import Transformer
 from tests.factories import build, config
 
 A, B, C = 4, 5, 6
-NextLogProbs = Callable[[int, tuple[int, ...]], list[float]]  # of a sentence's prefix
+NextLogProbs = Callable[[int, tuple[int, ...]], list[float]]  # arguments: sentence, prefix
 Output = tuple[float, float, tuple[int, ...]]  # score, log_prob, tokens
 
 
 class RandomDecoder:
-    """A random recurrent network: each sentence its own distribution, which depends on the whole prefix."""
+    """A random recurrent network. Each sentence has its own distribution, which depends on the whole prefix."""
 
     def __init__(self, seed: int, num_sentences: int, vocab: int, *, scale: float = 2.5, eos_bias: float = 0.0):
         generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ class RandomDecoder:
     def reorder(self, rows: Tensor) -> None:
         old_size = len(self.state) // self.num_sentences
         new_size = len(rows) // self.num_sentences
-        assert torch.equal(rows // old_size, torch.arange(len(rows)) // new_size)  # nobody changes sentence
+        assert torch.equal(rows // old_size, torch.arange(len(rows)) // new_size)  # rows stay within their sentence
         self.state = self.state[rows]
 
     def select_sentences(self, sentences: Tensor) -> None:
@@ -66,7 +66,7 @@ class RandomDecoder:
 
 
 class TableDecoder:
-    """Probabilities written by hand: {prefix: {next token: probability}}; all else has none."""
+    """Probabilities given as {prefix: {next token: probability}}. Tokens that are not listed have none."""
 
     def __init__(self, table: dict[tuple[int, ...], dict[int, float]]):
         self.table = table
@@ -97,8 +97,11 @@ def penalty(length: int, alpha: float) -> float:
 def plain_search(
     next_log_probs: NextLogProbs, sentence: int, max_length: int, beam: int, alpha: float
 ) -> tuple[list[Output], list[Output], float]:
-    """Beam search of one sentence in plain Python that always runs to the maximum length: all finished outputs,
-    those that reached the maximum length, and the least difference that something hung on."""
+    """Beam search of one sentence in plain Python, which always runs to the maximum length.
+
+    Returns all finished outputs, those that reached the maximum length, and the smallest difference
+    of scores that decided between two candidates.
+    """
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished = []
     margin = math.inf
@@ -126,7 +129,7 @@ def plain_search(
 
 
 def plain_greedy(next_log_probs: NextLogProbs, sentence: int, max_length: int) -> tuple[list[int], float, bool]:
-    """The most probable token, step by step: the output, its log_prob, whether it ended."""
+    """Greedy search in plain Python. Returns the output, its log_prob, and whether it ended."""
     output: list[int] = []
     total = 0.0
     while True:
@@ -142,14 +145,14 @@ def plain_greedy(next_log_probs: NextLogProbs, sentence: int, max_length: int) -
 
 
 def least_gap(ranked: list[Any], at: int) -> float:
-    """Between the first `at` and the next one."""
+    """Return the score of candidate number `at` minus that of the next one."""
     return ranked[at - 1][0] - ranked[at][0] if at < len(ranked) else math.inf
 
 
 def all_outputs(
     next_log_probs: NextLogProbs, sentence: int, max_length: int, tokens_left: list[int], alpha: float
 ) -> list[Output]:
-    """(score, log_prob, tokens) of every output there can be, best first."""
+    """Return (score, log_prob, tokens) of every possible output, best first."""
     found = []
     for length in range(max_length + 1):
         for tokens in product(tokens_left, repeat=length):
@@ -394,7 +397,7 @@ def test_continue_finds_the_continuations_of_a_full_sort(vocab: int, levels: int
     monkeypatch.setattr(decoder, "logits", logits)
     for num_sentences, num_live, most in product((1, 13), (1, 3, 7), (1, 2, 9, 2000)):
         x = torch.randn(num_sentences * num_live, vocab)
-        if levels:  # many are equal
+        if levels:  # many ties
             x = x.mul(levels).round()
         log_prob = torch.randn(num_sentences, num_live)
         log_prob[0, 1:] = -torch.inf
@@ -410,7 +413,7 @@ def test_continue_finds_the_continuations_of_a_full_sort(vocab: int, levels: int
 
 
 def random_transformer(seed: int, positions: Positions) -> Transformer:
-    """Of random sizes, so sure of itself that its outputs end and differ."""
+    """A model of random sizes whose distributions are sharp enough that its outputs end and differ."""
     draw = random.Random(seed)
     sizes = config(
         vocab_size=draw.randint(9, 150), num_layers=draw.randint(1, 2), d_model=2 * draw.randint(3, 9),
@@ -425,8 +428,8 @@ def random_transformer(seed: int, positions: Positions) -> Transformer:
 
 @pytest.mark.parametrize("num_seeds", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_beam_search_of_a_transformer_is_the_plain_search(num_seeds: int):
-    """The plain one computes every prefix from its beginning, of its sentence alone. Where it hung on a difference
-    that rounding can turn round, the outputs may differ."""
+    """The plain search computes every prefix from its start, for one sentence alone. The outputs may differ where
+    the plain search decided by a difference that is within rounding."""
     near_ties, ends, total = 0, set(), 0
     for seed, positions in product(range(num_seeds), get_args(Positions)):
         model = random_transformer(seed, positions)
@@ -459,7 +462,7 @@ def test_beam_search_of_a_transformer_is_the_plain_search(num_seeds: int):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative", "rotary"])
 def test_beam_search_reports_the_transformers_own_score(positions: Positions, device: str):
-    """Its own in double precision."""
+    """Compares with the log-probabilities of the transformer in double precision."""
     sizes = config(d_model=14, d_k=6, d_v=5, positions=positions, max_length=12)
     num_finished = []
     for seed in (7, 11, 13):
@@ -477,4 +480,4 @@ def test_beam_search_reports_the_transformers_own_score(positions: Positions, de
             steps = log_probs.gather(2, tgt[:, 1:, None]).flatten()
             assert h.log_prob == pytest.approx(float(steps[: len(h.tokens) + h.finished].sum()), abs=1e-4)
             num_finished.append(h.finished)
-    assert len(set(num_finished)) == 2  # some are, some are not
+    assert len(set(num_finished)) == 2  # some are finished, some are not

@@ -1,7 +1,7 @@
-"""The formula against torch's FlopCounterMode over real passes, and the paper's own estimate.
+"""The FLOPs formula compared with torch's FlopCounterMode on real passes, and with the paper's estimate.
 
-The counter adds up every matrix product that torch dispatches. It has no formula for torch's fused attention on CPUs,
-nor for oneDNN's products, so the passes here run attention as plain products (SDPBackend.MATH), and all by MKL.
+The counter adds up every matrix product that torch dispatches. It has no formula for torch's fused attention on CPUs
+or for oneDNN's products, so these tests run attention as plain products (SDPBackend.MATH), and all products by MKL.
 """
 
 from typing import get_args
@@ -26,7 +26,7 @@ def _by_mkl(monkeypatch):
 
 
 def counted(config: TransformerConfig, batch: int, src: int, tgt: int, padded: int = 0) -> int:
-    """By torch, over one forward and backward pass; the first target ends in `padded` times PAD."""
+    """Return torch's count for one forward and backward pass. The first target ends with `padded` PADs."""
     model = Transformer(config)
     src_tokens = torch.randint(EOS + 1, config.vocab_size, (batch, src))
     tgt_tokens = torch.randint(EOS + 1, config.vocab_size, (batch, tgt))
@@ -74,8 +74,8 @@ def test_training_flops_of_numpy_sizes_do_not_overflow():
 
 
 def test_training_flops_of_base_are_a_quarter_to_a_third_of_the_papers_estimate():
-    """Table 2's 3.3e18 is the time of 8 GPUs at their full rate (12 h, 9.5e12 a second); no GPU sustains that."""
-    sentences = round(25_000 / 30)  # 25,000 tokens of each side a step (section 5.1), in sentences of 30 pieces
+    """Table 2's 3.3e18 is training time x peak rate (8 GPUs, 12 h, 9.5e12 FLOP/s); no GPU sustains its peak."""
+    sentences = round(25_000 / 30)  # a step has 25,000 source and 25,000 target tokens (section 5.1)
     flops = 100_000 * training_flops(BASE, sentences, 30, 30)
     assert flops == pytest.approx(9.5e17, rel=0.01)
     estimate = 8 * 12 * 3600 * 9.5e12

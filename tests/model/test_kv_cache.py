@@ -1,4 +1,4 @@
-"""The key-value cache of a search against the whole decoder, and what it keeps."""
+"""The KV cache of a search compared with the whole decoder, and what it copies."""
 
 from itertools import pairwise
 from typing import get_args
@@ -32,7 +32,7 @@ def test_kv_cache_reorder_and_select_sentences_keep_the_rows_named(positions):
     cache = BeamKVCache(model, src)
     for t in range(3):
         cache.step(tgt[:, t])
-    cache.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # a beam of two
+    cache.reorder(torch.tensor([0, 0, 1, 1, 2, 2]))  # beam size 2
     next_tokens = torch.tensor([5, 6, 7, 8, 9, 10])
     cache.step(next_tokens)
     cache.reorder(torch.tensor([1, 0, 2, 2, 5, 4]))
@@ -46,11 +46,11 @@ def test_kv_cache_reorder_and_select_sentences_keep_the_rows_named(positions):
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_kv_cache_gives_the_whole_decoders_logits_through_a_long_search(positions, seed):
-    """Rows die out, sentences leave, and the cache grows several times."""
+    """Beam rows are replaced, sentences are removed, and the cache grows several times."""
     model, random = build(config(positions=positions)), np.random.default_rng(seed)
     src, beam = sentences([5, 17, 11, 9]), 3
     cache, left = BeamKVCache(model, src), [0, 1, 2, 3]
-    outputs = [[[BOS]] for _ in left]  # of the sentences left, by row
+    outputs = [[[BOS]] for _ in left]  # [sentence][row], for the sentences that are left
     for t in range(4 * STEPS_OF_SPACE):
         last = torch.tensor([row[-1] for rows in outputs for row in rows])
         logits = cache.logits(cache.step(last))

@@ -1,4 +1,4 @@
-"""The fused loss against torch's cross_entropy on the whole matrix of logits, in double precision."""
+"""The fused loss compared with torch's cross_entropy of all logits in double precision."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ D_MODEL, VOCAB = 11, 31
 
 
 def problem(rows: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight, target; about a third of the targets is PAD."""
+    """Return x, weight, target. About a third of the targets are PAD."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, D_MODEL, dtype=dtype, generator=generator).requires_grad_()
     weight = torch.randn(VOCAB, D_MODEL, dtype=dtype, generator=generator).requires_grad_()
@@ -24,7 +24,7 @@ def problem(rows: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tup
 
 
 def torchs(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and both gradients, by torch in double precision."""
+    """Return the value and both gradients, by torch in double precision."""
     x, weight = (value.detach().double().requires_grad_() for value in (x, weight))
     logits = (x @ weight.T).flatten(0, -2)
     value = F.cross_entropy(logits, target.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum")
@@ -42,7 +42,7 @@ def test_label_smoothed_loss_and_its_gradients_are_torchs(dtype, smoothing, chun
     monkeypatch.setattr(matmul, "SMALL", 0)
     x, weight, target = problem(rows=753, dtype=dtype)
     value = label_smoothed_loss(x, weight, target, smoothing)
-    (3 * value).backward()  # as after a division by the number of tokens: the gradient from above counts
+    (3 * value).backward()  # the incoming gradient is not 1, as after a division by the number of tokens
     expected, grad_x, grad_weight = torchs(x, weight, target, smoothing)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(x.grad.double(), 3 * grad_x, rtol=1e-5, atol=1e-5)
@@ -51,7 +51,7 @@ def test_label_smoothed_loss_and_its_gradients_are_torchs(dtype, smoothing, chun
 
 
 def test_label_smoothed_loss_is_that_of_a_table_made_by_hand():
-    # A vocabulary of 5, smoothing 0.1: 0.02 on every piece, 0.92 on the target. The logits are x itself.
+    # Vocabulary 5, smoothing 0.1: each token has 0.02, the target 0.92. The logits are x itself.
     probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25], [0.4, 0.1, 0.1, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]])
     table = torch.tensor([[0.02, 0.02, 0.92, 0.02, 0.02], [0.02, 0.02, 0.02, 0.02, 0.92], [0, 0, 0, 0, 0]])
     target = torch.tensor([2, 4, PAD])
@@ -98,7 +98,7 @@ def test_label_smoothed_loss_of_large_logits_does_not_overflow():
 
 @pytest.mark.parametrize("wrt", ["x", "weight"])
 def test_label_smoothed_loss_gradients_are_the_slope_of_the_value(wrt):
-    """Single precision inside, so the differences are wide and the tolerance is loose."""
+    """The loss computes in single precision, so the finite differences are wide and the tolerance is loose."""
     x, weight, target = problem(rows=5, dtype=torch.float64)
     moved = {"x": x, "weight": weight}[wrt]
     label_smoothed_loss(x, weight, target, 0.1).backward()

@@ -1,4 +1,4 @@
-"""Cross-entropy against torch's own on the whole matrix of logits (over ranks: pipeline/training/test_loop.py)."""
+"""Cross-entropy compared with torch's, computed from all logits. Several ranks: pipeline/training/test_loop.py."""
 
 import math
 from typing import NamedTuple

@@ -6,7 +6,7 @@ from model.schedule import learning_rate
 @pytest.mark.parametrize("warmup", [1, 7, 4000])
 @pytest.mark.parametrize("d_model", [13, 512, 1024])
 def test_learning_rate_rises_linearly_then_falls_with_the_root_of_the_step(d_model, warmup):
-    """Section 5.3 in words; the peak is (d_model * warmup_steps)^-0.5."""
+    """The description in section 5.3, where the peak is (d_model * warmup_steps)^-0.5."""
     peak = 1 / (d_model * warmup) ** 0.5
     for step in (1, 2, 3, warmup - 1, warmup, warmup + 1, 2 * warmup, 100_003):
         if step >= 1:

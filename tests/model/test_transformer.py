@@ -1,4 +1,4 @@
-"""The model against torch's own modules, the paper's numbers, and the properties that define its parts."""
+"""The model compared with torch's modules, the paper's numbers, and the properties that define its parts."""
 
 import math
 from dataclasses import replace
@@ -26,11 +26,11 @@ from tests.factories import BASE, build, config, sentences, shifted
 POSITIONS = get_args(Positions)
 
 
-# --- against torch.nn.Transformer
+# --- compared with torch.nn.Transformer
 
 
 def torch_twin(model: Transformer) -> nn.Transformer:
-    """torch's own Transformer with the weights of ours; the biases of its attention, which the paper lacks, are 0."""
+    """torch's Transformer with our weights. The biases of its attention, which the paper does not have, are 0."""
     c = model.config
     pre = c.norm == "pre"
     norms = [nn.LayerNorm(c.d_model) if pre else None for _ in range(2)]
@@ -78,7 +78,7 @@ def torch_twin(model: Transformer) -> nn.Transformer:
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_transformer_gives_the_logits_of_torchs_with_the_same_weights(norm):
     model = build(config(d_model=30, d_k=10, d_v=10, norm=norm))
-    with torch.no_grad():  # the initial 1 and 0 would hide a norm in the wrong place
+    with torch.no_grad():  # gain 1 and bias 0 would hide a misplaced norm
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.add_(torch.randn_like(weight), alpha=0.3)
@@ -105,7 +105,7 @@ def num_parameters(config: TransformerConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    ("changes", "published"),  # millions, against base's 65
+    ("changes", "published"),  # in millions; base has 65
     [
         ({"d_k": 16}, 58),
         ({"d_k": 32}, 60),
@@ -127,7 +127,7 @@ def test_transformer_of_rows_a_has_as_many_parameters_as_base(changes):
 
 
 def test_transformer_parameter_counts_are_those_of_section_3s_formulas():
-    """Written out from section 3: V d + N (4 h d_k d ...) with a vocabulary that gives the paper's 28, 65 and 168."""
+    """Formulas from section 3: V d + N (4 h d_k d ...), with a vocabulary that gives the paper's 28, 65 and 168."""
 
     def formula(c: TransformerConfig) -> int:
         attention = c.d_model * c.num_heads * (2 * c.d_k + 2 * c.d_v)
@@ -155,7 +155,7 @@ def test_embedding_matrix_is_shared_with_the_projection():
     assert [name for name, p in model.named_parameters() if 23 in p.shape] == ["embedding.weight"]
 
 
-# --- what may not influence what
+# --- outputs that must not depend on an input
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -180,16 +180,16 @@ def test_transformer_output_does_not_depend_on_padding_or_other_sentences(positi
         torch.testing.assert_close(together[row, :tgt_length], alone[0], atol=1e-5, rtol=1e-5)
 
 
-# --- positions, each by what defines it
+# --- positions, each tested by its definition
 
 
 def offsets(length: int) -> Tensor:
-    """Position of key j minus that of query i: [queries, keys]."""
+    """Return the position of key j minus that of query i: [queries, keys]."""
     return torch.arange(length) - torch.arange(length)[:, None]
 
 
 def attention_logits(attention: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """softmax's argument by the formulas: [batch, heads, queries, keys]."""
+    """Return the argument of softmax by the formulas: [batch, heads, queries, keys]."""
     logits = q @ k.transpose(-1, -2) / math.sqrt(attention.d_k)
     if attention.positions == "alibi":
         return logits + alibi_bias(offsets(q.size(2)), attention.num_heads, q.dtype)
@@ -224,7 +224,7 @@ def test_attention_rotary_and_relative_depend_on_offsets_only(positions):
             along, along[..., :1].expand_as(along), atol=1e-12 if positions == "relative" else 1e-5, rtol=0
         )
     first_row = logits[0, 0, 20]
-    assert (first_row[20:30] - first_row[20]).abs().max() > 1e-3  # and they do depend on them
+    assert (first_row[20:30] - first_row[20]).abs().max() > 1e-3  # but they do depend on the offset
 
 
 def test_rotate_keeps_lengths_and_begins_at_any_position():
@@ -248,7 +248,7 @@ def test_rotate_gives_the_logits_of_the_complex_formula():
 
 def test_alibi_bias_falls_with_distance_by_the_papers_slopes():
     bias = alibi_bias(offsets(5), 8, torch.float32)
-    for head, slope in enumerate([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]):  # their section 3
+    for head, slope in enumerate([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]):  # ALiBi, section 3
         assert bias[head, 4].tolist() == pytest.approx([-4 * slope, -3 * slope, -2 * slope, -slope, 0.0])
         assert bias[head, 0].tolist() == pytest.approx([0.0, -slope, -2 * slope, -3 * slope, -4 * slope])
 
@@ -324,7 +324,7 @@ def test_residual_drops_the_sublayers_output_and_not_the_stream():
 def test_transformer_drops_at_the_embeddings_and_around_every_sublayer():
     model = build(config(num_layers=1)).train()
     dropping = {name: module for name, module in model.named_modules() if hasattr(module, "dropout")}
-    assert len(dropping) == 1 + 2 + 3  # of the encoder's layer two sub-layers, of the decoder's three
+    assert len(dropping) == 1 + 2 + 3  # embeddings, 2 sub-layers of the encoder, 3 of the decoder
     src, tgt = sentences([5]), shifted(sentences([7], seed=3))
     for module in dropping.values():
         module.dropout = 0.0

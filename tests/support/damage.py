@@ -1,4 +1,4 @@
-"""What disks, memory and people do to a file, without a trace in its time stamps."""
+"""Damage that disks, memory and people do to a file, without a change of its time stamps."""
 
 import os
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def _in_place(change: Callable[[bytearray, random.Random], object]) -> Callable[[Path], None]:
-    """The file with other bytes and the times it had; where they change is drawn, the same each time for a name."""
+    """Change bytes of a file and keep its times. The random places depend only on the file's name."""
 
     def damage(path: Path) -> None:
         before, content = path.stat(), bytearray(path.read_bytes())

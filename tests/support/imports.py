@@ -1,4 +1,4 @@
-"""Which files of the project a file imports, from the syntax trees."""
+"""The project files that a file imports, read from syntax trees."""
 
 import ast
 from collections.abc import Iterable
@@ -7,18 +7,18 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 BY_PATH = {"pipeline/inference/evaluation.py": ["pipeline/inference/serving.py"]}
-"""Files that a file has MLflow run, which no import shows."""
+"""Files that MLflow runs for a file, which no import shows."""
 
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Full names of all modules that a file imports, also inside functions."""
+    """Return the full names of all modules that a file imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides which way it points"
+            assert node.level == 0, f"{path}: use absolute imports, which show the direction"
             assert node.module is not None
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(names)
@@ -29,7 +29,7 @@ def packages(path: Path) -> set[str]:
 
 
 def project_files(path: Path) -> set[str]:
-    """Files of this project that a file imports, directly."""
+    """Return the files of this project that a file imports directly."""
     found = set()
     for name in imports(path):
         parts = name.split(".")
@@ -41,7 +41,7 @@ def project_files(path: Path) -> set[str]:
 
 
 def reached(files: Iterable[str]) -> set[str]:
-    """These files, and all of the project that they import or run, directly or not."""
+    """Return these files and all project files that they import or run, directly or not."""
     seen: set[str] = set()
     todo = list(files)
     while todo:
@@ -53,6 +53,6 @@ def reached(files: Iterable[str]) -> set[str]:
 
 
 def does_something(file: str) -> bool:
-    """Whether a file has more than a docstring."""
+    """Return whether a file has more than a docstring."""
     body = ast.parse((REPOSITORY / file).read_text(encoding="utf-8")).body
     return not all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)

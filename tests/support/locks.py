@@ -1,4 +1,4 @@
-"""What several threads do at the same moment."""
+"""Several threads that act at the same moment."""
 
 import threading
 import time
@@ -7,8 +7,10 @@ from pipeline.common.storage import AnyPath, one_at_a_time
 
 
 def most_inside(folder: AnyPath, num_threads: int, seconds: float) -> list[int]:
-    """How many threads each of these has found in the block of `one_at_a_time(folder)`, itself included, when all
-    enter it at the same moment and stay for `seconds`."""
+    """Let threads enter `one_at_a_time(folder)` at the same moment and stay in it for `seconds`.
+
+    Returns for each thread how many were in the block, itself included.
+    """
     inside: list[int] = []
     most: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Small models of random sizes, that do end their outputs, and a tokenizer for them."""
+"""Small models of random sizes, whose outputs do end, and a tokenizer for them."""
 
 import io
 import random
@@ -24,7 +24,7 @@ def random_tokenizer() -> sentencepiece.SentencePieceProcessor:
 
 
 def random_model(seed: int, positions: Positions) -> Transformer:
-    """Every number of it matters, biases and gains too."""
+    """Return a model in which all parameters matter, also biases and gains."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     config = TransformerConfig(
@@ -40,7 +40,7 @@ def random_model(seed: int, positions: Positions) -> Transformer:
             if name != "embedding.weight":
                 parameter.add_(0.2 * torch.randn_like(parameter))
         last.weight.fill_(2.0)
-        last.bias.fill_(1.0)  # the sum of a piece's embedding is added to its logit
+        last.bias.fill_(1.0)  # adds the sum of a token's embedding to its logit
         embeddings = model.embedding.weight
         embeddings[EOS] += (1.5 - embeddings[EOS].sum()) / config.d_model
     return model

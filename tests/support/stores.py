@@ -1,6 +1,6 @@
-"""A cluster's stores, small and on this machine: an S3 server (moto's), PostgreSQL, MLflow's server over both.
+"""A cluster's stores on this machine: an S3 server (moto), PostgreSQL, and an MLflow server that uses both.
 
-All bind 127.0.0.1 and a free port; what is installed of PostgreSQL lends its programs only, not its data.
+All bind 127.0.0.1 and a free port. Of an installed PostgreSQL, only the programs are used, not the data.
 """
 
 import json
@@ -23,9 +23,9 @@ import boto3
 import requests
 
 POSTGRES_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-"""Where Debian's package `postgresql` puts them: in no folder of PATH, one folder a version."""
+"""Folder of Debian's package `postgresql`, which is not in PATH and has the version in its name."""
 SECRETS = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret", "AWS_DEFAULT_REGION": "us-east-1"}
-"""S3's, for environments alone; moto takes any."""
+"""Credentials for S3, only for environment variables. moto accepts any."""
 PATIENCE_S = 120
 
 
@@ -39,7 +39,7 @@ def free_port() -> int:
 def _started(
     command: Sequence[str | Path], ready: Callable[[], bool], end: signal.Signals, **options
 ) -> Iterator[None]:
-    """The running command, as soon as it is `ready`; all of its processes are gone afterwards."""
+    """Start a command, yield it once it is `ready`, and end all its processes afterwards."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         deadline = time.monotonic() + PATIENCE_S
@@ -62,14 +62,14 @@ def _answers(url: str) -> bool:
 
 
 class S3:
-    """A server whose objects are gone with it."""
+    """An S3 server that keeps its objects in memory."""
 
     def __init__(self) -> None:
         self.port = free_port()
 
     @property
     def environment(self) -> dict[str, str]:
-        """With which boto3, and so MLflow and DVC, find this server and no other."""
+        """Environment variables with which boto3, and so MLflow and DVC, use this server and no other."""
         return SECRETS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
 
     def started(self) -> AbstractContextManager[None]:
@@ -94,7 +94,7 @@ class S3:
             client.create_bucket(Bucket=name)
 
     def sizes(self, bucket: str, prefix: str = "") -> dict[str, int]:
-        """{key: bytes} of all objects below `prefix`, without it."""
+        """Return {key without prefix: bytes} of all objects below `prefix`."""
         with self.client() as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             found = [entry for page in pages for entry in page.get("Contents", ())]
@@ -102,7 +102,7 @@ class S3:
 
 
 class Postgres:
-    """A cluster of databases in a folder of its own. Its server refuses to run as root: it is nobody's."""
+    """A PostgreSQL server with its own data folder. It refuses to run as root, so it runs as nobody."""
 
     def __init__(self) -> None:
         self.programs = POSTGRES_PROGRAMS[-1]
@@ -134,7 +134,7 @@ class Postgres:
         return subprocess.run([self.programs / program, *where, *arguments], **self.options)
 
     def make_database(self, name: str) -> str:
-        """A new one, empty; its URI."""
+        """Make an empty database and return its URI."""
         self._run("createdb", name).check_returncode()
         return f"postgresql+psycopg2://nobody@127.0.0.1:{self.port}/{name}"
 
@@ -143,12 +143,15 @@ class Postgres:
 def mlflow_server(
     database: str, artifacts: str, environment: dict[str, str], port: int | None = None
 ) -> Iterator[str]:
-    """The URI of a server that makes the tables of a new database. Its pool of 15 connections is MLflow's default."""
+    """Start a server, which makes the tables of a new database, and yield its URI.
+
+    Its pool of 15 connections is MLflow's default.
+    """
     port = port or free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", artifacts]
-    command += ["--uvicorn-opts", "--log-level warning"]  # what goes wrong, and not every request
+    command += ["--uvicorn-opts", "--log-level warning"]  # log errors, not every request
     settings = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -161,8 +164,10 @@ def mlflow_server(
 
 
 class HoldingProxy(ThreadingHTTPServer):
-    """Passes requests on to `server`. While `holds` is true it keeps those that bring metrics, and gives no answer;
-    they come to the server by `release`, after whoever sent them is gone."""
+    """Forwards requests to `server`. While `holds` is true, it holds back requests with metrics without an answer.
+
+    `release` sends them to the server, after their sender is gone.
+    """
 
     daemon_threads = True
 

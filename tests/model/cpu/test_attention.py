@@ -1,4 +1,4 @@
-"""Attention by batched products against torch's fused kernel."""
+"""Attention by batched matrix products, compared with torch's fused kernel."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_scaled_dot_product_attention_equals_the_fused_kernel(mask, d_v):
         "bias of heads": torch.randn(heads, queries, keys),
         "bias of all": torch.randn(batch, heads, queries, keys),
     }
-    masks["queries x keys"][:, 0] = True  # no query without a key
+    masks["queries x keys"][:, 0] = True  # each query attends to at least one key
     given, causal = masks.get(mask), mask == "causal"
     ours = scaled_dot_product_attention(q, k, v, given, causal)
     fused = F.scaled_dot_product_attention(q, k, v, given, is_causal=causal)

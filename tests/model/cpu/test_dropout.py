@@ -1,4 +1,4 @@
-"""Dropout by 16 bits of each draw: shares, independence, gradients, seeds."""
+"""Dropout that uses 16 bits of each random draw: shares, independence, gradients, seeds."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from model.cpu.dropout import dropout, generator, use_own_generator
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 def test_dropout_drops_its_share_and_scales_the_rest_to_the_same_mean(p):
     torch.manual_seed(3)
-    x = torch.ones(400_003, requires_grad=True)  # no multiple of four
+    x = torch.ones(400_003, requires_grad=True)  # not a multiple of four
     dropped = dropout(x, p)
     kept = dropped != 0
     share = 1 - round(p * 2**16) / 2**16
@@ -20,7 +20,7 @@ def test_dropout_drops_its_share_and_scales_the_rest_to_the_same_mean(p):
     for values in (kept, *(kept[i::4] for i in range(4))):  # four neighbours come from one draw
         deviation = math.sqrt(p * (1 - p) / len(values))
         assert abs(values.float().mean() - (1 - p)) < 5 * deviation + 2**-16
-    for distance in (1, 2, 3, 4):  # independent of one another
+    for distance in (1, 2, 3, 4):  # neighbours are independent
         both = (kept[:-distance] & kept[distance:]).float().mean()
         assert abs(both - (1 - p) ** 2) < 5 * math.sqrt(0.25 / len(kept)) + 2**-15
     dropped.sum().backward()

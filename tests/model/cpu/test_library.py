@@ -1,4 +1,4 @@
-"""The choice between MKL and oneDNN: by hand, by measurement, kept for every process."""
+"""The choice between MKL and oneDNN: by setting, by measurement, cached for every process."""
 
 import json
 import subprocess
@@ -93,7 +93,7 @@ def test_chosen_is_mkl_without_avx512(monkeypatch):
 
 
 def test_chosen_is_the_same_for_all_processes_that_start_at_once(monkeypatch):
-    """Threads here: they share the file and its lock alone, as processes do."""
+    """Uses threads in place of processes: like processes, they share only the file and its lock."""
     barrier, measured = threading.Barrier(8), []
 
     def another_each_time() -> float:

@@ -1,4 +1,4 @@
-"""Products by oneDNN against torch's own, gradients in double precision."""
+"""Matrix products by oneDNN compared with torch's; gradients compared in double precision."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Shapes that oneDNN is given, whatever the processor."""
+    """Use oneDNN on every processor and record the shapes of its operands."""
     monkeypatch.setattr(matmul, "chosen", lambda: "onednn")
     shapes = []
 
@@ -46,7 +46,7 @@ def test_linear_gives_the_values_of_torch(shape, calls):
     torch.testing.assert_close(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
 
 
-@pytest.mark.parametrize("outputs", [499, 2003])  # narrower and wider than the inputs: the other order of factors
+@pytest.mark.parametrize("outputs", [499, 2003])  # fewer and more than the inputs: the order of the factors differs
 @pytest.mark.parametrize("shape", [(3,), (ROW_MULTIPLE,), (7, 11), (3, 5, 67)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_gives_the_gradients_of_torch(shape, outputs, bias, calls):
