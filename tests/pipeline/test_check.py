@@ -1,4 +1,4 @@
-"""The first stage: settings, dvc.lock, an own corpus."""
+"""The first stage, which checks settings, dvc.lock, and a user's own corpus."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ CHECKED = Path("data/checked.txt")
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
-    """The current folder, with the project's settings."""
+    """A current folder with a copy of the project's settings."""
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)

@@ -1,4 +1,4 @@
-"""The screen of `python -m pipeline.doctor`: a sound project, and what people have broken."""
+"""The output of `python -m pipeline.doctor` for a sound project and for broken ones."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SECRET = "do-not-print-me"
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound project that has run nothing, in the working folder, with none of this machine's configuration."""
+    """A sound project in which no stage has run, as the current folder, without this machine's configuration."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
@@ -64,7 +64,7 @@ def make_store(file: Path) -> None:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """Without what Git and Python keep for themselves."""
+    """Return {path: content} of all files except Git's."""
     found = (path for path in root.rglob("*") if path.is_file() and not {".git"} & set(path.parts))
     return {str(path): path.read_bytes() for path in found}
 
@@ -76,7 +76,7 @@ def assert_fits_one_screen(shown: str) -> None:
 
 
 def marked(shown: str) -> list[str]:
-    """The names of the marked lines."""
+    """Return the names of the marked lines."""
     return [line[2:].split()[0] for line in shown.splitlines() if line.startswith("!")]
 
 
@@ -219,7 +219,7 @@ def test_mlflow_marks_a_file_that_is_no_store(root, content):
     file = root / "mlflow.db"
     if content:
         file.write_bytes(content)
-    else:  # as a kill leaves it among the migrations
+    else:  # as after a kill during the migrations
         make_store(file)
         with closing(sqlite3.connect(file)) as database, database:
             database.execute("alter table runs rename to other")
@@ -256,7 +256,7 @@ def test_mlflow_leaves_the_journal_of_a_killed_run_to_the_next(root):
 
 
 class MlflowServer(ThreadingHTTPServer):
-    """Answers as MLflow's server with two runs; with a status other than 200, it refuses what it is asked."""
+    """Answers like MLflow's server with two runs. With a status other than 200, it refuses all but /health."""
 
     def __init__(self, status: int = 200) -> None:
         super().__init__(("127.0.0.1", 0), MlflowAnswers)
@@ -289,9 +289,9 @@ class MlflowAnswers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
-    """MLFLOW_TRACKING_URI is its address, with a password."""
+    """Start MlflowServer and set MLFLOW_TRACKING_URI to its address, with a password."""
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # which the address sets, and which are gone with the test
+        monkeypatch.setenv(name, "")  # set from the address; restored after the test
     server = MlflowServer(getattr(request, "param", 200))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     yield server
@@ -350,7 +350,7 @@ def test_storage_marks_what_cannot_hold_runs(root, monkeypatch):
 
 
 class Store:
-    """As fsspec's: `exists` is what it gives, or raises."""
+    """Stands for a path in an object store. `exists` returns a value or raises."""
 
     parents: tuple["Store", ...] = ()
 
@@ -391,7 +391,7 @@ def test_dvc_marks_a_site_cache_that_others_may_write_to(root):
     with pytest.raises(ValueError, match=r"others may write to the site cache .*/cache, .*: make site-cache"):
         doctor.dvc(root)
     cache.chmod(0o700)
-    set_dvc(root, "[core]\n")  # DVC's own place
+    set_dvc(root, "[core]\n")  # DVC's default folder
     with pytest.raises(ValueError, match=r"others may write to the site cache /var/tmp/dvc, .*: make site-cache"):
         doctor.dvc(root)
 

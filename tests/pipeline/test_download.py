@@ -32,15 +32,19 @@ TRAIN = "/toy/train.en.gz"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves PACKED with Range. `faults` holds, for the requests to come, a status or a number of bytes after
-    which the connection breaks (None: no fault); `hold` is the same for all, but the connection stays open."""
+    """Serves PACKED, with support for Range.
+
+    `faults` has an item for each of the next requests: a status, a number of bytes after which the connection
+    breaks, or None for no fault. `hold` is a number of bytes after which every answer pauses, with the connection
+    open.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = dict(PACKED)
         self.faults = []
         self.hold = None
-        self.drip = None  # "body" or "head": what comes a byte at a time
+        self.drip = None  # "body" or "head": the part that is sent one byte at a time
         self.knows_ranges = True
         self.requests = []  # (path, first byte)
         self.released = threading.Event()
@@ -53,8 +57,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        first = int(asked[1]) if asked else 0
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        first = int(requested[1]) if requested else 0
         server.requests.append((self.path, first))
         fault = server.faults.pop(0) if server.faults else None
         if fault in (404, 416, 503) or self.path not in server.files:
@@ -101,7 +105,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """An empty project whose catalogue has one corpus, "toy"; no wait between tries."""
+    """An empty project whose catalogue has one corpus, "toy", without pauses between attempts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipeline.download.RETRY_PAUSES_S", (0, 0))
     monkeypatch.setattr("pipeline.download.CORPORA", catalogue("http://127.0.0.1:9"))
@@ -181,7 +185,7 @@ def test_download_continues_a_broken_connection_where_it_broke(server):
 
 
 def test_download_continues_a_failed_run(server):
-    server.faults = [None, 307, 503, 503]  # train.en comes, train.de breaks, and no try is left
+    server.faults = [None, 307, 503, 503]  # train.en arrives; train.de breaks in all attempts
     with pytest.raises(ValueError, match=r"503 Service Unavailable; 307 of .* Run again to continue") as caught:
         download(SETTINGS, server.address)
     assert "\n" not in str(caught.value)
@@ -249,7 +253,7 @@ def test_download_refuses_and_removes_wrong_content(server, mirror, content, mes
     with pytest.raises(ValueError, match=f"{TRAIN} .*{message}.* it was deleted here. Run again, or set"):
         download(SETTINGS, server.address)
     assert list(Path("data/downloads/toy").iterdir()) == []
-    assert_whole()  # of the run before
+    assert_whole()  # data/raw of the first run is kept
 
 
 def test_download_reports_a_missing_file_at_once(server):
@@ -295,7 +299,7 @@ def test_download_gives_up_a_server_that_drips(server, monkeypatch, what):
         ValueError, match=r"downloaded: the server sends less than [\d,]+ bytes a second; \d+ of [\d,]+ b"
     ):
         download(SETTINGS, server.address)
-    assert time.monotonic() - started < 5  # three tries
+    assert time.monotonic() - started < 5  # three attempts
     assert len(server.requests) == 3
 
 
@@ -376,7 +380,7 @@ def test_download_shows_no_password_of_an_address_that_is_none(mirror):
 
 
 def test_download_shows_no_password_of_a_server_that_refuses(server, project):
-    """By the command, whose line leaves it out."""
+    """Runs the command, whose error line leaves the password out."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, name)
     shutil.copytree(ROOT / "conf", "conf")

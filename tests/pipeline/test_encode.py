@@ -21,7 +21,7 @@ REPEATS = {"train": 47, "valid": 5, "test": 3}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder with clean/ and tokenizer/ of a few sentences."""
+    """A folder with clean/ and tokenizer/, made from a few sentences."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "clean").mkdir()
     for split, repeats in REPEATS.items():

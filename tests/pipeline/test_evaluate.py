@@ -45,7 +45,7 @@ SPLITS = {"train": PAIRS, "valid": PAIRS[5::7], "test": PAIRS[::3]}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project after the train stage, with a model that has not learned anything."""
+    """A project after the train stage, with an untrained model."""
     root = tmp_path_factory.mktemp("project")
     shutil.copy(PROJECT / "params.yaml", root)
     shutil.copytree(PROJECT / "conf", root / "conf")
@@ -78,17 +78,17 @@ def settings(project: Path) -> Settings:
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What MLflow would have been told."""
-    told: dict = {}
+    """Collect what would be logged to MLflow."""
+    logged: dict = {}
     module = "pipeline.inference.reports"
     monkeypatch.setattr(f"{module}.tracking_uri", lambda root: "sqlite:///x.db")
     monkeypatch.setattr(f"{module}.find_training_run", lambda uri, settings, key, root: f"run of {key}")
-    monkeypatch.setattr(f"{module}.log_model", lambda *arguments: told.update(model=arguments))
+    monkeypatch.setattr(f"{module}.log_model", lambda *arguments: logged.update(model=arguments))
     monkeypatch.setattr(
         f"{module}.log_evaluation",
-        lambda *arguments, **named: told.update(named, run_id=arguments[2]),
+        lambda *arguments, **named: logged.update(named, run_id=arguments[2]),
     )
-    return told
+    return logged
 
 
 def test_perplexities_are_exp_of_the_mean_cross_entropy_per_token_and_word(project: Path):
@@ -137,7 +137,7 @@ def test_perplexities_of_a_model_that_gives_no_numbers_are_an_error(project: Pat
 
 
 def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Settings, monkeypatch):
-    """One sentence, whose n-grams can be counted by hand: by case, and with the compound whole or split."""
+    """Counts the n-grams of one sentence by hand: with and without case, with the compound whole or split."""
     hypothesis, reference = "a b c d e f g x-i", "A b c d e f g h-i j"
     output = Translation(hypothesis, -1.0, finished=False)
     valid = read_split("valid", "en", "de", project)
@@ -149,12 +149,12 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     found = evaluate_model(model, tokenizer, test, valid, settings.evaluate, progress=False)
 
     metrics = found.metrics["test"]
-    shorter = math.exp(1 - 9 / 8)  # brevity penalty: 8 tokens for 9
+    shorter = math.exp(1 - 9 / 8)  # brevity penalty: 8 tokens, reference 9
     assert metrics["bleu"] == pytest.approx(100 * shorter * (6 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
     assert metrics["bleu_lowercase"] == pytest.approx(100 * shorter * (7 / 8 * 6 / 7 * 5 / 6 * 4 / 5) ** 0.25)
-    split = math.exp(1 - 11 / 10)  # with the compounds' parts and the mark between them
+    split = math.exp(1 - 11 / 10)  # a compound is two parts and the mark between them
     assert metrics["bleu_paper"] == pytest.approx(100 * split * (8 / 10 * 6 / 9 * 4 / 8 * 3 / 7) ** 0.25)
-    matches = {1: 8, 2: 6, 3: 4, 4: 3, 5: 2, 6: 1}  # characters without spaces: 10 and 11
+    matches = {1: 8, 2: 6, 3: 4, 4: 3, 5: 2, 6: 1}  # by n; 10 and 11 characters without spaces
     precision = sum(number / (11 - n) for n, number in matches.items()) / 6
     recall = sum(number / (12 - n) for n, number in matches.items()) / 6
     assert metrics["chrf"] == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
@@ -168,7 +168,7 @@ def test_evaluate_model_gives_each_score_its_name(project: Path, settings: Setti
     assert set(of_valid) == {f"averaged_{name}" for name in metrics}
     found_ppl = of_valid["averaged_ppl"], of_valid["averaged_ppl_word"]
     assert found_ppl == perplexities(model, valid, 4096, progress=False)
-    assert of_valid["averaged_bleu"] == pytest.approx(100)  # the references themselves
+    assert of_valid["averaged_bleu"] == pytest.approx(100)  # the outputs are the references
     assert (of_valid["averaged_chrf"], of_valid["averaged_cut_off"]) == (pytest.approx(100), 0)
 
 
@@ -204,7 +204,7 @@ def test_translate_searches_by_the_engine_of_the_settings(project: Path, setting
         chosen = replace(settings.evaluate, engine=engine)
         found = translate(model, tokenizer, sources, chosen, progress=False)
         scores.add(tuple(best.score for best in found))
-    assert len(scores) == 3  # PAD and BOS in the softmax or not; rounded or not
+    assert len(scores) == 3  # they differ by PAD and BOS in the softmax, and by rounding
 
 
 def test_evaluate_exports_the_model_once_for_both_splits(
@@ -270,12 +270,12 @@ def test_evaluate_run_warns_of_sources_that_are_cut(
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[Path], str]:
-    """The line with which the command ends in a project."""
+    """Return a function that runs the command in a project and returns its last error line."""
 
     def ends(root: Path) -> str:
         monkeypatch.chdir(root)
         monkeypatch.setattr(sys, "argv", ["evaluate"])
-        monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # it would outlast the test
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # the number would stay set after the test
         with pytest.raises(SystemExit, match=r"^1$"):
             main()
         return capsys.readouterr().err.splitlines()[-1]
@@ -300,8 +300,8 @@ def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
 def test_evaluate_reports_a_missing_input_in_one_line(project: Path, tmp_path: Path, fault, lost: str, message: str):
     root = shutil.copytree(project, tmp_path / "project")
     (root / lost).unlink()
-    said = fault(root)
-    assert said.startswith(message)
+    line = fault(root)
+    assert line.startswith(message)
 
 
 def test_evaluate_refuses_the_tokenizer_of_another_model(project: Path, tmp_path: Path, fault):
@@ -333,5 +333,5 @@ def test_evaluate_names_a_damaged_run_json(project: Path, tmp_path: Path, fault)
     (root / "models/final/run.json").write_text('{"run_key": ')
     assert fault(root).startswith("evaluate: models/final/run.json is damaged (its checksum differs from")
     update_sums(root / "models/final")
-    said = fault(root)
-    assert said.startswith("evaluate: models/final/run.json is damaged (JSONDecodeError")
+    line = fault(root)
+    assert line.startswith("evaluate: models/final/run.json is damaged (JSONDecodeError")

@@ -1,4 +1,4 @@
-"""What CTranslate2 computes from an export is what our model computes."""
+"""CTranslate2 computes from an export what our model computes."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ PAIRS = [tuple(GENERATOR.choice([UNK, *range(4, VOCAB)], length).tolist() for le
 
 
 def log_probs(model: Transformer, src: list[int], tgt: list[int]) -> torch.Tensor:
-    """Of each piece of `tgt` and of EOS, given `src`."""
+    """Return the log-probability of each token of `tgt` and of EOS, given `src`."""
     with torch.inference_mode():
         found = model.logits(model(torch.tensor([[*src, EOS]]), torch.tensor([[BOS, *tgt]])))[0].log_softmax(-1)
     return found.gather(1, torch.tensor([*tgt, EOS])[:, None])[:, 0]
@@ -99,7 +99,7 @@ def test_write_export_writes_the_shared_embeddings_once(tmp_path: Path):
 
 
 def save(model: Transformer, folder: Path) -> None:
-    """As the train stage writes it."""
+    """Write the model as the train stage does."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, model.state_dict(), model.config)
     (folder / "spm.model").write_bytes(TOKENIZER.serialized_model_proto())
@@ -108,7 +108,7 @@ def save(model: Transformer, folder: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder after training, and the folder that commands run in."""
+    """A project after training, which is the current folder."""
     save(random_model(2, "rotary"), tmp_path / "models/final")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -121,7 +121,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """The one line with which the command ends."""
+    """Return a function that runs the command and returns its one error line."""
 
     def ends(*arguments: str) -> str:
         with pytest.raises(SystemExit, match=r"^1$"):
@@ -186,8 +186,8 @@ def test_export_that_fails_leaves_the_one_before(project: Path, refusal, monkeyp
 
 def test_export_does_not_replace_a_folder_that_is_no_export(project: Path, refusal):
     for output in ("models", "models/final", ".", "models/final/spm.model"):
-        said = refusal("--output", output)
-        assert said == f"export: {output} exists and is not an export, so it is not replaced: name another --output"
+        line = refusal("--output", output)
+        assert line == f"export: {output} exists and is not an export, so it is not replaced: name another --output"
     assert (project / "models/final/weights.safetensors").is_file()
 
 

@@ -27,7 +27,7 @@ def text(root: Path, name: str = "params.yaml") -> str:
 
 
 def changed_lines(before: str, after: str) -> list[str]:
-    """Those that are new, without what follows a #."""
+    """Return the new lines, without comments."""
     lines = difflib.ndiff(before.splitlines(), after.splitlines())
     return [line[2:].partition("#")[0].strip() for line in lines if line.startswith("+ ")]
 
@@ -43,7 +43,7 @@ def run(root: Path, *arguments: str, code: int = 0) -> str:
 
 
 def test_write_presets_of_the_default_change_nothing(root):
-    """params.yaml as committed is grammar and mini on hardware auto, to the byte: comments and order too."""
+    """The committed params.yaml has the presets grammar, mini and auto, byte for byte with comments and order."""
     before = text(root), text(root, "dvc.yaml")
     assert write_presets(["data=grammar", "model=mini", "hardware=auto"], root) == []
     assert (text(root), text(root, "dvc.yaml")) == before

@@ -1,4 +1,4 @@
-"""A corpus that goes to storage and arrives whole on another machine, or is refused."""
+"""A corpus is copied to storage, and arrives complete on another machine or is refused."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_root(root: Path, digest: str = "a1" * 32) -> Path:
-    """A project whose corpus is encoded."""
+    """Make a project whose corpus is encoded."""
     for folder in (CLEAN, TOKENIZER):
         (root / folder).mkdir(parents=True)
     write_corpus(root / ENCODED)
@@ -56,25 +56,25 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_fetch_gets_what_publish_put_without_the_training_texts(storage, tmp_path):
     root = make_root(tmp_path / "root")
-    there = publish(SETTINGS, root, storage)
-    assert there.name == "few-a1a1a1a1a1a1"
-    assert find_published(SETTINGS, storage) == there
+    stored = publish(SETTINGS, root, storage)
+    assert stored.name == "few-a1a1a1a1a1a1"
+    assert find_published(SETTINGS, storage) == stored
     expected = {name: content for name, content in files(root).items() if "clean/train" not in name}
-    assert files(fetch(there)) == expected
-    assert len(EncodedSplit.open(fetch(there) / ENCODED, "train")) == CorpusInfo.open(root / ENCODED).pairs["train"]
+    assert files(fetch(stored)) == expected
+    assert len(EncodedSplit.open(fetch(stored) / ENCODED, "train")) == CorpusInfo.open(root / ENCODED).pairs["train"]
 
 
 def test_publish_and_fetch_copy_once(storage, tmp_path, monkeypatch):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
-    first = fetch(there)
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    first = fetch(stored)
     for module in ("pipeline.publish", "pipeline.data.published"):
         monkeypatch.setattr(f"{module}.copy_file", lambda *arguments: pytest.fail("copied again"))
-    assert fetch(there) == first
-    assert publish(SETTINGS, tmp_path / "root", storage) == there
+    assert fetch(stored) == first
+    assert publish(SETTINGS, tmp_path / "root", storage) == stored
 
 
 def test_fetch_by_several_processes_at_once_copies_once(tmp_path):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), tmp_path / "shared")
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), tmp_path / "shared")
     script = (
         "import sys; from pathlib import Path; from pipeline.data import published as publish\n"
         "copy = publish.copy_file\n"
@@ -83,11 +83,11 @@ def test_fetch_by_several_processes_at_once_copies_once(tmp_path):
     )
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     started = [
-        subprocess.Popen([sys.executable, "-c", script, str(there)], stdout=-1, text=True, env=environment)
+        subprocess.Popen([sys.executable, "-c", script, str(stored)], stdout=-1, text=True, env=environment)
         for _ in range(3)
     ]
     outputs = [process.communicate()[0].splitlines() for process in started]
-    assert {lines[-1] for lines in outputs} == {str(fetch(there))}
+    assert {lines[-1] for lines in outputs} == {str(fetch(stored))}
     assert sorted(len(lines) - 1 for lines in outputs)[:2] == [0, 0]
 
 
@@ -99,46 +99,46 @@ def test_publish_of_another_corpus_leaves_the_first(storage, tmp_path):
 
 
 def test_fetch_repairs_a_copy_that_lost_or_changed_a_file(storage, tmp_path):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
-    expected = files(fetch(there))
-    (fetch(there) / "data/encoded/meta.json").unlink()  # as what cleans up /tmp does
-    assert files(fetch(there)) == expected
-    (fetch(there) / "data/tokenizer/spm.model").write_bytes(b"others")
-    assert files(fetch(there)) == expected
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    expected = files(fetch(stored))
+    (fetch(stored) / "data/encoded/meta.json").unlink()  # as a clean-up of /tmp does
+    assert files(fetch(stored)) == expected
+    (fetch(stored) / "data/tokenizer/spm.model").write_bytes(b"others")
+    assert files(fetch(stored)) == expected
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing sums"])
 def test_fetch_refuses_damage_and_leaves_nothing(storage, tmp_path, damage):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
-    victim = there / "data/encoded/train.src.ids.npy"
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    victim = stored / "data/encoded/train.src.ids.npy"
     content = victim.read_bytes()
     if damage == "changed":
         victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "cut":
         victim.write_bytes(content[:-5])
     else:
-        (there / "SHA256SUMS").unlink()
+        (stored / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"publish (the corpus|again)|pipeline\.publish again"):
-        fetch(there)
+        fetch(stored)
     assert not list((tmp_path / "tmp").glob("*/few-a1a1a1a1a1a1"))
     victim.write_bytes(content)
 
 
 def test_fetch_refuses_names_outside_of_its_folder(storage, tmp_path):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     for name in ("../../outside", "/outside"):
-        (there / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+        (stored / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
         with pytest.raises(ValueError, match="which is outside its folder"):
-            fetch(there)
+            fetch(stored)
 
 
 def test_ensure_local_data_links_what_is_missing_and_keeps_the_same(storage, tmp_path):
     root = make_root(tmp_path / "root")
-    there = publish(SETTINGS, root, storage)
-    assert ensure_local_data(SETTINGS, root, storage) == there
+    stored = publish(SETTINGS, root, storage)
+    assert ensure_local_data(SETTINGS, root, storage) == stored
     assert not (root / ENCODED).is_symlink()
-    for _ in range(2):  # a job's folder may be that of one before
-        assert ensure_local_data(SETTINGS, tmp_path / "job", storage) == there
+    for _ in range(2):  # a job may reuse the folder of an earlier one
+        assert ensure_local_data(SETTINGS, tmp_path / "job", storage) == stored
     assert CorpusInfo.open(tmp_path / "job" / ENCODED) == CorpusInfo.open(root / ENCODED)
     assert (tmp_path / "job" / CLEAN / "test.de").read_text() == "test de\n"
 
@@ -163,11 +163,11 @@ def test_open_workspace_without_run_storage_needs_nothing_published(tmp_path, mo
 
 
 def test_open_workspace_of_a_job_reads_the_published_corpus(storage, tmp_path, monkeypatch):
-    there = publish(SETTINGS, make_root(tmp_path / "root"), storage)
+    stored = publish(SETTINGS, make_root(tmp_path / "root"), storage)
     monkeypatch.setattr("pipeline.data.workspace.run_storage", lambda root: storage)
     workspace = open_workspace(SETTINGS, tmp_path / "job")
-    assert (workspace.storage, workspace.published) == (storage, there)
-    assert workspace.data_root() == fetch(there)
+    assert (workspace.storage, workspace.published) == (storage, stored)
+    assert workspace.data_root() == fetch(stored)
 
 
 @pytest.mark.parametrize("file", ["data/encoded/train.src.ids.npy", "data/tokenizer/spm.model"])

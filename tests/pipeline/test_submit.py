@@ -1,4 +1,4 @@
-"""What a job takes along, and what is refused before it is sent. A real cluster: tests/system/test_hosts.py."""
+"""The files that a job uploads, and the checks before. With a real cluster: tests/system/test_hosts.py."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ CODE_AND_SETTINGS = ("conf/", "model/", "pipeline/", "sweeps/")
 
 
 def test_upload_is_code_and_settings_and_nothing_else(tmp_path: Path) -> None:
-    """The package that Ray makes for `pipeline.submit` and `ray job submit` of this project with secrets in it."""
+    """Makes Ray's package for `pipeline.submit` and `ray job submit` of a project that has secrets in it."""
     folder = tmp_path / "project"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]

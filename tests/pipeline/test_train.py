@@ -1,4 +1,4 @@
-"""What the train stage prints at its end. The stage itself is run by tests/system."""
+"""The last line that the train stage prints. tests/system runs the stage itself."""
 
 from pipeline.train import end_line
 

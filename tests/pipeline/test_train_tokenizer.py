@@ -57,7 +57,7 @@ def test_train_tokenizer_lowercase_is_as_if_the_text_were_lower_case(tmp_path):
         "",
     ]
 
-    def lower(text):  # character by character: no other letter for a sigma at a word's end
+    def lower(text):  # by character, so that a sigma at a word's end is not special
         characters = unicodedata.normalize("NFKC", text)
         return unicodedata.normalize("NFKC", "".join(character.lower() for character in characters))
 
@@ -77,7 +77,7 @@ def test_train_tokenizer_lowercase_is_as_if_the_text_were_lower_case(tmp_path):
 
 
 def test_train_tokenizer_learns_from_long_lines_and_counts_those_that_are_too_long(tmp_path, capsys):
-    """A character that only a line of 9,000 bytes has becomes a piece; one of a line beyond the limit does not."""
+    """A character of a line of 9,000 bytes becomes a token; one of a line over the limit does not."""
     paths = write_corpus(tmp_path)
     for path, text in zip(paths, ("ждёт " * 1000, "ॐ " * 40_000), strict=True):
         with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The command that translates: every line of input has its line of output, or a reason."""
+"""The command that translates: every line of input gets a line of output or a reason."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(final: Path, tmp_path: Path, monkeypatch, capfdbinary, own_threads) -> Callable[..., tuple[int, str, str]]:
-    """The command in a folder without a project: its exit code, and what it writes to both streams."""
+    """Return a function that runs the command outside a project and returns exit code, stdout and stderr."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
@@ -92,7 +92,7 @@ def test_translate_keeps_the_order_of_lines_in_any_batches(run, monkeypatch, chu
 
 def test_translate_reads_several_files_in_turn(run, tmp_path: Path):
     for name, line in (("a", LINES[0]), ("b", LINES[2])):
-        (tmp_path / name).write_text(line)  # without an end of line
+        (tmp_path / name).write_text(line)  # the last line has no newline
     out = run(str(tmp_path / "b"), str(tmp_path / "a"))[1]
     assert out == run(text=encoded([LINES[2], LINES[0]]))[1]
 
@@ -202,7 +202,7 @@ def arguments_of(final: Path, *files: Path) -> argparse.Namespace:
 
 @pytest.fixture
 def standard_input() -> Iterator[BinaryIO]:
-    """What is written to it, the command reads."""
+    """A pipe to the command's standard input."""
     before, (reader, writer) = os.dup(0), os.pipe()
     os.dup2(reader, 0)
     with os.fdopen(writer, "wb", buffering=0) as file:
@@ -239,12 +239,12 @@ def test_ahead_holds_no_more_than_a_chunk_in_memory(monkeypatch):
     chunks = command._chunks(command._ahead(lines()))
     sizes = [len(next(chunks)) for _ in range(3)]
     time.sleep(0.2)
-    assert len(read) <= sum(sizes) + 5 + 1 + 5  # waiting, in the thread's hand, in the next chunk
+    assert len(read) <= sum(sizes) + 5 + 1 + 5  # queued, held by the thread, next chunk
     assert sum(sizes) + sum(map(len, chunks)) == 100
 
 
 def test_translate_takes_memory_for_a_chunk_whatever_the_input(final: Path, tmp_path: Path, monkeypatch, own_threads):
-    """The writer gets lists of at most CHUNK_LINES lines."""
+    """The writer gets at most CHUNK_LINES lines at once."""
     torch.set_num_threads(1)
     (tmp_path / "text").write_bytes(encoded(["das Kind malt"] * 25))
     monkeypatch.setattr(command, "CHUNK_LINES", 10)

@@ -69,7 +69,7 @@ FAULTY = [
     ("eleven " * 11, "elf " * 11, None),
     ("Dostojewski ( Достоевский ) wrote", "Dostojewski ( Достоевский ) schrieb", None),
     ("1 2 3 !", "1 2 3 !", None),  # no letters at all
-    (SOUND[2][0], "ein anderer Satz .", None),  # another translation is no duplicate
+    (SOUND[2][0], "ein anderer Satz .", None),  # a pair with another translation is no duplicate
     (SOUND[2][0].upper(), SOUND[2][1], None),
     ("nothing .", "\u200b \u2060", "empty"),
     ("\u00ad\u202e\ufe0f\U000e0020", "nichts .", "empty"),
@@ -127,7 +127,7 @@ def test_validate_counts_and_order_do_not_depend_on_chunks(monkeypatch, chunk_pa
 
 
 COPIES = [("Obama 1 2 3", "Obama 1 2 3"), ("A  name .", "A name . "), ("Obama", "obama")]
-"""Two of them: spaces do not count, letters do."""
+"""Two of the three count as copies: differences in spaces are ignored, those in case are not."""
 
 
 def test_validate_counts_pairs_whose_texts_are_equal_and_keeps_them():

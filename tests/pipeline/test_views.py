@@ -1,4 +1,4 @@
-"""The command that prints the addresses of MLflow's views."""
+"""The command that prints the addresses of the views in MLflow."""
 
 import sys
 from pathlib import Path

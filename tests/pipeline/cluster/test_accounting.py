@@ -1,4 +1,4 @@
-"""The cost of a run, by a clock that the tests set."""
+"""The cost of a run, measured with a fake clock."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from pipeline.common import periodic
 
 
 class Clock:
-    """Stands in for the module `time`; the wall clock, unlike the monotonic one, tells the date."""
+    """Replaces the module `time`. The wall clock includes the date, the monotonic clock does not."""
 
     def __init__(self) -> None:
         self.now = 5_000.0
@@ -63,7 +63,7 @@ def test_total_usage_is_wall_time_times_devices(tmp_path, clock):
     recorder.count_step()
     clock.now += 5
     recorder.count_step()
-    clock.now += 11  # after the last
+    clock.now += 11  # after the last step
     recorder.write()
     found = total_usage(tmp_path)
     assert (found.attempts, found.device_seconds, found.steps) == (1, 7 * 19.0, 2)
@@ -72,13 +72,13 @@ def test_total_usage_is_wall_time_times_devices(tmp_path, clock):
 
 def test_total_usage_adds_attempts_each_with_its_own_devices(tmp_path, clock):
     attempt(clock, tmp_path, devices=2, steps=5, seconds_a_step=3.0).write()
-    clock.now += 1_000  # nobody at work
+    clock.now += 1_000  # no attempt is running
     began = clock.time()
     attempt(clock, tmp_path, devices=3, steps=7, seconds_a_step=11.0).write()
     found = total_usage(tmp_path)
     assert (found.attempts, found.device_seconds, found.steps) == (2, 2 * 5 * 3.0 + 3 * 7 * 11.0, 12)
     assert (found.first_step_at, found.last_sign_at) == (began + 11, pytest.approx(began + 77))
-    assert found.on_gpus  # as the last
+    assert found.on_gpus  # as in the last attempt
 
 
 def test_total_usage_of_a_killed_attempt_lacks_its_last_moments(tmp_path, clock):
@@ -152,7 +152,7 @@ def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypat
         recorder = attempt(clock, tmp_path, devices=1, steps=5, seconds_a_step=3.0)
         recorder.write()
     assert total_usage(tmp_path) == Usage()
-    recorder.write()  # there is space again
+    recorder.write()  # the disk has space again
     assert total_usage(tmp_path).steps == 5
 
 
@@ -163,12 +163,12 @@ def test_carry_usage_counts_a_share_of_the_other_run_once(tmp_path, clock):
         carry_usage(one, other, 0.75)
     assert total_usage(other) == Usage(attempts=1, device_seconds=36.0, steps=6)
     assert not has_begun_since(other, 0.0)
-    attempt(clock, one, devices=2, steps=5, seconds_a_step=3.0).write()  # which does not serve the other
+    attempt(clock, one, devices=2, steps=5, seconds_a_step=3.0).write()  # later steps, which `other` does not use
     carry_usage(one, other, 0.75)
     attempt(clock, other, devices=1, steps=5, seconds_a_step=2.0).write()
     found = total_usage(other)
     assert (found.attempts, found.device_seconds, found.steps) == (1, 46.0, 11)
-    attempt(clock, other, devices=1, steps=0, seconds_a_step=2.0).write()  # the one before was killed
+    attempt(clock, other, devices=1, steps=0, seconds_a_step=2.0).write()  # the attempt before it was killed
     assert total_usage(other).attempts == 2
     carry_usage(other, third, 1.0)
     assert total_usage(third).attempts == 2

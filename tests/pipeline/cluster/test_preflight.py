@@ -1,4 +1,4 @@
-"""What is refused before anything starts on a cluster. Real nodes: tests/system/test_hosts.py."""
+"""Checks before anything starts on a cluster. With real nodes: tests/system/test_hosts.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ HARDWARE = load_settings(Path(__file__).parents[3]).hardware
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch):
-    """A cluster of so many nodes, joined by address or by a job; checks stop where they would ask the nodes."""
+    """Pretend that a cluster of `count` nodes was joined by address or by a job. The nodes are not queried."""
 
     def set_nodes(count: int, joined_by: str) -> None:
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * count)

@@ -107,7 +107,7 @@ def test_progress_reporter_goes_on_when_the_disk_is_full(tmp_path, monkeypatch):
         reporter = ProgressReporter(tmp_path / "p.json")
         reporter.log("still here")
         reporter.progress(3, "")
-    reporter.flush()  # there is space again
+    reporter.flush()  # the disk has space again
     assert json.loads((tmp_path / "p.json").read_text()) == {"step": 3, "text": "", "messages": ["still here"]}
 
 
@@ -134,7 +134,7 @@ def test_show_bar_passes_over_a_store_that_is_away(capfd):
 
 def test_steps_done_is_read_by_another_process(tmp_path):
     path = tmp_path / "run" / "progress.json"
-    assert steps_done(path) == 0  # not begun
+    assert steps_done(path) == 0  # not started
     reporter = ProgressReporter(path)
     for number in (3, 17):
         reporter.progress(number, "loss 1.234")

@@ -1,4 +1,4 @@
-"""A cluster that cannot be joined, and the environment after one. Ray itself does not start here."""
+"""Clusters that cannot be joined, and the environment afterwards. Only a slow test starts Ray itself."""
 
 import os
 import socket
@@ -41,10 +41,10 @@ def test_ray_cluster_refused_by_ray_says_why_in_one_line(message, expected, monk
 
 @pytest.mark.parametrize("address", ["nosuchhost.invalid:6379", "127.0.0.1:9", "10.0.0.1:port", "auto"])
 def test_ray_cluster_where_nobody_listens_says_so_in_one_line(address, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("it would wait for minutes"))
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("ray.init would wait for minutes"))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9\n")  # of a cluster that was killed
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:9\n")  # left by a killed cluster
     monkeypatch.setenv("RAY_ADDRESS", address)
     shown = "127.0.0.1:9" if address == "auto" else address
     expected = rf"^no Ray cluster answers at {shown} \(.*\); unset it to use this machine alone$"
@@ -148,7 +148,7 @@ with ray_cluster(load_settings(Path(sys.argv[1])).hardware, Path()):
 
 @pytest.mark.slow
 def test_ray_cluster_started_here_is_reached_by_nobody_else_and_leaves_nothing(tmp_path):
-    """Nor does it need a home or a short TMPDIR."""
+    """It needs neither a home folder nor a short TMPDIR."""
     tmpdir = tmp_path / ("x" * 120)
     tmpdir.mkdir()
     left_out = ("RAY_", "HOME", "TMPDIR")
@@ -158,6 +158,6 @@ def test_ray_cluster_started_here_is_reached_by_nobody_else_and_leaves_nothing(t
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *ports, token = done.stdout.split()
-    assert len(ports) >= 5  # of the raylet, the GCS and others
+    assert len(ports) >= 5  # raylet, GCS and others
     assert set(ports) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert not Path(token).parent.exists()

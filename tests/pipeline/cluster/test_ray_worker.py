@@ -13,7 +13,7 @@ from pipeline.data.workspace import Workspace
 
 @pytest.fixture
 def out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A worker (not rank 0) whose device has too little memory, of as many workers as it is called with."""
+    """Run rank 1 of `num_workers` workers on a device with too little memory."""
 
     def refuse(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

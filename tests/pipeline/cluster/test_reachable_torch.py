@@ -1,4 +1,4 @@
-"""Which interface workers use. Real groups of workers: tests/system."""
+"""The network interface that workers use. Real process groups: tests/system."""
 
 import os
 
@@ -10,13 +10,13 @@ from pipeline.cluster.reachable_torch import ReachableTorch
 
 
 class Workers(list):
-    """Runs what a backend asks of all workers in this process."""
+    """Runs in this process what a backend executes on all workers."""
 
     def execute(self, function, *arguments, **named):
         return [function(*arguments, **named) for _ in self]
 
     def execute_single(self, rank, function, *arguments, **named):
-        raise InterruptedError(function.__name__)  # Ray's own backend has begun to make the process group
+        raise InterruptedError(function.__name__)  # Ray's backend starts to make the process group
 
     def get_resources_per_worker(self):
         return {"CPU": 1}
@@ -24,7 +24,7 @@ class Workers(list):
 
 @pytest.fixture
 def interfaces(monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The variables of Gloo and NCCL, unset, on a node that Ray reaches by the loopback interface."""
+    """Unset the variables of Gloo and NCCL, on a node that Ray reaches through the loopback interface."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     for name in names:
         monkeypatch.setenv(name, "")  # restored afterwards

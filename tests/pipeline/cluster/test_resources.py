@@ -1,4 +1,4 @@
-"""Shares of nodes that a test makes up, and of this machine."""
+"""Resources per worker on made-up nodes and on this machine."""
 
 import os
 from dataclasses import replace
@@ -16,7 +16,7 @@ HARDWARE = load_settings(Path(__file__).parents[3]).hardware
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch):
-    """Call it with the nodes' CPUs and GPUs."""
+    """Return a function that sets the CPUs and GPUs of the cluster's nodes."""
 
     def set_nodes(*found: dict[str, float]) -> None:
         alive = [{"Alive": True, "Resources": resources} for resources in found]
@@ -38,7 +38,7 @@ def test_share_of_each_worker_gives_cpus_as_far_as_each_fits_on_one_node(nodes):
     assert share(3) == (False, 2)
     nodes({"CPU": 5}, {"CPU": 3})
     assert share(2) == (False, 3)
-    assert share(3) == (False, 2)  # two on the first
+    assert share(3) == (False, 2)  # two workers on the first node
     assert share(8) == (False, 1)
 
 
@@ -46,7 +46,7 @@ def test_share_of_each_worker_takes_gpus_if_there_are_enough(nodes):
     nodes({"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1})
     assert share(3) == (True, 4)
     assert share(4) == (False, 4)
-    assert share([2, 5]) == (True, 8)  # 3 can have a GPU
+    assert share([2, 5]) == (True, 8)  # GPUs for 3 workers only
 
 
 def test_share_of_each_worker_refuses_too_many_workers_with_the_setting(nodes):

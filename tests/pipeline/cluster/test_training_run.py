@@ -1,4 +1,4 @@
-"""Training in the process that asks for it. Workers of Ray: tests/system."""
+"""Training in the calling process. With Ray's workers: tests/system."""
 
 import os
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ from pipeline.data.workspace import Workspace
 from pipeline.training.run import TrainResult
 from tests.factories import settings, write_corpus
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray, about settings of its own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray warns about its own settings
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
@@ -80,5 +80,5 @@ def test_training_run_in_process_interrupted_is_killed_in_mlflow_and_resumes(wor
     taken = []
     with train(workspace, on_validation=lambda metrics: taken.append(metrics["step"])) as run:
         assert run.state.step == 9
-    assert taken == [4, 8, 9]  # 4 is told again, of the checkpoint
+    assert taken == [4, 8, 9]  # 4 is reported again, from the checkpoint
     assert only_run(workspace).info.status == "FINISHED"

@@ -14,7 +14,7 @@ ROWS = [{"step": 10, "loss": 3.5}, {"step": 20, "loss": 2.5, "bleu": 7.0}, {"ste
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], list[Any]]]:
-    """The x and y of each line that is drawn."""
+    """Collect the x and y of each line that is drawn."""
     lines: list[tuple[list[Any], list[Any]]] = []
     plot = Axes.plot
 

@@ -39,13 +39,13 @@ def test_help_has_purpose_example_and_files_in_the_users_words(name, monkeypatch
     shown = capsys.readouterr().out
     usage, purpose, rest = shown.split("\n\n", maxsplit=2)
     assert usage.startswith(f"usage: python -m {name} ")
-    assert re.fullmatch(r"[A-Z].{,78}\.", purpose), "one line of a terminal, a sentence"
-    assert f"python -m {name}" in rest.split("\n\n")[0], "an example"
-    assert re.search(r"\b(reads|writes|gets)\b", rest, re.IGNORECASE), "the files"
+    assert re.fullmatch(r"[A-Z].{,78}\.", purpose), "the purpose must be a sentence that fits one line"
+    assert f"python -m {name}" in rest.split("\n\n")[0], "--help must have an example"
+    assert re.search(r"\b(reads|writes|gets)\b", rest, re.IGNORECASE), "--help must name the files"
     assert "Exit code: 0 if done, 1 after an error" in rest
     names = {name for name in vars(module) if re.search("_|[a-z][A-Z]|^[A-Z]+$", name.strip("_"))}
     words = re.findall(r"\w+", shown.replace(name, ""))
-    assert not names & set(words), "the code's own names teach a user nothing"
+    assert not names & set(words), "names of the code do not help a user"
 
 
 class OurError(RuntimeError):
@@ -93,8 +93,10 @@ STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 @contextmanager
 def slow_command(folder, module, code, **environment):
-    """`python -m` of a real command, of which the first import of `module` is `code` instead, which ends by itself
-    after a minute. Yields the process once it is there."""
+    """Start a real command whose import of `module` runs `code` instead. Yields the process once `code` runs.
+
+    `code` ends by itself after a minute.
+    """
     (folder / f"{module}.py").write_text(f"open('begun', 'w').close()\n{code}")
     variables = os.environ | {"PYTHONPATH": f"{folder}:{REPOSITORY}"} | environment
     command = [sys.executable, "-m", "pipeline.evaluate"]
@@ -123,7 +125,7 @@ with exit_on_error("evaluate"):
     try:
         time.sleep(60)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt from None  # as Ray does, interrupted in C++
+        raise KeyboardInterrupt from None  # as Ray does when interrupted in C++
 """
 
 
@@ -150,7 +152,7 @@ def test_command_that_ignores_a_signal_is_killed_after_a_grace_period(again, tmp
     with slow_command(tmp_path, "torch", SWALLOWED) as process:
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        if again:  # the user is impatient
+        if again:  # an impatient user
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=10)[1] == "evaluate: interrupted\n"
@@ -195,7 +197,7 @@ def test_command_started_by_nohup_outlives_its_terminal(tmp_path):
 def test_stage_ends_when_dvc_was_killed_at_any_moment(shell, code, tmp_path):
     (tmp_path / "torch.py").write_text(f"import os; open(f'begun-{{os.getpid()}}', 'w').close()\n{code}")
     command = [sys.executable, "-m", "pipeline.evaluate"]
-    if shell:  # as DVC calls it; dash waits for its only command, bash becomes it
+    if shell:  # as DVC runs it; dash waits for its only command, bash replaces itself by it
         command = [shell, "-c", " ".join(command)]
     parent = f"import subprocess; subprocess.run({command})"
     variables = os.environ | {"DVC_STAGE": "evaluate", "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}

@@ -1,4 +1,4 @@
-"""Variables are named in one file, set for a while, and restored."""
+"""Environment variables are named in one file, set for a block, and restored."""
 
 import ast
 import importlib
@@ -77,7 +77,7 @@ def test_forwarded_variables_have_no_password(monkeypatch: pytest.MonkeyPatch) -
 def test_telemetry_is_off_when_the_package_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TELEMETRY:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DO_NOT_TRACK", "0")  # whoever sets it has a reason
+    monkeypatch.setenv("DO_NOT_TRACK", "0")  # a user's own value is kept
     importlib.reload(pipeline)
     assert {name: os.environ[name] for name in TELEMETRY} == TELEMETRY | {"DO_NOT_TRACK": "0"}
 
@@ -102,4 +102,4 @@ def test_environment_variables_are_named_in_one_file(folder: str) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and OF_TOOLS.fullmatch(node.value)
     ]
-    assert not found, "name them in pipeline/common/environment.py, with what they are for"
+    assert not found, "name them in pipeline/common/environment.py, with their purpose"

@@ -1,4 +1,4 @@
-"""What this machine is, in words."""
+"""The description of this machine."""
 
 import os
 from pathlib import Path

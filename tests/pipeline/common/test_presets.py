@@ -1,4 +1,4 @@
-"""Presets: what there is, and which one a run is named after."""
+"""The presets, and the choice of the preset after which a run is named."""
 
 import pytest
 import yaml

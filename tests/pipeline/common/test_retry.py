@@ -7,7 +7,7 @@ from pipeline.common.retry import every, retry
 
 
 def failing(*errors: Exception):
-    """An action that raises these, one a call, and returns "done" after them."""
+    """Return an action that raises these errors, one per call, and then returns "done"."""
     left = list(errors)
 
     def action() -> str:
@@ -32,7 +32,7 @@ def slept(monkeypatch) -> list[float]:
 def test_retry_returns_the_first_result_and_logs_each_error_with_its_pause(slept):
     first, second = OSError("first"), OSError("second")
     logged = []
-    result = retry(failing(first, second), (1, 2, 4), is_os_error, lambda *told: logged.append(told))
+    result = retry(failing(first, second), (1, 2, 4), is_os_error, lambda *arguments: logged.append(arguments))
     assert result == "done"
     assert logged == [(first, 1), (second, 2)]
     assert slept == [1, 2]

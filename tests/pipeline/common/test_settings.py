@@ -1,4 +1,4 @@
-"""Every way in which a settings file can be wrong, and that no setting is idle."""
+"""All ways in which a settings file can be wrong, and that the code reads each setting."""
 
 import ast
 import re
@@ -21,13 +21,13 @@ POSITIONS = ", ".join(get_args(Positions))
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project's settings, to be changed."""
+    """A copy of the project's settings, which a test may change."""
     copy_settings(tmp_path)
     return tmp_path
 
 
 def set_value(root: Path, section: str, key: str, value: Any = MISSING) -> None:
-    """Set a value, or take it away."""
+    """Set a value, or remove the key."""
     path = root / "params.yaml"
     content = yaml.safe_load(path.read_text())
     values = content[section] if section else content
@@ -45,7 +45,7 @@ def refused(root: Path, message: str) -> None:
 FIELDS = [(section, field.name, field.type) for section, cls in SECTIONS.items() for field in fields(cls)]
 KEYS = [f"{section}.{key}" for section, key, _ in FIELDS]
 GRAMMAR_KEYS = ("seed", "train_pairs", "valid_pairs", "test_pairs")
-"""Of the section data; a corpus that is not generated has none of them."""
+"""Keys of the section data that only the generated corpus has."""
 
 
 @pytest.mark.parametrize(("section", "key", "of_type"), FIELDS, ids=KEYS)
@@ -77,7 +77,7 @@ WORDS = {
     "sweep.grid": "`name: value` lines",
     "tracking.experiment": "text (in quotes)",
 }
-"""One of each kind."""
+"""One value of each type."""
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -193,7 +193,7 @@ def test_load_settings_names_the_file_relative_to_the_current_folder(root, monke
 
 
 def test_load_settings_cuts_a_value_that_would_fill_the_terminal(root):
-    """A long text, and the list of 9^40 elements that YAML's aliases make of 41 short ones."""
+    """A long text, and 41 short lists whose YAML aliases make a list of 9^40 elements."""
     set_value(root, "", "model", "x" * 9999)
     with pytest.raises(ValueError, match=r"got 'xxx.*\.\.\..*xxx'") as caught:
         load_settings(root)
@@ -214,7 +214,7 @@ def test_load_settings_names_the_command_where_a_section_is_a_presets_name(root)
         "python -m pipeline.preset model=tiny",
     )
     set_value(root, "", "sweep", "tiny")
-    with pytest.raises(ValueError, match=r"got 'tiny'; for a preset's values, run .* model=tiny"):  # the first fault
+    with pytest.raises(ValueError, match=r"got 'tiny'; for a preset's values, run .* model=tiny"):  # the first error
         load_settings(root)
 
 
@@ -421,7 +421,7 @@ def test_settings_are_checked_in_a_changed_copy_too():
 
 
 def attributes_read(folders: tuple[str, ...]) -> set[str]:
-    """Names read as `something.name` in these folders, outside the checks (`__post_init__`)."""
+    """Return the names read as `something.name` in these folders, outside the checks (`__post_init__`)."""
     names: set[str] = set()
     for path in (path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")):
         nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]

@@ -229,7 +229,7 @@ def test_one_at_a_time_takes_the_lock_of_a_killed_process_after_a_while(tmp_path
     monkeypatch.setattr(storage, "every", lambda pause_s, for_s: [0.1])
     (folder / "lock").write_text(f"{time.time()}")
     with pytest.raises(FileExistsError, match="lock is held by another process: wait for it"), one_at_a_time(folder):
-        pytest.fail("two are inside")
+        pytest.fail("two processes are in the block")
 
 
 def test_home_of_an_experiment_copy_is_the_project_that_started_it(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def test_is_blank_agrees_with_the_pattern_visible_in_polars():
     frame = pl.DataFrame({"text": characters})
     polars = frame.filter(~pl.col("text").str.contains(VISIBLE))["text"].to_list()
     python = [character for character in characters if is_blank(character)]
-    assert set(python) ^ set(polars) <= set("\x1c\x1d\x1e\x1f")  # white space to Python alone
+    assert set(python) ^ set(polars) <= set("\x1c\x1d\x1e\x1f")  # only Python counts these as white space
     ignorable = frame.filter(pl.col("text").str.contains(r"\p{Default_Ignorable_Code_Point}"))["text"].to_list()
     assert set(ignorable) <= set(python)
     seen = [c for c in set(python) - set(ignorable) if not c.isspace()]

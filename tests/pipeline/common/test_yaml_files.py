@@ -12,7 +12,7 @@ READ_OTHERWISE_BY_YAML_1_1 = {
 
 @pytest.mark.parametrize("text", READ_OTHERWISE_BY_YAML_1_1)
 def test_parse_yaml_gives_the_values_that_dvc_reads(tmp_path, text):
-    """A language `no` is Norwegian to both, and 0400 is four hundred."""
+    """Both read `no` as a text (Norwegian), not as false, and 0400 as four hundred, not as octal."""
     value = READ_OTHERWISE_BY_YAML_1_1[text]
     content = f"a: {text}\n{text}: a\n"
     assert parse_yaml(content) == parse_by_dvc(content, "params.yaml") == {"a": value, value: "a"}

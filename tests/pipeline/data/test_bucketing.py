@@ -27,7 +27,7 @@ def test_cut_of_hand_made_lengths():
     rising, falling = np.array([2, 2, 3, 5, 5, 9]), np.array([9, 5, 5, 3, 2, 2])
     assert cut(rising, 10) == [0, 3, 5]  # 3 * 3, 2 * 5, 1 * 9
     assert cut(falling, 10) == [0, 1, 3]  # 1 * 9, 2 * 5, 3 * 3
-    assert cut(rising, 4) == [0, 2, 3, 4, 5]  # all but the first are longer than 4 together
+    assert cut(rising, 4) == [0, 2, 3, 4, 5]  # only the first two fit together into 4 tokens
 
 
 @settings(deadline=None)
@@ -67,7 +67,7 @@ def test_search_batches_give_workers_equal_shares(num_workers: int):
         rounds = -(-len(batches) // num_workers)
         assert sum(padded) > 0.95 * max(padded) * num_workers * rounds
         fewest = len(search_batches(lengths, 1001, 0))
-        assert (rounds - 1) * num_workers < fewest  # no round more than needed
+        assert (rounds - 1) * num_workers < fewest  # no more rounds than needed
 
 
 @pytest.mark.parametrize("max_extra", [3, 7, 50])
@@ -79,7 +79,7 @@ def test_search_batches_leave_short_sentences_room_for_longer_outputs(max_extra:
         assert max(len(indices) * (lengths[indices].max() + 1) for indices in batches) <= 1000
         positions = [int((lengths[indices] + max_extra + 1).sum()) for indices in batches]
         assert max(positions) <= 5 * 1000
-        assert longest > 1 or max(positions) > 2 * 1000  # no smaller than they have to be
+        assert longest > 1 or max(positions) > 2 * 1000  # not smaller than necessary
 
 
 def test_search_batches_share_out_sentences_that_would_fit_one_batch():
@@ -92,7 +92,7 @@ def test_search_batches_do_not_share_out_less_than_least_tokens():
     lengths = np.array([7, 7, 7, 7])
     for least_tokens, expected in ((16, [[0, 1], [2, 3]]), (17, [[0, 1, 2, 3]])):
         assert [batch.tolist() for batch in search_batches(lengths, 100, 0, 2, least_tokens)] == expected
-    # but no batch is larger than it may be
+    # but no batch exceeds the budget
     assert [batch.tolist() for batch in search_batches(lengths, 16, 0, 2, 100)] == [[0, 1], [2, 3]]
 
 

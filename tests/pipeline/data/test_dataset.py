@@ -134,7 +134,7 @@ def test_encoded_split_detects_damage_of_any_file(corpus, tmp_path, damage):
         for split in SPLITS:
             EncodedSplit.open(folder, split)
 
-    open_all(corpus)  # a sum that is known already does not hide what happens afterwards
+    open_all(corpus)  # checksums that are verified already must not hide later damage
     for path in sorted(corpus.iterdir()):
         copy = shutil.copytree(corpus, tmp_path / "copy")
         open_all(copy)

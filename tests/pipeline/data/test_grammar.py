@@ -1,4 +1,4 @@
-"""The generated corpus, judged by tables and parsers of this file's own; only word lists come from the grammar."""
+"""The generated corpus, checked by tables and parsers of this file. Only the word lists come from the grammar."""
 
 import hashlib
 import re
@@ -28,7 +28,7 @@ from pipeline.data.grammar import (
 
 SETTINGS = yaml.safe_load((Path(__file__).parents[3] / "conf/data/grammar.yaml").read_text())["data"]
 SIZES = {key: SETTINGS[key] for key in ("seed", "train_pairs", "valid_pairs", "test_pairs")}
-# To renew after a change that is meant: the figure that the failing test prints.
+# After an intended change, set it to the value that the failing test prints.
 CHECKSUM = "89c39d1030af09dc807e3a0e703118103ac2d7f40f8d0cdf8b73e494ecc54ac8"
 
 NOUN_LIST = [noun for nouns in NOUNS.values() for noun in nouns]
@@ -40,7 +40,7 @@ ADJECTIVE = {adjective.en: adjective for adjectives in ADJECTIVES.values() for a
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """{split: [(English, German, tree)]} of the settings in conf/data/grammar.yaml, and the files' checksum."""
+    """{split: [(English, German, tree)]} for the settings of conf/data/grammar.yaml, and the files' checksum."""
     folder = tmp_path_factory.mktemp("grammar")
     generate(folder, **SIZES, progress=False)
     checksum = hashlib.sha256()
@@ -238,7 +238,7 @@ def test_corpus_sentences_have_the_lengths_of_real_ones(corpus):
 
 
 def parse(tree):
-    """Nested lists [label, child, ...] of a bracketed tree."""
+    """Parse a bracketed tree into nested lists [label, child, ...]."""
     stack = [[]]
     for token in re.findall(r"\(|\)|[^\s()]+", tree):
         if token == "(":
@@ -248,13 +248,13 @@ def parse(tree):
             stack[-1].append(node)
         else:
             stack[-1].append(token)
-    (roots,) = stack  # brackets balance
+    (roots,) = stack  # the brackets are balanced
     (root,) = roots
     return root
 
 
 def leaves(node):
-    """(tag, word) from left to right."""
+    """Return (tag, word) of each leaf, from left to right."""
     if isinstance(node[1], str):
         assert len(node) == 2
         return [(node[0], node[1])]
@@ -273,7 +273,7 @@ def test_english_phrase_articles_fit_the_next_sound(pairs):
             assert (article.lower() == "an") == (letter in "aeiou"), english
 
 
-# Case and gender (p: plural) that an article allows.
+# Cases and genders (p: plural) that an article allows.
 DER_WORDS = {
     "der": "nom-m dat-f gen-f", "die": "nom-f acc-f nom-p acc-p", "das": "nom-n acc-n", "den": "acc-m dat-p",
     "dem": "dat-m dat-n", "des": "gen-m gen-n", "im": "dat-m dat-n",
@@ -287,9 +287,9 @@ EIN_WORDS = {
     "meinem": "dat-m dat-n", "meiner": "dat-f gen-f", "meines": "gen-m gen-n",
 }  # fmt: skip
 ARTICLES = {word: set(readings.split()) for word, readings in (DER_WORDS | EIN_WORDS).items()}
-RELATIVE_PRONOUNS = {"der": "m", "die": "fp", "das": "n", "den": "m", "dem": "mn", "denen": "p"}  # dative f: der
-RELATIVE_PRONOUNS["der"] += "f"
-# What an adjective ends in, by what stands before it.
+# "der" is masculine nominative or feminine dative.
+RELATIVE_PRONOUNS = {"der": "mf", "die": "fp", "das": "n", "den": "m", "dem": "mn", "denen": "p"}
+# Endings of an adjective, by the word before it.
 AFTER_DER = {"e": "nom-m nom-f nom-n acc-f acc-n"}
 AFTER_DER["en"] = "acc-m dat-m dat-f dat-n gen-m gen-f gen-n nom-p acc-p dat-p gen-p"
 AFTER_EIN = {
@@ -329,7 +329,7 @@ NOUN_PHRASE = re.compile(
 
 
 def phrase_readings(match):
-    """The cases and genders that article, adjective and noun allow together."""
+    """Return the cases and genders that article, adjective and noun allow together."""
     before, adjective = match["before"], match["adjective"]
     readings = set(NOUN_READINGS[match["noun"]])
     if before in ARTICLES:
@@ -344,7 +344,7 @@ def phrase_readings(match):
 
 
 def lower_first(german):
-    """With a small first letter, unless a name stands first."""
+    """Make the first letter lower case, unless the sentence starts with a name."""
     first = german.split()[0].lower()
     small = first in ARTICLES or first in PREPOSITIONS or first in SUBORDINATORS or first in STARTS
     return german[0].lower() + german[1:] if small else german
@@ -367,8 +367,8 @@ def test_german_place_is_accusative_for_into_and_otherwise_dative(pairs):
             if match["preposition"] and match["before"] in ARTICLES
         ]
         assert all(len(case) == 1 for case in cases), german
-        assert not re.search(r"\bin dem ", lower_first(german)), german  # but im
-        directions = len(re.findall(r"\binto (?![A-Z])", english))  # in Mila's house: no article to judge by
+        assert not re.search(r"\bin dem ", lower_first(german)), german  # contracted to im
+        directions = len(re.findall(r"\binto (?![A-Z])", english))  # not "into Mila's house", which has no article
         assert cases.count({"acc"}) == directions, german
 
 
@@ -383,12 +383,12 @@ for entry in VERB_LIST:
 
 
 def segments(german):
-    """What stands between the commas, as lists of words."""
+    """Return the parts between commas as lists of words."""
     return [part.split() for part in lower_first(german).removesuffix(".").split(", ")]
 
 
 def relative_segment(parts):
-    """The index of the relative clause: the first part that begins like one."""
+    """Return the index of the relative clause: the first part that begins with a relative pronoun."""
     return next(i for i, part in enumerate(parts) if i and part[0] in RELATIVE_PRONOUNS)
 
 
@@ -403,7 +403,7 @@ def test_german_relative_clauses_are_verb_final_and_agree(pairs):
         index = relative_segment(parts)
         assert parts[index][-1] in VERB_LAST, german
         last = parts[index - 1][-1]
-        if last in NOUN_READINGS:  # else the verb stands between them
+        if last in NOUN_READINGS:  # otherwise the verb is between noun and pronoun
             genders = {reading[-1] for reading in NOUN_READINGS[last]}
             assert genders & set(RELATIVE_PRONOUNS[parts[index][0]]), german
             adjacent += 1
@@ -427,7 +427,7 @@ def test_german_clause_verb_is_second_in_main_and_last_in_subordinate(pairs):
     kinds = Counter()
     for _, german, tree in pairs:
         if "(WHNP" in tree or "(CC and) (S" in tree:
-            continue  # their commas, or the lack of one, do not show where a clause begins
+            continue  # in these, commas do not mark where a clause begins
         parts = segments(german)
         for index, words in enumerate(parts):
             if words[0] in SUBORDINATORS:
@@ -483,7 +483,7 @@ def children(node, *labels):
 
 
 def heads(phrase):
-    """The nouns that a noun phrase is about: none for a name, two for a coordination."""
+    """Return the head nouns of a noun phrase: none for a name, two for a coordination."""
     inner = children(phrase, "NP")
     if children(phrase, "SBAR") or children(phrase, "CC"):
         return [head for child in inner for head in heads(child)]
@@ -491,7 +491,7 @@ def heads(phrase):
 
 
 def combinations(node, antecedent=()):
-    """(adjective, noun), (subject, verb) and (verb, object) pairs, read off a tree."""
+    """Return the (adjective, noun), (subject, verb) and (verb, object) pairs of a tree."""
     found = set()
     if node[0] == "NP":
         found |= {("adjective", adj[1], head) for adj in children(node, "JJ") for head in heads(node)}
@@ -521,7 +521,7 @@ def test_held_out_pairs_are_in_every_test_sentence_and_never_in_training(roots):
     seen = {split: [combinations(root) for root in trees] for split, trees in roots.items()}
     trained = set().union(*seen["train"])
     assert all(combination - trained for combination in seen["test"])
-    # Not for want of training sentences: nearly all that validation joins, training joins too.
+    # The training corpus is not just too small: it has nearly all pairs of the validation split.
     validated = [pair for sentence in seen["valid"] for pair in sentence]
     assert sum(pair in trained for pair in validated) > 0.99 * len(validated)
 

@@ -1,4 +1,4 @@
-"""CTranslate2's search against ours, and against a plain one that follows the rules of either."""
+"""CTranslate2's search compared with ours, and both with a plain search that follows the rules of either."""
 
 import math
 import random
@@ -31,11 +31,11 @@ def random_sources(count: int, seed: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Rules:
-    """In which a search by CTranslate2 is another than ours."""
+    """The rules by which CTranslate2's search differs from ours."""
 
-    ends_among: float  # times beam: an output ends only there, among the continuations of a step
-    enough: float  # times beam: finished outputs, after which the search ends
-    share_of_pad_and_bos: bool  # in the softmax
+    ends_among: float  # an output may end only among the best `ends_among * beam` continuations of a step
+    enough: float  # the search ends after `enough * beam` finished outputs
+    share_of_pad_and_bos: bool  # whether PAD and BOS are in the softmax
 
 
 OURS, THEIRS = Rules(2, math.inf, True), Rules(1, SEARCH_PATIENCE, False)
@@ -73,7 +73,7 @@ def plain_search(
         live = [hypothesis for hypothesis, _ in continued[:beam]]
         last = torch.tensor([hypothesis.tokens[-1] for hypothesis in live])
         decoder.reorder(torch.tensor([parent for _, parent in continued[:beam]]))
-    if enough < math.inf:  # the first so many by their measure, where an ending counts as a piece
+    if enough < math.inf:  # the best `enough` by CTranslate2's score, where EOS counts as a token
         ended.sort(key=lambda h: -h.log_prob / (len(h.tokens) + h.finished) ** alpha)
         ended = ended[: int(enough)]
     finished_ones = [hypothesis for hypothesis in ended if hypothesis.finished]
@@ -85,7 +85,7 @@ def spelled(hypothesis: Hypothesis) -> tuple[str, bool]:
 
 
 def test_ctranslate2_searches_as_torch_does_but_for_three_rules():
-    """Random models are unsure of everything: 99 of 126 translations are the same, the rest differ by these rules."""
+    """Random models are rarely certain: 99 of 126 translations are equal, the others differ by these rules."""
     same = total = 0
     for seed, positions in enumerate(get_args(Positions) * 3):
         draw = random.Random(seed)
@@ -103,7 +103,7 @@ def test_ctranslate2_searches_as_torch_does_but_for_three_rules():
             same += (our.text, our.finished) == (their.text, their.finished)
             total += 1
     assert total == 126
-    assert same >= 99 - 3  # counted on an Intel Xeon; another processor may round a tie the other way
+    assert same >= 99 - 3  # measured on an Intel Xeon; another processor may round a tie differently
 
 
 def test_ctranslate2_translations_do_not_depend_on_batches_or_threads(own_threads):
@@ -122,7 +122,7 @@ def test_ctranslate2_translates_empty_and_cut_sources_as_torch_does():
     model = random_model(1, "learned")
     long = np.arange(4, 4 + LONGEST + 5)
     sources = [[], long, long[:LONGEST], []]
-    one_by_one = replace(SETTINGS, batch_tokens=1)  # on some processors, rows of one batch are rounded otherwise
+    one_by_one = replace(SETTINGS, batch_tokens=1)  # on some processors, rounding depends on the batch
     found = translate(model, TOKENIZER, sources, one_by_one, progress=False)
     ours = translate(model, TOKENIZER, sources, replace(SETTINGS, engine="torch"), progress=False)
     assert [(best.text, best.finished) for best in found] == [(best.text, best.finished) for best in ours]

@@ -1,4 +1,4 @@
-"""Lines of text and their translations: what is empty, too long, or has several."""
+"""Translation of lines of text: empty lines, long lines, several translations of a line."""
 
 from dataclasses import replace
 
@@ -42,27 +42,27 @@ def test_line_translator_gives_an_empty_line_no_translation(line: str):
 
 
 def test_line_translator_splits_a_long_line_at_ends_of_sentences():
-    said: list[tuple[int, str]] = []
+    messages: list[tuple[int, str]] = []
     line = "das Kind malt. Ein Mann singt im Haus! „Eine Frau liest das Buch.“  Das Kind?"
     parts = ["das Kind malt.", "Ein Mann singt im Haus!", "„Eine Frau liest das Buch.“", "Das Kind?"]
     number = len(TOKENIZER.encode(line))
     assert max(len(tokens) for tokens in TOKENIZER.encode(parts)) <= LONGEST < number
-    found = LineTranslator(MODEL, TOKENIZER, SETTINGS)(["das Kind malt", line], lambda *what: said.append(what))
+    found = LineTranslator(MODEL, TOKENIZER, SETTINGS)(["das Kind malt", line], lambda *what: messages.append(what))
     expected = plain(parts)
     assert found[1][0].text == " ".join(best.text for best in expected if best.text)
     assert found[1][0].score == pytest.approx(sum(best.score for best in expected), abs=1e-4)
-    assert said == [(1, f"has {number} tokens, more than the model's {LONGEST}: translated in 4 parts")]
+    assert messages == [(1, f"has {number} tokens, more than the model's {LONGEST}: translated in 4 parts")]
 
 
 def test_line_translator_cuts_a_long_sentence():
-    said: list[tuple[int, str]] = []
+    messages: list[tuple[int, str]] = []
     line = "ein Mann " * 20
     tokens = TOKENIZER.encode(line)
-    [[best]] = LineTranslator(MODEL, TOKENIZER, SETTINGS)([line], lambda *what: said.append(what))
+    [[best]] = LineTranslator(MODEL, TOKENIZER, SETTINGS)([line], lambda *what: messages.append(what))
     [expected] = translate(MODEL, TOKENIZER, [np.array(tokens[:LONGEST])], SETTINGS, progress=False)
     assert best == expected
     left_out = len(tokens) - LONGEST
-    assert said == [
+    assert messages == [
         (0, f"has {len(tokens)} tokens, more than the model's {LONGEST}: cut, {left_out} tokens are left out")
     ]
 

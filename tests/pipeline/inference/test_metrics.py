@@ -75,7 +75,7 @@ def test_bleu_can_be_checked_by_hand():
     for score in (paper_bleu, lowercase_bleu):
         found = score(["a b c d e f g x"], ["a b c d e f g h"], "de")
         assert found.value == pytest.approx(expected)
-    # All of 5 tokens right, but 3 are missing: the brevity penalty alone.
+    # 5 tokens, all right, but 3 are missing: only the brevity penalty is left.
     assert sacre_bleu(["a b c d e"], ["a b c d e f g h"], "de").value == pytest.approx(100 * math.exp(1 - 8 / 5))
     assert length_ratio(["a b c d e"], ["a b c d e f g h"], "de") == 5 / 8
 
@@ -119,9 +119,9 @@ def test_paper_bleu_splits_compounds_for_german_alone():
     ("tokens", "expected"),
     [
         ("rich-text format", "rich ##AT##-##AT## text format"),
-        ("a-b-c", "a ##AT##-##AT## b-c"),  # the b is used up
+        ("a-b-c", "a ##AT##-##AT## b-c"),  # the match of the first hyphen has consumed the b
         ("ab-cd-ef", "ab ##AT##-##AT## cd ##AT##-##AT## ef"),
-        ("ä-ö-ü", "ä ##AT##-##AT## ö ##AT##-##AT## ü"),  # two bytes each
+        ("ä-ö-ü", "ä ##AT##-##AT## ö ##AT##-##AT## ü"),  # two bytes per letter
         ("a - b", "a - b"),
         ("Haupt- und -satz", "Haupt- und -satz"),
         ("a--b", "a ##AT##-##AT## -b"),
@@ -215,7 +215,7 @@ def test_scores_of_different_or_no_length_are_an_error(hypotheses: list[str], re
             score(hypotheses, references, "de")
 
 
-WITHOUT_SPACES = {  # a language, a translation, its reference with a single other character
+WITHOUT_SPACES = {  # language: translation, a reference that differs in few characters, tokenizer
     "zh": ("老国王在花园里睡觉。", "老国王在花园里吃饭。", "zh"),
     "zh-Hans": ("老国王在花园里睡觉。", "老国王在花园里吃饭。", "zh"),
     "ja": ("年老いた王様は庭で眠っています。", "年老いた王様は庭で食べています。", "char"),
@@ -231,7 +231,7 @@ def test_sacre_bleu_of_text_without_spaces_is_by_its_languages_tokenizer(languag
     assert score.value > 30
     assert score.value == BLEU(tokenize=tokenizer).corpus_score([output], [[reference]]).score
     assert f"|tok:{tokenizer}|" in score.signature
-    assert sacre_bleu([output], [reference], "de").value < 1  # one token a sentence
+    assert sacre_bleu([output], [reference], "de").value < 1  # without spaces, each sentence is one token
 
 
 def test_sacre_bleu_of_chinese_is_sacrebleus_own_choice() -> None:
@@ -249,6 +249,6 @@ def test_moses_knows_languages_with_words_that_it_has_rules_for() -> None:
 def test_bleu_by_length_and_length_ratio_count_text_without_spaces_by_characters() -> None:
     source, output, reference = "老国王在花园里睡觉呢。", "老国王睡觉。", "老国王在睡觉。"
     (row,) = bleu_by_length([source], [output], [reference], "zh", "zh")
-    assert row["source_words"] == 10  # 11 characters are 6 words
+    assert row["source_words"] == 10  # 11 characters count as 6 words
     assert row["bleu"] == sacre_bleu([output], [reference], "zh").value
     assert length_ratio([output], [reference], "zh") == 6 / 7

@@ -1,4 +1,4 @@
-"""The scores of a sample during training, which must not change it."""
+"""Scores of a sample during training, which must not change the training."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -85,7 +85,7 @@ def test_sample_scorer_leaves_random_state_and_mode_as_they_are(root):
 
 
 def trained(root: Path, folder: Path, score: Callable[[Transformer], dict[str, float]] | None) -> dict:
-    """All that training leaves, without times."""
+    """Train, and return all results except times."""
     state = train_rank(
         settings(9), root / "data/encoded", folder, rank=0, num_ranks=1, device=torch.device("cpu"),
         report=lambda metrics, step: None, progress=lambda state, loss: None, log=lambda line: None, score=score,

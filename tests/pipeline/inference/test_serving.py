@@ -1,4 +1,4 @@
-"""The logged model is loaded as a stranger would: another process, an empty folder, nothing of ours on the path."""
+"""The logged model is loaded as by a stranger: in another process and an empty folder, without this repository."""
 
 import io
 import json
@@ -37,7 +37,7 @@ SEARCH = {"beam": 3, "alpha": 0.6, "max_extra": 5}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project's folder with a tokenizer and a model of random weights."""
+    """A project with a tokenizer and a model of random weights."""
     root = tmp_path_factory.mktemp("project")
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -64,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm="post",
         max_length=31,
     )
-    torch.manual_seed(11)  # which gives outputs that are not empty and not alike
+    torch.manual_seed(11)  # outputs are not empty and differ
     model = Transformer(config)
     (root / "final").mkdir()
     save_model(root / "final", model.state_dict(), config)
@@ -80,7 +80,7 @@ def settings() -> Settings:
 
 @pytest.fixture(scope="module")
 def logged(root: Path, settings: Settings) -> tuple[str, str, str]:
-    """URI of the store, id of the run, URI of the model."""
+    """Log a model. Returns the URI of the store, the run's id, and the model's URI."""
     uri = f"sqlite:///{root / 'mlflow.db'}"
     run_id = open_run(uri, settings, "key", {}, root)
     return uri, run_id, log(uri, run_id, root)
@@ -147,7 +147,7 @@ def test_logged_model_is_in_its_run_once_with_its_scores(logged, root: Path, set
 
 
 def serve(folder: Path) -> serving.Translator:
-    """What MLflow's server does with a model's artifacts."""
+    """Load a model's artifacts as MLflow's server does."""
     served = serving.Translator()
     artifacts = {"weights": str(folder / "weights.safetensors")}
     served.load_context(SimpleNamespace(artifacts=artifacts, model_config=SEARCH))

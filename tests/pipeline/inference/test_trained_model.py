@@ -1,4 +1,4 @@
-"""A model's folder is used whole and undamaged, or refused in a line."""
+"""A model's folder is loaded if complete and undamaged, or refused in one line."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A project's folder with a store of its own, and a run in it."""
+"""A project with its own MLflow store and a run in it."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables; making one takes seconds, copying it does not."""
+    """An MLflow database with its tables, to be copied: making one takes seconds."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}")
     return path
@@ -23,7 +23,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder with its own store."""
+    """A project with its own store."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("GIT_COMMIT", raising=False)
     shutil.copy(empty_store, tmp_path / "mlflow.db")

@@ -1,4 +1,4 @@
-"""The SQLite file of a store: made whole, made again, moved."""
+"""The SQLite file of a store: created completely or created again, and moved with its project."""
 
 import multiprocessing
 import random
@@ -18,7 +18,7 @@ from pipeline.tracking.store import connect, open_experiment, prepare_store
 
 FORK = multiprocessing.get_context("fork")
 MAKING_S = 4
-"""About as long as MLflow takes to make the tables."""
+"""About the time in seconds that MLflow needs to make the tables."""
 AN_EARLIER_REVISION = "451aebb31d03"
 
 
@@ -34,7 +34,7 @@ def write(file: Path, *statements: str) -> None:
 
 @pytest.fixture
 def quick(empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables come from a database that has them, not by migrations."""
+    """Copy the tables from an existing database in place of running migrations."""
 
     def open_or_copy(uri: str) -> MlflowClient:
         file = database_file(uri)
@@ -47,7 +47,7 @@ def quick(empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def half_made(tmp_path: Path, empty_store: Path) -> Path:
-    """As a kill leaves it late among the migrations: another revision than the last, a table under another name."""
+    """A database as after a kill late in the migrations: an earlier revision, and a table under a temporary name."""
     file = tmp_path / "half.db"
     shutil.copy(empty_store, file)
     write(
@@ -106,11 +106,11 @@ def test_database_half_made_but_written_to_is_kept(half_made: Path, table: str) 
 
 @pytest.mark.slow
 def test_database_can_be_opened_after_twenty_kills_while_it_is_made(tmp_path: Path) -> None:
-    """Processes are killed (-9) at random moments, each making what the one before has left; all can be opened."""
+    """Each process continues with the file that the one before left, and is killed (-9) at a random moment."""
     seconds, number, lefts = random.Random(1), 0, set()
     for _ in range(20):
         file = tmp_path / f"{number}.db"
-        maker = FORK.Process(target=prepare_store, args=(uri_of(file),))  # which has its imports already
+        maker = FORK.Process(target=prepare_store, args=(uri_of(file),))  # forked, so it need not import
         maker.start()
         maker.join(seconds.uniform(0, MAKING_S))
         maker.kill()
@@ -133,13 +133,13 @@ def test_artifacts_follow_a_copied_project(
     left_behind = open_run(uri, settings, "its artifacts are not copied", {}, root)
     copy = tmp_path_factory.mktemp("a copy") / "project"
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns(left_behind))
-    here, there = ((folder / "mlartifacts").as_uri() for folder in (copy, root))
+    in_copy, in_original = ((folder / "mlartifacts").as_uri() for folder in (copy, root))
 
-    assert artifacts_of(copy / "mlflow.db", run_id) == f"{here}/{run_id}/artifacts"
-    assert artifacts_of(copy / "mlflow.db", left_behind) == f"{there}/{left_behind}/artifacts"
+    assert artifacts_of(copy / "mlflow.db", run_id) == f"{in_copy}/{run_id}/artifacts"
+    assert artifacts_of(copy / "mlflow.db", left_behind) == f"{in_original}/{left_behind}/artifacts"
     new = open_run(uri_of(copy / "mlflow.db"), settings, "new", {}, copy)
     assert (copy / "mlartifacts" / new / "artifacts" / "settings.yaml").exists()
-    assert artifacts_of(root / "mlflow.db", run_id) == f"{there}/{run_id}/artifacts"
+    assert artifacts_of(root / "mlflow.db", run_id) == f"{in_original}/{run_id}/artifacts"
 
 
 def test_artifacts_follow_a_moved_project(
@@ -149,8 +149,8 @@ def test_artifacts_follow_a_moved_project(
     root.rename(moved)
     for _ in range(2):
         assert artifacts_of(moved / "mlflow.db", run_id) == f"{(moved / 'mlartifacts').as_uri()}/{run_id}/artifacts"
-    said = f"This project was in {root}. MLflow's artifacts are now in {moved}/mlartifacts."
-    assert caplog.messages.count(said) == 1
+    message = f"This project was in {root}. MLflow's artifacts are now in {moved}/mlartifacts."
+    assert caplog.messages.count(message) == 1
     root.mkdir()
 
 

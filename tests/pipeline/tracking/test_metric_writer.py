@@ -1,4 +1,4 @@
-"""Curves in a real store: an SQLite file, and a server that is stopped and started again."""
+"""Curves in real stores: an SQLite file, and a server that is stopped and restarted."""
 
 import time
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def curve(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
 
 def test_metric_writer_delivers_curves_whole_and_in_order(uri: str, run_id: str) -> None:
     writer = MetricWriter(uri, run_id)
-    for step in range(1, 1501):  # more than MLflow takes at once
+    for step in range(1, 1501):  # more than MLflow accepts in one call
         writer.log({"train_loss": 1 / step, "learning_rate": step}, step)
     writer.log({"train_loss": float("nan")}, 1501)
     assert writer.close()
@@ -31,7 +31,7 @@ def test_metric_writer_delivers_curves_whole_and_in_order(uri: str, run_id: str)
 
 
 def test_metric_writer_drops_steps_taken_again_after_a_resume(uri: str, run_id: str) -> None:
-    for first, last in ((1, 55), (51, 90)):  # killed at 55, continued from the checkpoint at 50
+    for first, last in ((1, 55), (51, 90)):  # killed at 55, resumed from the checkpoint at 50
         writer = MetricWriter(uri, run_id)
         for step in range(first, last + 1):
             writer.log({"train_loss": step}, step)
@@ -65,7 +65,7 @@ def test_metric_writer_does_not_double_a_point_after_a_lost_answer(
 def test_metric_writer_does_not_double_points_that_a_slow_server_held_over_a_kill(
     uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server writes what a killed worker sent after its successor has asked what it has."""
+    """The server writes the killed worker's points after its successor has read which points there are."""
     log_batch, held = MlflowClient.log_batch, []
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", lambda *arguments, **named: held.append((arguments, named)))
@@ -76,7 +76,7 @@ def test_metric_writer_does_not_double_points_that_a_slow_server_held_over_a_kil
     assert curve(uri, run_id, "train_loss") == []
     time.sleep(0.01)
 
-    successor = MetricWriter(uri, run_id)  # the checkpoint's curve, and the steps after it again
+    successor = MetricWriter(uri, run_id)  # logs the checkpoint's curve and repeats the steps after it
     successor.log({"train_loss": 1}, 1)
     successor._deliver()
     for arguments, named in held:
@@ -100,7 +100,7 @@ def test_metric_writer_warns_once_of_a_deleted_run(
 
 
 class Server:
-    """`mlflow server` over a store, on one port of this machine."""
+    """`mlflow server` with a store, always on the same port of this machine."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.port = root, free_port()
@@ -152,7 +152,7 @@ def test_metric_writer_survives_an_outage_with_every_point_once(
     assert curve(server.uri, run_id, "train_loss") == [(step, step) for step in range(1, 501)]
     assert curve(server.uri, run_id, "tokens_per_s") == [(step, 2 * step) for step in range(1, 501)]
     assert sorted(seconds)[int(0.99 * len(seconds))] < 0.01
-    assert max(seconds) < 1  # a busy machine may hold any call up; a server that is away, none
+    assert max(seconds) < 1  # a busy machine may delay single calls; a server that is down must not
     away, back = ours()
     assert "is unreachable" in away
     assert "is reachable again" in back

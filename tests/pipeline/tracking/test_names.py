@@ -1,4 +1,4 @@
-"""What runs are called."""
+"""Names of runs."""
 
 from dataclasses import replace
 from typing import Any

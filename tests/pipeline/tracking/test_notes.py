@@ -1,4 +1,4 @@
-"""The description of a run on MLflow's page."""
+"""Descriptions of runs in MLflow."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ EXPERIMENT = "transformer"
 
 
 def note(uri: str, run_id: str) -> dict[str, str]:
-    """The description's parts by name."""
+    """Return the description's parts by name."""
     text = MlflowClient(uri).get_run(run_id).data.tags[NOTE]
     return dict(line.removeprefix("**").split(":** ") for line in text.split("\n\n"))
 

@@ -1,4 +1,4 @@
-"""Where a run comes from."""
+"""Code and data that a run comes from: Git and DVC."""
 
 import subprocess
 from pathlib import Path
@@ -14,12 +14,12 @@ def test_git_tags_name_the_commit_and_whether_code_differs(tmp_path: Path, monke
         return subprocess.check_output(["git", "-C", str(tmp_path), *identity, *arguments], text=True).strip()
 
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert git_tags(tmp_path) == {}  # no repository
+    assert git_tags(tmp_path) == {}  # not a repository
     git("init", "-q")
     (tmp_path / "code.py").write_text("1\n")
     git("add", "code.py")
     git("commit", "-q", "-m", "first")
-    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")  # DVC writes it in every run
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")  # DVC changes it in every run
     commit = git("rev-parse", "HEAD")
     clean = {"git_commit": commit, "mlflow.source.git.commit": commit, "git_dirty": "false"}
     assert git_tags(tmp_path) == clean

@@ -1,4 +1,4 @@
-"""Scores, reports and models of training, added to its run."""
+"""Scores, reports and models, logged to the run that trained."""
 
 import sys
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tests.support.imports import REPOSITORY, packages, reached
 def test_served_model_names_all_packages_that_it_imports() -> None:
     files = reached(["pipeline/inference/serving.py"])
     found = set().union(*(packages(REPOSITORY / file) for file in files)) - set(sys.stdlib_module_names)
-    for_others = {"ctranslate2", "upath", "psutil"}  # imported only by another engine, for a store, by `python -m`
+    for_others = {"ctranslate2", "upath", "psutil"}  # imported only for another engine, a store, `python -m`
     needed = {"ruamel.yaml" if name == "ruamel" else name for name in found - for_others - {"model", "pipeline"}}
     assert set(SERVED_WITH) == needed
 
@@ -81,7 +81,7 @@ def test_log_evaluation_with_another_search_makes_a_child_run(
     assert child.info.run_name == "mini on grammar, seed 1, beam 13, alpha 0.6, max_extra 50, engine torch"
     assert child.info.status == "FINISHED"
     assert child.data.params == {**parent.data.params, "beam": "13"}
-    assert "settings.yaml" in [file.path for file in client.list_artifacts(child_id)]  # its description links there
+    assert "settings.yaml" in [file.path for file in client.list_artifacts(child_id)]  # linked by its description
 
 
 def test_log_evaluation_completes_the_child_of_a_killed_one(
@@ -155,7 +155,7 @@ def test_log_comparison_without_a_comparison_is_a_verdict_alone(uri: str, run_id
 
 @pytest.fixture
 def final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose files MLflow need not understand."""
+    """A model folder; saving it to MLflow writes a placeholder."""
 
     def save_model(path: str, **named: object) -> None:
         Path(path).mkdir()

@@ -1,4 +1,4 @@
-"""Runs in a real store: opened, continued, refused, ended."""
+"""Runs in a real store: open, continue, refuse, end."""
 
 import multiprocessing
 import os
@@ -85,7 +85,7 @@ def test_open_run_continues_the_run_of_the_same_key(
     client = MlflowClient(uri)
     client.update_run(run_id, status=status)
     client.set_tag(run_id, "run.owner_pid", dead_pid())
-    elsewhere = replace(settings, hardware=replace(settings.hardware, num_workers=7))  # parameters cannot change
+    elsewhere = replace(settings, hardware=replace(settings.hardware, num_workers=7))  # in MLflow, a tag
 
     assert open_run(uri, elsewhere, "key", {"num_workers": "7"}, root) == run_id
     run = client.get_run(run_id)
@@ -135,21 +135,21 @@ def test_open_run_of_two_drivers_at_the_same_moment_gives_the_run_to_one(
 ) -> None:
     monkeypatch.setattr("pipeline.tracking.runs.ENDING_S", 0.2)
     fork = multiprocessing.get_context("fork")
-    together, said = fork.Barrier(3), fork.Queue()
+    together, queue = fork.Barrier(3), fork.Queue()
 
     def drive() -> None:
         together.wait()
         try:
-            said.put(open_run(uri, settings, "key", {}, root, root / "checkpoints" / "run"))
+            queue.put(open_run(uri, settings, "key", {}, root, root / "checkpoints" / "run"))
         except ValueError as error:
-            said.put(str(error))
+            queue.put(str(error))
         together.wait()
 
     drivers = [fork.Process(target=drive) for _ in range(2)]
     for driver in drivers:
         driver.start()
     together.wait()
-    answers = [said.get(timeout=30), said.get(timeout=30)]
+    answers = [queue.get(timeout=30), queue.get(timeout=30)]
     together.wait()
     for driver in drivers:
         driver.join()
@@ -184,7 +184,7 @@ def test_open_run_takes_over_from_another_machine_after_its_silence(uri: str, se
         open_run(uri, settings, "shared", {}, root, last_sign_at=time.time() - 5)
     silent_since = time.time() - LONG_SILENCE_S - 1
     assert open_run(uri, settings, "shared", {}, root, last_sign_at=silent_since) == run_id
-    assert open_run(uri, settings, "shared", {}, root, last_sign_at=time.time()) == run_id  # ours by now
+    assert open_run(uri, settings, "shared", {}, root, last_sign_at=time.time()) == run_id  # this machine owns it now
     ended = open_run(uri, settings, "ended", elsewhere, root)
     finish_run(uri, ended)
     assert open_run(uri, settings, "ended", {}, root, last_sign_at=time.time()) == ended
@@ -248,7 +248,7 @@ def test_end_run_of_a_key_sets_status_and_reason(uri: str, root: Path, settings:
     run = client.get_run(run_id)
     assert (run.info.status, run.data.tags["ended"]) == ("KILLED", "ended early")
     assert client.get_run(other).info.status == "RUNNING"
-    end_run_of(uri, "unknown key", EXPERIMENT, "KILLED", "")  # it had not come to a run
+    end_run_of(uri, "unknown key", EXPERIMENT, "KILLED", "")  # ended before it had a run
     end_run_of(uri, "another key", "no such experiment", "KILLED", "")
     assert client.get_run(other).info.status == "RUNNING"
 
@@ -258,7 +258,7 @@ def test_end_run_of_a_key_sets_status_and_reason(uri: str, root: Path, settings:
     [
         (ZeroDivisionError(), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
-        (SystemExit(signal.SIGTERM), "KILLED"),  # by Ray, in its own processes
+        (SystemExit(signal.SIGTERM), "KILLED"),  # raised by Ray in its processes
     ],
 )
 def test_run_guard_marks_a_run_that_does_not_finish(uri, run_id, error, expected) -> None:

@@ -1,4 +1,4 @@
-"""The MLflow store: prepared, waited for, refused."""
+"""The MLflow store: prepare, connect, refuse."""
 
 import sqlite3
 from contextlib import closing
@@ -25,7 +25,7 @@ def test_prepare_store_creates_tables_or_refuses_in_one_line(tmp_path: Path) -> 
             match=rf"^MLflow's store {broken}: .*file is not a database; move that file away to start a new store$",
         ):
             ask(broken)
-    prepare_store("http://127.0.0.1:9")  # is not asked
+    prepare_store("http://127.0.0.1:9")  # no request is sent
 
 
 def test_connect_gives_mlflow_name_and_password_separately_from_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_connect_gives_mlflow_name_and_password_separately_from_the_address(monk
     client = connect("http://us:se%2Fcret@127.0.0.1:9/mlflow")
     assert client.tracking_uri == "http://127.0.0.1:9/mlflow"
     assert read_mlflow_creds() == ("us", "se/cret")
-    with pytest.raises(MlflowException) as refused:  # MLflow's own message has the address
+    with pytest.raises(MlflowException) as refused:  # MLflow's message has the address
         client.search_experiments()
     assert "127.0.0.1" in str(refused.value)
     assert "cret" not in str(refused.value)
@@ -61,7 +61,7 @@ def test_open_experiment_deletes_the_default_experiment_of_mlflow_if_it_is_empty
 def test_open_experiment_keeps_a_default_experiment_in_use(uri: str, root: Path) -> None:
     client = MlflowClient(uri)
     run = client.create_run("0")
-    client.delete_run(run.info.run_id)  # it can be restored
+    client.delete_run(run.info.run_id)  # a deleted run can be restored
     open_experiment(client, "ours", root)
     assert {experiment.name for experiment in client.search_experiments()} == {"Default", "ours"}
 

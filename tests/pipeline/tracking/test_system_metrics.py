@@ -1,4 +1,4 @@
-"""MLflow's record of the machine."""
+"""MLflow's system metrics."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The views of a sweep and of single runs on MLflow's page."""
+"""Views of a sweep and of single runs in MLflow."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ UI = "http://127.0.0.1:5000/#/experiments/"
 
 
 def written(uri: str, address: str) -> dict:
-    """The state behind the address of a view."""
+    """Return the stored state of the view at this address."""
     experiment = MlflowClient(uri).get_experiment_by_name("transformer")
     where = f"{UI}{experiment.experiment_id}/runs?viewStateShareKey="
     key = address.removeprefix(where).removesuffix("&compareRunsMode=CHART")
@@ -31,7 +31,7 @@ def written(uri: str, address: str) -> dict:
 
 
 def check_sections(state: dict) -> None:
-    """Every chart is in a section, and none is empty."""
+    """Check that every chart is in a section and that no section is empty."""
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
     names = [chart["uuid"] for chart in state["compareRunCharts"]]
@@ -58,7 +58,7 @@ def test_share_runs_view_draws_curves_and_bars(uri: str, run_id: str) -> None:
         ("LINE", "train_loss"), ("LINE", "valid_ppl"), ("BAR", "test_bleu")
     ]  # fmt: skip
     assert state["selectedColumns"][:2] == ["metrics.`test_bleu`", "params.`change`"]
-    assert "orderByKey" not in state, "the page's own order is newest first"
+    assert "orderByKey" not in state, "MLflow's default order is newest first"
     check_sections(state)
 
 
@@ -94,7 +94,7 @@ def test_view_addresses_are_of_all_experiments_with_a_view(
 
 
 def test_share_view_is_written_for_the_mlflow_that_is_installed() -> None:
-    """After an upgrade: look at the views in `make ui`, mend their states, then set the version."""
+    """After an upgrade, check the views in `make ui`, correct their states, then set VIEW_STATE_VERSION."""
     assert mlflow.__version__.startswith(f"{VIEW_STATE_VERSION}.")
 
 

@@ -1,4 +1,4 @@
-"""Sentences by chance, and runs of the loop over them: no corpus, no Ray; a step takes milliseconds."""
+"""Random sentences and the training loop on them, without corpus and Ray. A step takes milliseconds."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,7 +51,7 @@ def random_pairs(count: int, seed: int, longest: int = 7) -> list[tuple[list[int
 
 
 def micro_batches(sizes: list[int], seed: int = 1) -> list[Sentences]:
-    """Of so many sentences each; the sentences depend on their sum alone."""
+    """Return micro-batches of these sizes. The sentences depend only on the sum of the sizes and the seed."""
     pairs = iter(random_pairs(sum(sizes), seed))
     return [batch([next(pairs) for _ in range(size)]) for size in sizes]
 
@@ -59,7 +59,7 @@ def micro_batches(sizes: list[int], seed: int = 1) -> list[Sentences]:
 def endless(
     epoch: list[list[Sentences]], state: TrainState, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[GlobalBatch]:
-    """This rank's share of these steps, over and over, from where `state` is."""
+    """Yield this rank's share of the steps of an epoch, repeated forever, from the position of `state`."""
     number, at = state.position
     while True:
         whole = epoch[at]

@@ -1,4 +1,4 @@
-"""When a corpus and a model do not fit each other, and when they do."""
+"""Advice if a corpus and a model do not fit each other, and none if they do."""
 
 import json
 import re
@@ -19,12 +19,12 @@ from tests.factories import REPOSITORY
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], Path]:
-    """An encoded corpus as far as its size goes: pairs, tokens of a sentence, vocabulary."""
+    """Return a function that writes an encoded corpus of these sizes, without content."""
 
     def write(pairs: int, length: int, vocab_size: int) -> Path:
         for side in SIDES:
             ids, offsets = encoded_paths(tmp_path, "train", side)
-            np.lib.format.open_memmap(ids, "w+", np.uint16, (pairs * length,))  # a hole on the disk
+            np.lib.format.open_memmap(ids, "w+", np.uint16, (pairs * length,))  # a sparse file
             np.lib.format.open_memmap(offsets, "w+", np.int64, (pairs + 1,))[-1] = pairs * length
         counts = {split: {"src": 1, "tgt": 1} for split in ("train", "valid", "test")}
         info = {
@@ -43,7 +43,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, in
     return write
 
 
-# pairs, tokens of a sentence and vocabulary, as the corpora of the presets have them
+# pairs, tokens per sentence and vocabulary of the presets' corpora
 MEANT_FOR = {
     "mini": (24_000, 17, 2_000),  # grammar
     "tiny": (29_000, 14, 10_000),  # Multi30k
@@ -135,7 +135,7 @@ def test_overfitting_advice_has_bleu_if_it_was_measured():
     [
         [(100, 3.0)],
         [(100, 3.0), (200, 2.0)],
-        [(100, 2.0), (600, 1.97), (1000, 2.01)],  # not much worse: chance
+        [(100, 2.0), (600, 1.97), (1000, 2.01)],  # not much worse: noise
         [(100, 3.0), (900, 2.0), (1000, 2.3)],  # not much earlier
     ],
     ids=["one", "falling", "level", "just now"],

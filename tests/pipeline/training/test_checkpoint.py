@@ -34,12 +34,12 @@ COPIED = (*checkpoint.FILES, "SHA256SUMS")
 
 @pytest.fixture(autouse=True)
 def one_thread(own_threads: None) -> None:
-    """A model this small gains nothing from a second one."""
+    """A model this small gains nothing from a second thread."""
     torch.set_num_threads(1)
 
 
 def trained(seed: int) -> tuple[Transformer, torch.optim.Adam]:
-    """A model after one step along a random gradient."""
+    """Return a model and its optimizer after one step along a random gradient."""
     torch.manual_seed(seed)
     model = Transformer(CONFIG)
     optimizer = adam(model, 0.9, 0.98, 1e-9)
@@ -51,7 +51,7 @@ def trained(seed: int) -> tuple[Transformer, torch.optim.Adam]:
 
 
 def save(folder: Path, step: int, keep: int = 100) -> Path:
-    """A checkpoint whose weights depend on its step."""
+    """Write a checkpoint whose weights depend on its step."""
     return checkpoint.save(folder, *trained(step), TrainState(step=step), SETTINGS, keep)
 
 
@@ -73,7 +73,7 @@ def test_load_returns_every_field_weight_and_moment_that_was_saved(tmp_path):
         validation_curve=[{"step": 11, "valid_loss": 2 / 3}],
     )
     fresh = TrainState()
-    assert all(value != getattr(fresh, name) for name, value in vars(state).items()), "a field is not tried"
+    assert all(value != getattr(fresh, name) for name, value in vars(state).items()), "a field has its default"
     model, optimizer = trained(1)
     folder = checkpoint.save(tmp_path, model, optimizer, state, SETTINGS, keep=1)
 
@@ -301,7 +301,7 @@ def test_load_latest_passes_over_incomplete_and_damaged_ones_in_a_store(tmp_path
     store = UPath("memory://checkpoints/damaged")
     for step in (3, 5, 7, 9):
         save(store, step)
-    (store / "step_00000009" / "SHA256SUMS").unlink()  # it is written last
+    (store / "step_00000009" / "SHA256SUMS").unlink()  # written last, so the checkpoint is incomplete
     (store / "step_00000007" / "state.json").unlink()
     data = bytearray((store / "step_00000005" / "tensors.safetensors").read_bytes())
     data[-1] ^= 1
@@ -341,7 +341,7 @@ def test_finished_state_is_that_of_the_newest_checkpoint_if_training_is_done(run
     save_finished(run_folder, 7)
     monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("it loads the tensors"))
     assert checkpoint.finished_state(run_folder, TRAIN) == TrainState(step=7, finished=True)
-    assert checkpoint.finished_state(run_folder, train_settings(max_steps=8)) is None  # of a shorter run
+    assert checkpoint.finished_state(run_folder, train_settings(max_steps=8)) is None  # 7 ended a shorter run
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "SHA256SUMS"])
@@ -393,9 +393,10 @@ def test_load_latest_unpickles_nothing(tmp_path):
 
 @contextmanager
 def almost_full_disk() -> Iterator[None]:
-    """No file may be larger than 20 KB: the system refuses further bytes, as a full disk does.
+    """Limit each file to 20 KB: the system refuses further bytes, as on a full disk.
 
-    Not a fixture: pytest writes its own report, which may be a larger file, before it tears fixtures down."""
+    Not a fixture: before teardown, pytest writes its report, which may be larger.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""The loop on its own: no corpus, no Ray; a model so small that a step takes milliseconds."""
+"""The training loop without corpus and Ray. The model is so small that a step takes milliseconds."""
 
 import math
 import threading
@@ -53,18 +53,18 @@ from tests.pipeline.training.harness import (
 
 @pytest.fixture(autouse=True)
 def one_thread(own_threads: None) -> None:
-    """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
+    """Matrices this small gain nothing from a second thread, and are much slower with it on a busy machine."""
     torch.set_num_threads(1)
 
 
 def torchs_loss(model: Transformer, micro: Sentences, smoothing: float) -> Tensor:
-    """Per token, by torch, from the whole matrix of logits."""
+    """Return torch's loss per token, from all logits at once."""
     logits = model.logits(model(micro.src, micro.tgt_in))
     return F.cross_entropy(logits.flatten(0, 1), micro.tgt_out.flatten(), ignore_index=PAD, label_smoothing=smoothing)
 
 
 class Descent(torch.optim.SGD):
-    """Plain descent: the change of the weights shows rate times gradient. Keeps the rates."""
+    """Gradient descent, so that the change of the weights is rate times gradient. Records the rates."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), lr=0.0)
@@ -105,11 +105,12 @@ def test_train_step_follows_the_gradient_of_torchs_loss_per_token():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_train_loop_has_the_loss_curve_of_torchs_own_operators(monkeypatch):
-    """oneDNN's products, attention by batched products, the loss by chunks and micro-batches, beside linear,
-    scaled_dot_product_attention, cross_entropy over all logits, and Adam: with dropout, and while it learns."""
+    """Compares our operators with torch's: oneDNN's products with linear, attention by batched products with
+    scaled_dot_product_attention, and the loss by chunks and micro-batches with cross_entropy of all logits. Both
+    train a model with dropout by Adam until it has learned something."""
     config = replace(DROPPING, d_model=128, d_ff=256, num_heads=4, d_k=32, d_v=32)
-    data = [[batch([(src, src) for src, _ in random_pairs(67, seed)])] for seed in range(5)]  # to be copied
-    rate = 5e-4  # by larger steps, the rounding of some processors grows beyond the tolerance
+    data = [[batch([(src, src) for src, _ in random_pairs(67, seed)])] for seed in range(5)]  # the task is to copy
+    rate = 5e-4  # with larger steps, rounding exceeds the tolerance on some processors
     settings = replace(SETTINGS, max_steps=40)
     products_by_onednn = []
 
@@ -167,7 +168,7 @@ def test_adam_is_the_formula_of_section_5_3():
         second = 0.98 * second + (1 - 0.98) * gradient**2
         change = first / (1 - 0.9**step) / ((second / (1 - 0.98**step)).sqrt() + 1e-9)
         nn.utils.vector_to_parameters(weights(twin) - 0.01 / step * change, twin.parameters())
-    # Where the gradient is next to nothing, Adam turns its rounding into a step: those are few, and left out.
+    # Where the gradient is almost 0, Adam turns its rounding error into a step. These few weights are left out.
     differ = ~torch.isclose(weights(model), weights(twin), rtol=1e-3, atol=1e-5)
     assert differ.float().mean() < 0.01
 
@@ -220,7 +221,7 @@ def test_train_loop_has_dropout_on_after_a_validation_too():
             return {"valid_loss": total / tokens}
 
         settings = replace(SETTINGS, max_steps=2, validate_every=1)
-        rate = 1e-9  # the weights stay as they are: only dropout makes a difference
+        rate = 1e-9  # the weights do not change: only dropout makes a difference
         state = run(model, [[micro]], settings, learning_rate=lambda step: rate, validate=validate)
         valid = [point["valid_loss"] for point in state.validation_curve]
         assert valid[0] == pytest.approx(valid[1], abs=1e-5)
@@ -270,7 +271,7 @@ def test_seed_dropout_seeds_as_torch_does_and_by_torch_on_a_gpu(monkeypatch):
 
 
 def test_compile_sends_every_micro_batch_through_the_compiled_model(monkeypatch):
-    calls: list[int] = []  # by which thread
+    calls: list[int] = []  # the thread that calls it
 
     class Compiled(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -282,7 +283,7 @@ def test_compile_sends_every_micro_batch_through_the_compiled_model(monkeypatch)
             calls.append(threading.get_ident())
             return self.model(*args)
 
-        def __len__(self) -> int:  # as torch's, which has no truth value either
+        def __len__(self) -> int:  # like torch's compiled model, it has no truth value
             raise TypeError
 
     def fake_compile(model: nn.Module, **options: Any) -> nn.Module:
@@ -290,7 +291,7 @@ def test_compile_sends_every_micro_batch_through_the_compiled_model(monkeypatch)
         return Compiled(model)
 
     monkeypatch.setattr(torch, "compile", fake_compile)
-    for num_threads in (1, 2):  # two would be for replicas, which a compiled model has not
+    for num_threads in (1, 2):  # a compiled model uses no replicas, even with two threads
         torch.set_num_threads(num_threads)
         plain, compiled = new_model(), new_model()
         run(plain, [micro_batches([2, 3])])
@@ -303,7 +304,7 @@ def test_compile_sends_every_micro_batch_through_the_compiled_model(monkeypatch)
         torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow  # half a minute of the C++ compiler
+@pytest.mark.slow  # the C++ compiler takes half a minute
 @pytest.mark.filterwarnings("ignore")
 def test_compile_takes_the_steps_of_the_plain_model():
     models = [new_model(), new_model()]
@@ -312,7 +313,7 @@ def test_compile_takes_the_steps_of_the_plain_model():
     torch.testing.assert_close(*(weights(model) for model in models), rtol=1e-3, atol=1e-4)
 
 
-# --- faults
+# --- losses and gradients that are not finite
 
 
 def test_train_step_refuses_a_loss_that_is_not_finite_and_says_where():
@@ -361,11 +362,11 @@ def test_train_step_refuses_a_gradient_that_is_not_finite():
     assert torch.equal(weights(model), before)
 
 
-# --- what happens when
+# --- when the loop reports, validates, saves and ends
 
 
 def events(settings: Train, losses: list[float] | None = None) -> tuple[TrainState, list[tuple[str, int]]]:
-    """The state at the end, and what was called at which step; validation gives `losses` in turn."""
+    """Return the final state, and (call, step) in order. Validation returns `losses` one after the other."""
     state, seen = TrainState(), []
     turn = iter(losses or [1.0] * 100)
 
@@ -407,7 +408,16 @@ def test_train_loop_reports_a_last_step_that_is_due_anyway_once():
 def test_patience_ends_training_after_validations_without_a_better_loss():
     settings = replace(SETTINGS, max_steps=100, validate_every=2, patience=3, checkpoint_every=7)
     state, seen = events(settings, [3.0, 2.0, 2.5, 2.0, 1.5, 1.6, 1.5, 1.7, 0.1])
-    assert at(seen, "validate") == [2, 4, 6, 8, 10, 12, 14, 16]  # 1.5, then three times not below it
+    assert at(seen, "validate") == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+        16,
+    ]  # 1.5, then three that are not lower
     assert (state.step, state.finished) == (16, True)
     assert at(seen, "save") == [7, 14, 16]
 
@@ -431,7 +441,7 @@ def test_patience_of_zero_never_ends_training():
 
 def test_patience_does_not_count_the_validation_that_an_end_adds():
     settings = replace(SETTINGS, max_steps=5, validate_every=2, patience=2)
-    losses = [1.0, 1.1, 1.2, 1.3]  # at steps 2, 4, 5, and then 6
+    losses = [1.0, 1.1, 1.2, 1.3]  # at steps 2, 4, 5, and in the longer run 6
     state, _ = events(settings, losses)
     assert end_of(state, settings) == 5
     longer = replace(settings, max_steps=9)
@@ -480,7 +490,10 @@ def without_time(curve: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def twice_half_and_whole(folder: Path, config: TransformerConfig, log_every: int) -> list[dict[str, Any]]:
-    """After 5 steps, a checkpoint, and 5 more from it; and after 10: weights, Adam's state, and the loop's."""
+    """Train 10 steps, first with a resume from the checkpoint of step 5, then without interruption.
+
+    Returns weights, Adam's moments and the loop's state of both.
+    """
     epoch = [micro_batches([3, 5, 2, 4], seed=seed) for seed in (1, 2, 3)]
     settings = replace(SETTINGS, max_steps=10, log_every=log_every, validate_every=3, checkpoint_every=5)
     results = []
@@ -548,7 +561,7 @@ SPLITS = {
     "one more on the first": [[[3, 5, 2]], [[4, 1, 1]]],
     "none on the second": [[[6]], [[2, 3]]],
 }
-"""Sizes of the micro-batches of each of an epoch's steps."""
+"""Sizes of the micro-batches in each step of an epoch."""
 
 
 def steps_of(name: str) -> list[list[Sentences]]:
@@ -556,8 +569,8 @@ def steps_of(name: str) -> list[list[Sentences]]:
 
 
 def as_rank(rank: int, folder: str) -> None:
-    """One of two processes: all that has to be the same as on one rank."""
-    torch.set_num_threads(2)  # and a micro-batch to each, where there are as many
+    """Run one of two ranks and save the results that must equal those of one rank."""
+    torch.set_num_threads(2)  # each trains on one micro-batch if there are two
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results: dict[str, Any] = {}
     for name in SPLITS:
@@ -565,10 +578,10 @@ def as_rank(rank: int, folder: str) -> None:
         state = run(model, steps_of(name), rank=rank, num_ranks=2)
         results[name] = weights(model).numpy()
         results[f"{name}: losses"] = [point["train_loss"] for point in state.training_curve]
-    validation = micro_batches([7])[rank:]  # the second rank has none
+    validation = micro_batches([7])[rank:]  # the second rank has no micro-batch
     results["cross_entropy"] = cross_entropy(new_model(), validation)
     model = new_model()
-    if rank == 1:  # only here is the gradient broken; both ranks have to stop
+    if rank == 1:  # only this rank's gradient is broken, but both must stop
         next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
     try:
         run(model, steps_of("as many on each"), rank=rank, num_ranks=2)
@@ -611,7 +624,7 @@ def test_ranks_both_stop_when_one_gradient_is_not_finite(two_ranks):
 
 
 def test_train_loop_learns_to_copy():
-    """Pieces by chance: nothing but the source tells the next one; perplexity would stay at 19 without it."""
+    """The tokens are random, so only the source predicts the next one. Without it, perplexity would stay at 19."""
     config = replace(CONFIG, d_model=64, d_ff=64, d_k=16, d_v=16, num_heads=4, norm="pre")
     rng = np.random.default_rng(3)
 

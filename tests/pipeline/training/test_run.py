@@ -1,4 +1,4 @@
-"""A run's identity, and what its end leaves."""
+"""A run's key, and the files that a finished run leaves."""
 
 import ast
 import json
@@ -25,24 +25,24 @@ SETTINGS = settings()
 
 DECIDES_NO_WEIGHTS = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
-    "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/atomic_io.py": "how files are written; checksums detect other bytes",
     "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/cli.py": "how a command ends",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/paths.py": "where files are",
-    "pipeline/common/presets.py": "lends names",
-    "pipeline/common/retry.py": "when a store is asked again",
+    "pipeline/common/presets.py": "only names presets",
+    "pipeline/common/retry.py": "when a request to a store is repeated",
     "pipeline/common/settings.py": "its values are in the key",
-    "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
+    "pipeline/common/storage.py": "where files are; checksums detect other bytes",
     "pipeline/common/yaml_files.py": "reads settings, which are in the key",
-    "pipeline/training/checkpoint.py": "a test holds resumed training to the weights of undisturbed training",
+    "pipeline/training/checkpoint.py": "a test checks that a resume gives the weights of undisturbed training",
 }
-"""What trainer.py imports, directly or not, and a run's key does not depend on."""
+"""Files that trainer.py imports, directly or not, but that a run's key does not depend on."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project after the tokenize stage, as far as a run's key depends on it."""
+    """The files of a project after the tokenize stage that a run's key depends on."""
     for file in WEIGHTS_CODE:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / file, tmp_path / file)
@@ -58,13 +58,13 @@ def test_weights_code_is_what_training_imports_that_decides_weights():
     counted = set(WEIGHTS_CODE)
     assert not counted & set(DECIDES_NO_WEIGHTS)
     missing = imported - counted - set(DECIDES_NO_WEIGHTS)
-    assert not missing, "add to WEIGHTS_CODE of pipeline/training/run.py, or here with a reason"
+    assert not missing, "add it to WEIGHTS_CODE of pipeline/training/run.py, or to DECIDES_NO_WEIGHTS with a reason"
     superfluous = (counted | set(DECIDES_NO_WEIGHTS)) - imported
-    assert not superfluous, "training does not import this: take it out"
+    assert not superfluous, "training does not import this: remove it from the list"
 
 
 def edited(root: Path, file: str, before: str, after: str) -> str:
-    """The run's key with this text of a file replaced."""
+    """Return the run's key with this text of a file replaced."""
     source = (root / file).read_text()
     assert before in source
     (root / file).write_text(source.replace(before, after))
@@ -81,7 +81,7 @@ def test_run_key_ignores_comments_docstrings_and_formatting(root, file):
     assert edited(root, file, docstring, f"{docstring} And more.") == key
     (root / file).write_text(source + "\n\n# A remark.\n")
     assert run_key(SETTINGS, root) == key
-    (root / file).write_text(ast.unparse(ast.parse(source)))  # without comments, formatted otherwise
+    (root / file).write_text(ast.unparse(ast.parse(source)))  # without comments, reformatted
     assert run_key(SETTINGS, root) == key
 
 
@@ -218,16 +218,16 @@ def test_write_model_logs_that_the_best_validation_was_long_before_the_end(root,
 
 
 @pytest.mark.parametrize(
-    ("steps", "average", "said"),
+    ("steps", "average", "logs"),
     [
         ((3, 6, 9), 2, False),
-        ((3, 6, 9), 5, False),  # there never were more
+        ((3, 6, 9), 5, False),  # only three were ever written
         ((6, 9), 3, True),
         ((6, 9, 10), 3, False),
         ((9, 10), 3, True),
     ],
 )
-def test_write_model_logs_that_fewer_checkpoints_are_averaged_and_why(root, tmp_path, capsys, steps, average, said):
+def test_write_model_logs_that_fewer_checkpoints_are_averaged_and_why(root, tmp_path, capsys, steps, average, logs):
     folder = tmp_path / f"grammar-mini-1-0123456789ab-{steps[-1]}"
     for step in steps:
         write_checkpoint(folder, step, finished=step == steps[-1])
@@ -239,7 +239,7 @@ def test_write_model_logs_that_fewer_checkpoints_are_averaged_and_why(root, tmp_
         "train.keep_checkpoints or a sweep had kept fewer, or some are damaged; to average all, "
         f"delete {tmp_path}/*-0123456789ab-* and train again\n"
     )
-    assert capsys.readouterr().err == (line if said else "")
+    assert capsys.readouterr().err == (line if logs else "")
 
 
 def test_write_model_averages_a_finished_run_again_if_average_checkpoints_changes(root, tmp_path):

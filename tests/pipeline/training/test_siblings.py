@@ -1,4 +1,4 @@
-"""A run that continues another: to the bit what it would have been at once."""
+"""A run that continues another is bit for bit what it would have been without interruption."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from tests.factories import settings, write_corpus
 
 @pytest.fixture(autouse=True)
 def one_thread(own_threads: None) -> None:
-    """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
+    """Matrices this small gain nothing from a second thread, and are much slower with it on a busy machine."""
     torch.set_num_threads(1)
 
 
@@ -36,11 +36,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stopped(Exception):  # noqa: N818, not an error
-    """Thrown into a run, as if it were killed."""
+    """Raised in a run to stop it as a kill would."""
 
 
 def folder_of(parent: AnyPath, train: Train, trajectory: str = "0123456789ab") -> AnyPath:
-    """As `run_folder` names it; that the trajectory is one, test_run.py tries."""
+    """Return a folder as `run_folder` names it. test_run.py tests the trajectory in its name."""
     patience = f"-p{train.patience}" if train.patience else ""
     return parent / f"grammar-mini-1-{trajectory}-{train.max_steps}{patience}"
 
@@ -54,7 +54,7 @@ def train(
     log: Callable[[str], None] = lambda line: None,
     report: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
 ) -> TrainState:
-    """As the train stage does: continue a sibling, if there is one, then train to the end."""
+    """Continue a sibling, if there is one, and train to the end, as the train stage does."""
 
     def progress(state: TrainState, loss: float) -> None:
         assert math.isfinite(loss)
@@ -74,7 +74,7 @@ def without_time(points: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def result(folder: AnyPath, average: int) -> dict[str, Any]:
-    """All that must be equal: weights, moments, state, what is averaged, and the average."""
+    """Return all that must be equal: weights, moments, state, the steps that are averaged, and the average."""
     last = checkpoint.folders(folder)[-1]
     state = asdict(checkpoint.load_state(last))
     del state["seconds"], state["since_seconds"]
@@ -95,7 +95,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def with_ends(**values: Any) -> Settings:
-    """The grids are 4 (validation), 3 (checkpoints) and 2 (log)."""
+    """Return settings that validate every 4 steps, save every 3 and log every 2."""
     return settings(train={"log_every": 2, "keep_checkpoints": 3, "average_checkpoints": 3, **values})
 
 
@@ -137,7 +137,7 @@ def test_continue_sibling_in_parts_equals_all_at_once_bit_for_bit(data, tmp_path
     ours, theirs = (result(folder_of(tmp_path / name, whole.train), average) for name in ("parts", "once"))
     assert_same(ours, theirs)
     points = [sorted(without_time(reported[name]), key=lambda p: (p["step"], "valid_loss" in p)) for name in reported]
-    assert points[0] == points[1]  # MLflow's run of the longer one has the whole curve, and no other point
+    assert points[0] == points[1]  # in MLflow, the longer run has the complete curve and no other point
 
 
 def test_continue_sibling_leaves_the_shorter_run_as_it_is(data, tmp_path):
@@ -154,7 +154,7 @@ def test_continue_sibling_leaves_the_shorter_run_as_it_is(data, tmp_path):
     assert origin_of(short) is None
     train(data, tmp_path, longer)
     assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
-    assert continue_sibling(folder, longer.train, pytest.fail) is None  # it has begun
+    assert continue_sibling(folder, longer.train, pytest.fail) is None  # it has started already
     assert origin_of(folder) == origin
 
 
@@ -169,7 +169,7 @@ def test_continue_sibling_works_in_a_store(data, tmp_path):
 
 
 def losses(monkeypatch: pytest.MonkeyPatch, by_step: dict[int, float]) -> None:
-    """Validation gives these losses in turn, whatever the model: patience depends on nothing else."""
+    """Make validation return these losses by step, whatever the model. Patience depends on nothing else."""
     from pipeline.training import trainer
 
     now: list[int] = []
@@ -181,20 +181,20 @@ def losses(monkeypatch: pytest.MonkeyPatch, by_step: dict[int, float]) -> None:
 
 
 VALIDATION = {4: 3.0, 5: 9.9, 8: 2.0, 10: 9.9, 12: 2.5, 16: 2.1, 18: 1.0, 20: 1.5, 24: 1.6, 26: 9.9}
-"""By step; patience 2 ends at 16, patience 3 never; 5, 10, 18 and 26 are ends off the grid."""
+"""Losses by step. Patience 2 ends at 16, patience 3 never. 5, 10, 18 and 26 are ends off the grid."""
 
 
 @pytest.mark.parametrize(
     ("parts", "begins_at"),
     [
-        ([(26, 2), (26, 3)], 16),  # patience ended it, and it goes on
+        ([(26, 2), (26, 3)], 16),  # ended by patience 2, continues with 3
         ([(26, 2), (26, 0)], 16),
-        ([(10, 3), (26, 2)], 10),  # it has not run out yet
-        ([(18, 2), (26, 2)], 16),  # a longer run of the same patience has the same end
+        ([(10, 3), (26, 2)], 10),  # patience has not run out yet
+        ([(18, 2), (26, 2)], 16),  # with the same patience, a longer run has the same end
         ([(18, 0), (26, 3)], 18),
-        ([(18, 0), (26, 2)], 15),  # 18 is beyond its end: back to a checkpoint before
-        ([(26, 0), (26, 2)], 0),  # ... which is gone
-        ([(26, 3), (26, 0)], 26),  # patience did not end it
+        ([(18, 0), (26, 2)], 15),  # 18 is beyond the end at 16: an earlier checkpoint is used
+        ([(26, 0), (26, 2)], 0),  # as before, but the earlier checkpoints are deleted
+        ([(26, 3), (26, 0)], 26),  # patience has not ended it
         ([(5, 1), (10, 0), (26, 3)], 10),
     ],
 )
@@ -215,7 +215,7 @@ def test_continue_sibling_with_another_patience_ends_where_it_would_have(
 
 
 def test_continue_sibling_of_a_finished_run_with_the_same_end_trains_no_step(data, tmp_path):
-    """max_steps ended it, and other patience makes another key."""
+    """max_steps ended the run; another patience gives another key."""
     train(data, tmp_path, with_ends(max_steps=9))
     patient = with_ends(max_steps=9, patience=7)
     continue_sibling(folder_of(tmp_path, patient.train), patient.train, pytest.fail)
@@ -223,7 +223,7 @@ def test_continue_sibling_of_a_finished_run_with_the_same_end_trains_no_step(dat
 
 
 def test_continue_sibling_starts_over_if_a_longer_run_has_deleted_what_is_averaged(data, tmp_path):
-    train(data, tmp_path, with_ends(max_steps=24))  # keeps 18, 21 and 24
+    train(data, tmp_path, with_ends(max_steps=24))  # keeps the checkpoints 18, 21 and 24
     for end, begins_at in ((20, None), (23, 21), (30, 24)):
         shorter = with_ends(max_steps=end, average_checkpoints=2 if end == 23 else 3)
         origin = continue_sibling(folder_of(tmp_path, shorter.train), shorter.train, pytest.fail)
@@ -246,7 +246,7 @@ def test_continue_sibling_takes_the_newest_of_several_and_none_of_another_trajec
         shutil.copytree(short, stranger)
     renamed = short.with_name("grammar-mini with 9 steps-1-0123456789ab-9")
     short.rename(renamed)
-    (tmp_path / "grammar-mini-1-0123456789ab-11").mkdir()  # has not begun
+    (tmp_path / "grammar-mini-1-0123456789ab-11").mkdir()  # a run that has not started
     longer = with_ends(max_steps=20)
     origin = continue_sibling(folder_of(tmp_path, longer.train), longer.train, pytest.fail)
     assert origin is not None
@@ -299,7 +299,7 @@ def test_continue_sibling_without_any_whole_checkpoint_begins_at_step_0(data, tm
 
 def test_continue_sibling_passes_over_what_its_own_training_deletes_meanwhile(data, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
-        train(data, tmp_path, with_ends(max_steps=1000), stop=11)  # has 3, 6 and 9
+        train(data, tmp_path, with_ends(max_steps=1000), stop=11)  # has the checkpoints 3, 6 and 9
     copy = checkpoint.copy
 
     def late(source: AnyPath, target: AnyPath) -> None:

@@ -1,4 +1,4 @@
-"""A micro-batch to each thread gives what one thread gives."""
+"""Threads with a micro-batch each give the result of one thread."""
 
 import threading
 import time
@@ -18,12 +18,12 @@ from tests.pipeline.training.harness import DROPPING, SETTINGS, Sentences, micro
 
 @pytest.fixture(autouse=True)
 def one_thread(own_threads: None) -> None:
-    """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
+    """Matrices this small gain nothing from a second thread, and are much slower with it on a busy machine."""
     torch.set_num_threads(1)
 
 
 def run_by(num_threads: int, epoch: list[list[Sentences]], bf16: bool = False) -> tuple[Tensor, TrainState]:
-    """The weights of a model with dropout after six steps, and the state."""
+    """Train a model with dropout for six steps. Returns weights and state."""
     torch.set_num_threads(num_threads)
     model = new_model(DROPPING)
     state = run(model, epoch, replace(SETTINGS, max_steps=6), bf16=bf16)
@@ -66,10 +66,10 @@ def test_number_of_replicas_is_the_most_that_keep_the_threads_busy(num_threads, 
 
 
 def test_replicas_work_at_once_and_share_torchs_threads(monkeypatch):
-    seen: dict[int, int] = {}  # of each micro-batch's sentences: the thread's number of threads
+    seen: dict[int, int] = {}  # {sentences of the micro-batch: threads of torch}
 
     def spy(model: Transformer, src: Tensor, tgt_in: Tensor) -> Tensor:
-        everyone.wait(timeout=60)  # nobody gets by before all are here
+        everyone.wait(timeout=60)  # waits until all threads are here
         seen[len(src)] = torch.get_num_threads()
         return forward(model, src, tgt_in)
 

@@ -1,4 +1,4 @@
-"""One rank's training on a small corpus on disk: real plan, real checkpoints, no Ray."""
+"""Training of one rank on a small corpus on disk, with real batch plan and checkpoints, without Ray."""
 
 import json
 import math
@@ -35,7 +35,7 @@ VOCAB = 23
 
 @pytest.fixture(autouse=True)
 def one_thread(own_threads: None) -> None:
-    """Matrices this small gain nothing from a second one, and lose much on a busy machine."""
+    """Matrices this small gain nothing from a second thread, and are much slower with it on a busy machine."""
     torch.set_num_threads(1)
 
 
@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Stopped(Exception):  # noqa: N818, not an error
-    """Thrown into a run, as if it were killed."""
+    """Raised in a run to stop it as a kill would."""
 
 
 def stop_at(step: int | None) -> Callable[[TrainState, float], None]:
@@ -76,7 +76,7 @@ def run(
 
 
 def tensors(folder: Path, step: int = 9) -> dict[str, Tensor]:
-    """Weights and moments of a checkpoint."""
+    """Return weights and moments of the checkpoint of this step."""
     return load_file(checkpoint.folder_of(folder, step) / "tensors.safetensors")
 
 
@@ -148,7 +148,7 @@ def test_train_rank_scores_at_each_validation_on_rank_0_and_not_in_the_time_of_s
             score=lambda model: {"valid_bleu": 7.5, "other": later(100)},
         )  # fmt: skip
         assert [point.get("valid_bleu") for point in state.validation_curve] == scores
-        assert state.seconds == 9.0  # one a step
+        assert state.seconds == 9.0  # one second per step
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -198,7 +198,7 @@ def test_train_rank_logs_once_that_workers_would_wait_for_others(data, tmp_path,
     settings = make_settings(train={"batch_tokens": 400}, hardware={"micro_batch_tokens": micro_batch_tokens})
     advice = share_advice(batch_plan(EncodedSplit.open(data, "train"), settings), 3)
     assert (advice is not None) == advises
-    for rank in range(3):  # each on its own: without a process group, none waits for another
+    for rank in range(3):  # one after the other: without a process group, none waits for another
         messages: list[str] = []
         with pytest.raises(Stopped):
             run(data, tmp_path / f"{rank}", settings, stop=1, log=messages.append, rank=rank, num_ranks=3)
@@ -289,7 +289,7 @@ def test_train_rank_weights_change_with_each_setting_of_the_run_key(data, tmp_pa
 
 
 def test_train_rank_leaves_out_training_pairs_that_are_too_long(data, tmp_path):
-    for side in SIDES:  # validation fits: five tokens each
+    for side in SIDES:  # validation fits: each sentence has five tokens
         ids_path, offsets_path = encoded_paths(data, "valid", side)
         np.save(ids_path, np.full(5 * PAIRS["valid"], EOS + 1, np.uint16))
         np.save(offsets_path, 5 * np.arange(PAIRS["valid"] + 1))
@@ -326,8 +326,8 @@ def test_train_rank_names_the_split_of_a_pair_that_no_micro_batch_holds(data, tm
 
 
 def test_train_rank_has_torch_keep_compiled_code_where_others_cannot_write(tmp_path, monkeypatch):
-    """Settled before the first Adam: torch chooses a folder when it makes one."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
+    """Must be set before the first Adam: torch chooses the folder when it makes one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restores the variable after the test
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     with pytest.raises(ValueError, match="run the tokenize stage"):
         run(tmp_path / "no corpus", tmp_path / "run")
@@ -350,12 +350,12 @@ def as_rank(rank: int, num_ranks: int, folder: str) -> None:
         )
     except Stopped:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(messages))
-    dist.barrier()  # Gloo aborts a process whose peer leaves in the middle
+    dist.barrier()  # Gloo aborts a process whose peer has left
     dist.destroy_process_group()
 
 
 def test_resume_with_other_numbers_of_ranks_changes_only_rounding(data, tmp_path):
-    """Steps 1 to 3 on one rank, 4 to 6 on two, 7 to 9 on one: the weights of one rank but for rounding."""
+    """Takes steps 1 to 3 on one rank, 4 to 6 on two, 7 to 9 on one. Weights equal one rank's up to rounding."""
     whole = run(data, tmp_path / "whole")
     with pytest.raises(Stopped):
         run(data, tmp_path / "parts", stop=4)
