@@ -1,7 +1,7 @@
-"""What README, CONTRIBUTING, docs/ and infra/README.md tell a reader to type works, and what they name exists.
+"""Commands in README, CONTRIBUTING, docs/ and infra/README.md work, and the things that they name exist.
 
-Every command of an indented or fenced block is run, or checked as far as it can be without running it, or is one of
-ELSEWHERE. Blocks fenced as ```text are no commands. docs/log.md is history: what it names may be gone.
+Every command of an indented or fenced block is run, checked as far as possible without running it, or listed in
+ELSEWHERE. Blocks fenced as ```text are not commands. docs/log.md is history: files that it names may be deleted.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "infra/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name != "log.md"]
 
 RUN = ["dvc metrics show", "python -m pipeline.preset --list", "python -m pipeline.preset --show model=tiny"]
-"""Run as they are: they only read."""
+"""Commands that are run unchanged, because they only read."""
 ELSEWHERE = {
     "docker": "needs Docker",
     "echo": "text for the command behind it",
@@ -56,19 +56,19 @@ ELSEWHERE = {
     "${EDITOR:-vi}": "the user's editor",
     "git": "commits of the user's own",
 }
-"""First words of commands that are not run here, and why. Files of the project that they name have to exist."""
+"""First words of commands that are not run here, with the reason. Project files that they name must exist."""
 
 
 NAMES_OF_OTHERS = {"PIP_EXTRA_INDEX_URL", "SCHED_BATCH", "SecurityGroupIds", "preload_python_modules"}
-"""Of pip, Linux, AWS and Ray: no file of ours has them."""
+"""Names of pip, Linux, AWS and Ray that are in no file of this project."""
 
 
 class ParsedError(BaseException):
-    """A command has accepted its arguments."""
+    """Raised once a command has accepted its arguments."""
 
 
 def blocks(text: str) -> Iterator[tuple[int, list[str]]]:
-    """The line number and the lines of each indented block and of each fence that is not ```text."""
+    """Yield the line number and the lines of each indented block and of each fence other than ```text."""
     lines, number = text.splitlines(), 0
     while number < len(lines):
         first, fence = number, re.fullmatch(r"```(\w*)", lines[number])
@@ -85,7 +85,7 @@ def blocks(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def commands(document: str) -> Iterator[tuple[int, str]]:
-    """The line number and text of each command: it ends at the end of a line, unless a backslash or quote is open."""
+    """Yield the line number and text of each command, which ends with a line unless a backslash or quote is open."""
     for first, lines in blocks((REPOSITORY / document).read_text(encoding="utf-8")):
         command = ""
         for number, line in enumerate(lines, start=first):
@@ -98,11 +98,11 @@ def commands(document: str) -> Iterator[tuple[int, str]]:
                 yield number, command
             if not open_end or not command.strip() or command.lstrip().startswith("#"):
                 command = ""
-        assert not command, f"{document}:{first}: a command without its end: {command}"
+        assert not command, f"{document}:{first}: the command is incomplete: {command}"
 
 
 def simple_commands(command: str) -> Iterator[list[str]]:
-    """The words of each part between `&&`, `|`, `;` and `&`, without assignments and redirections."""
+    """Yield the words of each part between `&&`, `|`, `;` and `&`, without assignments and redirections."""
     lexer = shlex.shlex(command.replace("\\\n", " "), posix=True, punctuation_chars="&|;<>")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -126,7 +126,7 @@ COMMANDS = [(f"{document}:{number}", text) for document in DOCUMENTS for number,
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the settings."""
+    """A folder with a copy of the project's settings."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
@@ -139,7 +139,7 @@ def stages() -> set[str]:
 
 
 def check_dvc(words: list[str], project: Path) -> None:
-    """The command exists and takes these options, stages exist, settings are possible with what -S sets."""
+    """Check that the command takes these options, that stages exist, and that settings changed by -S are valid."""
     arguments = parse_dvc(words[1:])
     options = {"set_param": None, "queue": False} | vars(arguments)
     if words[1] in ("exp", "repro"):
@@ -152,7 +152,7 @@ def check_dvc(words: list[str], project: Path) -> None:
 
 
 def check_module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module accepts these arguments."""
+    """Check that the module accepts these arguments."""
     name = words[2]
     if name == "pytest":
         assert all((REPOSITORY / word).exists() for word in words[3:] if "/" in word)
@@ -194,7 +194,7 @@ def test_commands_of_the_documents_work(where, command, project, monkeypatch):
         elif words[0] == "sed":
             assert (REPOSITORY / words[-1]).is_file()
         else:
-            assert words[0] in ELSEWHERE, "neither run nor checked; ELSEWHERE says of which commands that is right"
+            assert words[0] in ELSEWHERE, "neither run nor checked: add it to ELSEWHERE if that is intended"
             named = [word for word in words if re.match(r"(infra|docs|conf|pipeline|sweeps|tools|tests)/", word)]
             assert [word for word in named if not exists(word)] == []
 
@@ -208,7 +208,7 @@ def tracked() -> tuple[str, ...]:
 
 
 def exists(path: str) -> bool:
-    """Whether a path is in the repository, or is made by its commands (git ignores it) or by its user."""
+    """Return whether a path is in the repository, or is made by its commands (git ignores it) or its user."""
     if path.rstrip("/") == "data/own":
         return True
     ignored = ["git", "check-ignore", "--quiet", path]
@@ -220,7 +220,7 @@ def prose(document: str) -> str:
 
 
 def quoted(document: str) -> list[str]:
-    """What is in backticks, fences left out."""
+    """Return the texts in backticks, outside of fences."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", prose(document), flags=re.DOTALL))
 
 
@@ -245,7 +245,7 @@ def test_paths_of_the_documents_exist(document):
 
 
 def tree_of(text: str) -> list[str]:
-    """The paths in an indented tree. A line is `name` or `name, name`, then two spaces or its end, then a comment."""
+    """Return the paths of an indented tree. A line is `name` or `name, name`. Two spaces may start a comment."""
     found, above = [], [(-1, "")]
     for line in text.splitlines():
         entry = re.match(r"( *)(\S+(?:, \S+)*)(?:  |$)", line)
@@ -259,7 +259,7 @@ def tree_of(text: str) -> list[str]:
 
 def test_tree_of_the_architecture_has_every_module_and_nothing_else():
     paths = tree_of(re.search(r"```text\n(.*?)```", prose("docs/architecture.md"), re.DOTALL)[1])
-    whole = ("model/cpu/", "tools/benchmarks/")  # one line for all of their modules
+    whole = ("model/cpu/", "tools/benchmarks/")  # one line stands for all their modules
     modules = [
         path
         for path in tracked()
@@ -271,7 +271,7 @@ def test_tree_of_the_architecture_has_every_module_and_nothing_else():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_of_the_documents_are_in_the_code(document):
-    """`Name` in `path` is in that file; other names of classes, constants and functions are somewhere."""
+    """A `Name` in `path` is in that file. Other names of classes, constants and functions are in some file."""
     for name, path in re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/.-]+\.(?:py|yaml))`", prose(document)):
         assert name in words_of(path), (name, path)
     known = NAMES_OF_OTHERS.union(*map(words_of, tracked()))
@@ -289,7 +289,7 @@ def test_settings_of_the_documents_exist(document):
 
 
 def test_badges_of_readme_are_true():
-    """They are files of the project, so that they need no network, and so nobody renews them."""
+    """Badges are files of the project: they need no network, but no service updates them."""
     project = tomllib.loads(prose("pyproject.toml"))["project"]
     expected = {"licence": project["license"], "python": project["requires-python"].removeprefix(">=") + "+"}
     for name, value in expected.items():
@@ -298,7 +298,7 @@ def test_badges_of_readme_are_true():
 
 
 def test_readme_is_short_and_leads_to_every_page():
-    words = re.findall(r"\S*\w\S*", prose("README.md"))  # the bars of tables are none
+    words = re.findall(r"\S*\w\S*", prose("README.md"))  # not the bars of tables
     assert len(words) <= 1300
     pages = [path for path in tracked() if re.fullmatch(r"docs/[\w-]+\.md|CONTRIBUTING\.md|infra/README\.md", path)]
     assert len(pages) > 10
@@ -307,7 +307,7 @@ def test_readme_is_short_and_leads_to_every_page():
 
 @cache
 def words_of(path: str) -> frozenset[str]:
-    """Of a file that is not a document."""
+    """Return the words of a file that is not a document."""
     file = REPOSITORY / path
     text = "" if file.suffix in (".md", ".png") or file == Path(__file__) else file.read_text(encoding="utf-8")
     return frozenset(re.findall(r"\w+", text))

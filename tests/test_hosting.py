@@ -1,7 +1,7 @@
-"""What GitHub, package indexes, pre-commit and citation managers read about this project.
+"""Files about this project for GitHub, package indexes, pre-commit and citation managers.
 
-No schema of GitHub, pre-commit or CFF comes with an installed package, and tests use no network. So these are strict
-checks of our own: which keys there may be, which there have to be, and that what the files name exists.
+No installed package has the schemas of GitHub, pre-commit or CFF, and tests use no network. So these tests check
+the allowed and the required keys, and that the things that the files name exist.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.common.yaml_files import read_yaml  # YAML 1.2, where the key `on` is a text and not true
+from pipeline.common.yaml_files import read_yaml  # YAML 1.2, where `on` is a text and not true
 
 REPOSITORY = Path(__file__).parents[1]
 LICENSE_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
-"""Of the Apache License 2.0 as the Apache Software Foundation publishes it."""
+"""Checksum of the Apache License 2.0 as published by the Apache Software Foundation."""
 WORKFLOW = read_yaml(REPOSITORY / ".github/workflows/tests.yml")
 FORMS = sorted((REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 DOCTOR = "python -m pipeline.doctor"
@@ -66,7 +66,7 @@ def test_citation_is_valid_cff_and_agrees_with_the_project():
     assert citation["type"] == "software"
     assert (citation["title"], citation["version"]) == (project()["name"], project()["version"])
     assert citation["license"] == project()["license"]
-    assert citation["authors"] == project()["authors"], "an entity; a person has no key `name`"
+    assert citation["authors"] == project()["authors"], "the author is an entity; a person has no key `name`"
     (paper,) = citation["references"]
     assert {"authors", "title", "type"} <= set(paper)
     assert (paper["title"], paper["year"]) == ("Attention Is All You Need", 2017)

@@ -1,4 +1,4 @@
-"""Rules between files: which way imports point, what dvc.yaml lists, pinned versions, no machine's paths."""
+"""Rules between files: directions of imports, deps in dvc.yaml, pinned versions, no paths of one machine."""
 
 import ast
 import re
@@ -31,8 +31,8 @@ LAYERS = [
     ("sweeps",),
     ("tools",),
 ]
-"""From the bottom up: a module imports its own layer and those below it. The commands directly in pipeline/ are above
-every folder of pipeline/."""
+"""Layers from the bottom up. A module may import its own layer and those below it. The commands in pipeline/ itself
+are above all its folders."""
 COMMANDS = {path for path in (*PIPELINE, *SWEEPS) if "__main__" in path.read_text(encoding="utf-8")}
 
 
@@ -41,7 +41,7 @@ def name_of(path: Path) -> str:
 
 
 def layer(module: str) -> int | None:
-    """Of a module of this project, the highest layer whose name it begins with; None for another's."""
+    """Return the number of a module's layer, by the longest prefix of its name, or None outside the project."""
     found = [
         (len(package), number)
         for number, packages in enumerate(LAYERS)
@@ -114,7 +114,7 @@ def stages() -> dict[str, dict]:
 
 
 def commands(stage: dict) -> list[str]:
-    """The files that a stage runs."""
+    """Return the files that a stage runs."""
     lines = stage["cmd"] if isinstance(stage["cmd"], list) else [stage["cmd"]]
     found = [re.findall(r"python -m (pipeline|sweeps)\.(\w+)", line) for line in lines]
     return [f"{package}/{name}.py" for names in found for package, name in names]
@@ -141,11 +141,11 @@ def test_deps_of_a_stage_have_no_code_that_it_does_not_run(name):
     run = reached(commands(stage))
     code = [dep for dep in stage["deps"] if dep.partition("/")[0] in {"model", "pipeline", "sweeps"}]
     unused = [dep for dep in code if dep not in run and not any(file.startswith(f"{dep}/") for file in run)]
-    assert not unused, "a change there would rerun it for nothing"
+    assert not unused, "a change in these files would rerun the stage needlessly"
 
 
 def texts(path: Path) -> str:
-    """A file's text; of Python its strings alone, docstrings too."""
+    """Return a file's text, or of a Python file its strings, including docstrings."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return text
@@ -177,7 +177,7 @@ def tracked() -> list[Path]:
     return [path for path in paths if path.is_file() and path.stat().st_size < 1_000_000]
 
 
-# Put together here, so that this file does not hold what it looks for.
+# Concatenated, so that this file does not contain the names itself.
 HOSTS = [
     "pypi" + ".org",
     "python" + "hosted",

@@ -1,4 +1,4 @@
-"""The plan against models that are really built and micro-batches that are really collated."""
+"""The sweep's plan, compared with models that are built and micro-batches that are collated."""
 
 import re
 import sys
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project after the tokenize stage, with a sweep of two rows and one that is left out, two seeds."""
+    """A project after the tokenize stage with a sweep of two seeds and two rows; a third row is skipped."""
     copy_settings(tmp_path)
     for file in (*EVALUATION_CODE, *WEIGHTS_CODE):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ CHANGES: list[dict[str, Any]] = [
     {"num_layers": 3, "d_model": 22, "d_ff": 37},
     {"positions": "relative"},
     {"positions": "learned", "norm": "pre"},
-    {"max_length": 13},  # leaves pairs out
+    {"max_length": 13},  # some pairs are too long and left out
 ]
 
 
@@ -110,7 +110,7 @@ def test_num_parameters_is_that_of_the_model_built(root, changes):
 
 def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
     sweep = load_sweep(root)
-    base, half = costs(sweep, root)  # a quarter of d_k 14 cannot be
+    base, half = costs(sweep, root)  # a quarter of d_k 14 is no whole number
     assert [row.id for row in sweep.rows if row.skipped] == ["B-dk16"]
     assert (base.label, half.label) == ("base", "B: d_k 7")
     assert base.flops == 2 * 13 * flops_per_step(sweep.base, root)
@@ -122,7 +122,7 @@ def test_costs_of_a_row_are_all_its_steps_with_every_seed(root):
 def test_costs_leave_out_the_steps_that_checkpoints_have(root):
     sweep = load_sweep(root)
     first, second = (trial.folder for trial in sweep.trials if trial.row.id == "base")
-    save_checkpoint(first, TrainState(step=13, finished=True))  # as the train stage does
+    save_checkpoint(first, TrainState(step=13, finished=True))  # as in the train stage
     save_checkpoint(second, TrainState(step=5))
     base = costs(sweep, root)[0]
     assert (base.num_done, base.num_trained, base.num_to_train) == (0, 1, 1)
@@ -184,18 +184,18 @@ def test_render_plan_shows_the_full_cost_and_what_is_left_to_pay(root):
             f"{name}: {flops:.2g} FLOPs: {hours:.3g} CPU core hours, {60 * hours / 4:.0f} minutes on 4 at once, "
             f"{2.5 * hours:.2f} at 2.5 per CPU core hour."
         )
-        assert 60 * hours > 4  # so that none of these is a zero
+        assert 60 * hours > 4  # so that none of these is printed as zero
     assert lines[10] == "Rate: 1e+06 FLOPs a second, from sweep.flops_per_second."
     assert len(lines) == 12
 
 
 def cells(line: str) -> list[str]:
-    """Of a table's line."""
+    """Return the cells of a line of a table."""
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_render_plan_counts_one_row_and_one_seed_in_the_singular(root):
-    edit(root, "sweep", rows=[], seeds=[3], grid={"model.d_k": [14]})  # base itself, which is left out
+    edit(root, "sweep", rows=[], seeds=[3], grid={"model.d_k": [14]})  # the row equals base, so it is left out
     assert ": 1 row x 1 seed; trials: 0 done" in render_plan(load_sweep(root), root, devices=1, gpu=False)
 
 
@@ -211,12 +211,12 @@ def test_render_plan_has_a_table_of_80_columns(root):
 def test_render_plan_warns_that_base_is_trained_twice_and_names_the_way_out(root, seeds):
     edit(root, "sweep", seeds=seeds)
     edit(root, "train", seed=1)
-    said = render_plan(load_sweep(root), root, devices=1, gpu=False)
+    shown = render_plan(load_sweep(root), root, devices=1, gpu=False)
     line = (
         "train.seed is 1, but sweep.seeds has 3, 5: the run of the train stage is not used, and base is trained "
         "again. Add 1 to sweep.seeds, or set train.seed to 3."
     )
-    assert (line in said.splitlines()) == ("train.seed" in said) == (seeds == [3, 5])
+    assert (line in shown.splitlines()) == ("train.seed" in shown) == (seeds == [3, 5])
 
 
 def test_render_plan_is_silent_about_a_base_that_is_trained_for_all_seeds(root):
@@ -255,7 +255,7 @@ def test_render_plan_of_a_finished_sweep_has_its_full_cost(root):
 
 def test_render_plan_without_a_trial_has_no_cost(root, monkeypatch):
     edit(root, "sweep", flops_per_second=0.0)
-    monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(cost, "measured_rate", lambda *_: pytest.fail("the rate is measured"))
     sweep = load_sweep(root)
     empty = replace(sweep, trials=[])
     assert render_plan(empty, root, devices=1, gpu=False).splitlines()[-1].startswith("Left out: B: d_k 3.5 (")
@@ -267,12 +267,12 @@ def test_duration_is_in_the_unit_that_has_two_digits(hours, text):
     assert cost._duration(hours) == text
 
 
-# --- the rate
+# --- the rate (FLOPs a second)
 
 
 @pytest.fixture
 def unstated(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project with no rate in its settings; one that is measured is 7e6."""
+    """The project with no rate in its settings. A measurement would give 7e6."""
     edit(root, "sweep", flops_per_second=0.0)
     monkeypatch.setattr(cost, "measured_rate", lambda settings, root, device: 7e6 if device == CPU else 0)
     return root
@@ -284,21 +284,21 @@ def rate_line(root: Path) -> str:
 
 
 def use(folder: Path, steps: int, seconds: float, on_gpus: bool = False) -> None:
-    """Usage of two devices, as accounting.py keeps it."""
+    """Write the usage of two devices as accounting.py does."""
     write_json(folder / "usage/1234.json", {"seconds": seconds, "devices": 2, "steps": steps, "on_gpus": on_gpus})
 
 
 def test_render_plan_measures_a_rate_that_is_neither_stated_nor_known(unstated):
     base = load_sweep(unstated).trials[0]
     save_checkpoint(base.folder, TrainState(step=3))
-    use(base.folder, steps=4, seconds=5.0)  # most of which may be its start
+    use(base.folder, steps=4, seconds=5.0)  # too short: most of it may be the start
     assert rate_line(unstated) == "Rate: 7e+06 FLOPs a second, from a measurement of 3 seconds here."
 
 
 def test_render_plan_has_the_rate_of_the_train_stage(unstated):
     base = load_sweep(unstated).trials[0]
     save_checkpoint(base.folder, TrainState(step=13, finished=True))
-    use(base.folder, steps=16, seconds=5.0)  # three steps were undone by a kill
+    use(base.folder, steps=16, seconds=5.0)  # a kill lost three steps
     rate = 16 * flops_per_step(base.settings, unstated) / 10.0
     assert rate_line(unstated) == f"Rate: {rate:.2g} FLOPs a second, from the training of base, seed 3."
     use(base.folder, steps=16, seconds=5.0, on_gpus=True)
@@ -317,7 +317,7 @@ def test_render_plan_has_the_rate_of_the_shorter_run_that_a_trial_continues(unst
 def test_render_plan_has_the_rate_of_trials_that_are_done(unstated):
     sweep = load_sweep(unstated)
     save_checkpoint(sweep.trials[0].folder, TrainState(step=13, finished=True))
-    use(sweep.trials[0].folder, steps=13, seconds=1.0)  # by the train stage alone, on an empty machine
+    use(sweep.trials[0].folder, steps=13, seconds=1.0)  # the train stage, alone on the machine
     finish(sweep, {"base.5": "finished", "B-dk32.3": "finished"})
     for trial, seconds in zip(sweep.trials[1:3], (4.0, 9.0), strict=True):
         use(trial.folder, steps=13, seconds=seconds)
@@ -328,7 +328,7 @@ def test_render_plan_has_the_rate_of_trials_that_are_done(unstated):
 
 
 def pull_results(root: Path, **changes: Any) -> dict[str, Any]:
-    """data/sweep/trials.json of all trials, as `dvc pull` brings it."""
+    """Write data/sweep/trials.json with all trials, as after `dvc pull`."""
     sweep = load_sweep(root)
     finished = {"status": "finished", "metrics": {"valid_averaged_bleu": 1.0, "valid_averaged_ppl": 1.0,
                 "test_bleu": 1.0}, "translations": "a.txt", "parameters": 1, "steps": 13, "tokens_per_second": 1.0,
@@ -373,8 +373,8 @@ def test_has_results_if_each_trial_has_one_by_its_key(root):
 def test_main_prints_that_dvc_runs_nothing_if_all_results_exist(root, monkeypatch, capsys):
     pull_results(root)
     run_main(root, monkeypatch, "--seeds", "3")
-    said = "data/sweep has the results of all trials: `dvc repro` runs none, unless `dvc status sweep`"
-    assert capsys.readouterr().out.startswith(said)
+    expected = "data/sweep has the results of all trials: `dvc repro` runs none, unless `dvc status sweep`"
+    assert capsys.readouterr().out.startswith(expected)
     run_main(root, monkeypatch, "--seeds", "3", "7")
     assert "dvc repro" not in capsys.readouterr().out
     finish(load_sweep(root), {trial.id: "finished" for trial in load_sweep(root).trials})
@@ -394,14 +394,14 @@ def test_help_fits_80_columns(module, monkeypatch, capsys):
 
 
 def test_measured_rate_is_flops_after_the_warm_up_per_second(root, monkeypatch):
-    ticks = count(100.0, 5.0)  # every look at the clock is 5 seconds after the last
+    ticks = count(100.0, 5.0)  # each reading of the clock is 5 seconds later
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     settings = load_sweep(root).base
     steps, split = batch_plan(settings, root, settings.train.batch_tokens)
     batches = [indices for step in steps.steps(0) for indices in step]
     timed = sum(flops_of(settings, split, indices) for indices in batches[3:6])
     threads = torch.get_num_threads()
-    # clock: after the warm-up, after the third batch that counts, at the end
+    # the clock is read after the warm-up, after the third counted batch, and at the end
     assert measured_rate(settings, root, CPU) == pytest.approx(timed / 10.0, rel=1e-12)
     assert torch.get_num_threads() == threads
 
@@ -432,9 +432,9 @@ def test_main_plans_for_a_gpu_elsewhere_if_its_rate_is_stated(root, monkeypatch,
 
 def test_main_plans_other_rows_seeds_and_models_than_those_of_params(root, monkeypatch, capsys):
     run_main(root, monkeypatch, "--rows", "heads", "dropout", "--seeds", "7", "8", "9", "--model", "tiny")
-    said = capsys.readouterr().out
-    assert "rows x 3 seeds; trials: 0 done, " in said
-    rows = {cells(line)[0]: cells(line)[1:4] for line in said.splitlines() if line.startswith("| ")}
+    shown = capsys.readouterr().out
+    assert "rows x 3 seeds; trials: 0 done, " in shown
+    rows = {cells(line)[0]: cells(line)[1:4] for line in shown.splitlines() if line.startswith("| ")}
     assert {"A: 2 heads", "D: dropout 0.0"} < rows.keys()
     assert "B: d_k 7" not in rows
     tiny = load_settings(root, model="tiny")

@@ -1,4 +1,4 @@
-"""The report of a sweep, by the content of its files: analysis.py, render.py, figure.py and report.py together."""
+"""The files of a sweep's report: analysis.py, render.py, figure.py and report.py together."""
 
 import base64
 import csv
@@ -32,7 +32,7 @@ def published(bleu: float, ppl: float, params: int | None = None) -> dict[str, A
     return {"bleu": bleu, "ppl": ppl, "params": params}
 
 
-ROWS = [  # id, axis, label, changes, the paper's, our share of wrong words
+ROWS = [  # id, axis, label, changes, the paper's values, share of wrong words in our translations
     ("base", "base", "base", {}, published(25.8, 4.92, 65), 0.1),
     ("A-h1", "heads", "A: 1 head", {"model.num_heads": 1, "model.d_k": 64}, published(24.9, 5.29), 0.3),
     ("A-h16", "heads", "A: 8 heads", {"model.num_heads": 8}, published(25.8, 4.91), 0.02),
@@ -51,7 +51,7 @@ def _fewer_shuffles() -> Iterator[None]:
 
 
 def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object] = lambda sweep: None) -> Path:
-    """What a sweep leaves behind, after `change`."""
+    """Write the results of a sweep, after `change` has edited them."""
     folder.mkdir(parents=True)
     chance = random.Random(3)
     references = [" ".join(chance.choices("abcdefghijklm", k=chance.randint(6, 11))) for _ in range(NUM_SENTENCES)]
@@ -61,7 +61,7 @@ def write_sweep(folder: Path, seeds: list[int], change: Callable[[dict], object]
         rows.append({"id": id, "group": id[0], "axis": axis, "label": label, "changes": changes,
                      "published": paper, "skipped": None})  # fmt: skip
         for seed in seeds:
-            chance = random.Random(f"{wrong} {seed}")  # rows that are wrong as often are wrong alike
+            chance = random.Random(f"{wrong} {seed}")  # rows with equal shares have equal errors
             texts = [" ".join("x" if chance.random() < wrong else w for w in line.split()) for line in references]
             (folder / f"{id}.{seed}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
             bleu = BLEU(force=True).corpus_score(texts, [references]).score
@@ -109,7 +109,7 @@ def spoil_some(sweep: dict) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A sweep in which all went well, and its reports."""
+    """A sweep without failures, and its reports."""
     root = tmp_path_factory.mktemp("whole")
     write_report(write_sweep(root / "sweep", SEEDS), root / "reports", progress=False)
     return root / "sweep", root / "reports"
@@ -123,7 +123,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def table(markdown: str, section: str) -> dict[str, list[str]]:
-    """The cells of a section's table by row."""
+    """Return the cells of a section's table by row."""
     lines = markdown.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells}
@@ -143,7 +143,7 @@ def bleus(sweep: Path, row: str) -> list[float]:
 
 
 def texts(sweep: Path, row: str) -> list[list[str]]:
-    """The translations for each seed."""
+    """Return the translations for each seed."""
     return [(sweep / trial["translations"]).read_text().split("\n")[:-1] for trial in trials_of(sweep, row)]
 
 
@@ -197,9 +197,11 @@ def test_write_report_shows_times_of_a_few_seconds_with_a_decimal(tmp_path: Path
             trial |= {"seconds": 12.34, "seconds_to_first_step": 1.26, "seconds_of_overhead": 0.14}
 
     write_report(write_sweep(tmp_path / "sweep", [1], hurry), tmp_path, progress=False)
-    said = (tmp_path / "table3.md").read_text(encoding="utf-8")
-    assert "Mean time of a trial: 12 s. Its first step is finished after 1.3 s; 0.1 s are neither training" in said
-    assert "- Seed: 1. Rows with the same seed" in said
+    markdown = (tmp_path / "table3.md").read_text(encoding="utf-8")
+    assert (
+        "Mean time of a trial: 12 s. Its first step is finished after 1.3 s; 0.1 s are neither training" in markdown
+    )
+    assert "- Seed: 1. Rows with the same seed" in markdown
 
 
 def test_write_report_leaves_out_times_if_no_trial_ran_as_a_whole(tmp_path: Path):
@@ -251,15 +253,15 @@ def test_same_sign_is_open_where_ours_is_not_significant_or_the_papers_is_zero(w
         "D-dropout0.0": ("better", "-1.2", "no"),
         "positions-alibi": ("worse", "", ""),
     }
-    said = (whole[1] / "table3.md").read_text(encoding="utf-8")
-    assert "Not significant: this table cannot tell them from base: B: d_k 8.\n" in said
-    assert "Different, with the opposite sign: D: dropout 0.0.\n" in said
+    markdown = (whole[1] / "table3.md").read_text(encoding="utf-8")
+    assert "Not significant: this table cannot tell them from base: B: d_k 8.\n" in markdown
+    assert "Different, with the opposite sign: D: dropout 0.0.\n" in markdown
 
 
 def test_verdict_is_not_significant_where_the_interval_overrules_p(tmp_path: Path):
     def scatter(sweep: dict) -> None:
         for trial in sweep["trials"]:
-            if trial["row"] == "A-h1":  # seeds that disagree: the translations differ, the interval holds zero
+            if trial["row"] == "A-h1":  # the seeds disagree: the translations differ, but the interval contains zero
                 trial["metrics"]["valid_averaged_bleu"] = {1: 10.0, 2: 95.0, 5: 60.0}[trial["seed"]]
 
     write_report(write_sweep(tmp_path / "sweep", SEEDS, scatter), tmp_path, progress=False)
@@ -271,7 +273,7 @@ def test_verdict_is_not_significant_where_the_interval_overrules_p(tmp_path: Pat
 def test_verdict_is_not_significant_where_p_overrules_the_interval(tmp_path: Path):
     def lift(sweep: dict) -> None:
         for trial in sweep["trials"]:
-            if trial["row"] == "B-dk32":  # base's own translations, whatever the scores say
+            if trial["row"] == "B-dk32":  # base's own translations; the scores do not matter
                 trial["metrics"]["valid_averaged_bleu"] += 1
 
     write_report(write_sweep(tmp_path / "sweep", SEEDS, lift), tmp_path, progress=False)
@@ -283,38 +285,38 @@ def test_verdict_is_not_significant_where_p_overrules_the_interval(tmp_path: Pat
 def test_assess_takes_the_interval_over_sentences_with_one_seed(tmp_path: Path):
     sweep = write_sweep(tmp_path / "sweep", [2])
     write_report(sweep, tmp_path, progress=False)
-    row, said = sheet(tmp_path)["A-h1"], (tmp_path / "table3.md").read_text(encoding="utf-8")
+    row, markdown = sheet(tmp_path)["A-h1"], (tmp_path / "table3.md").read_text(encoding="utf-8")
     references = (sweep / "references.txt").read_text().split("\n")[:-1]
     expected = sentence_interval(texts(sweep, "base")[0], texts(sweep, "A-h1")[0], references, "en")
     assert (float(row["interval_low"]), float(row["interval_high"])) == (expected.low, expected.high)
     assert (row["interval_covers"], row["bleu_sd"], row["num_seeds"]) == ("sentences", "", "1")
-    assert "- 95% interval over sentences: paired bootstrap" in said
-    assert "another seed may give other results" in said
-    assert "interval over seeds" not in said
+    assert "- 95% interval over sentences: paired bootstrap" in markdown
+    assert "another seed may give other results" in markdown
+    assert "interval over seeds" not in markdown
 
 
 def test_assess_takes_the_interval_over_seeds_with_several(whole: tuple[Path, Path]):
-    said = (whole[1] / "table3.md").read_text(encoding="utf-8")
-    assert "- 95% interval over seeds: Student's t" in said
-    assert "interval over sentences" not in said
-    assert "another seed may give other results" not in said
+    markdown = (whole[1] / "table3.md").read_text(encoding="utf-8")
+    assert "- 95% interval over seeds: Student's t" in markdown
+    assert "interval over sentences" not in markdown
+    assert "another seed may give other results" not in markdown
 
 
 def test_missing_gives_the_reason_for_rows_and_trials_without_a_result(damaged: tuple[Path, Path]):
-    said = (damaged[1] / "table3.md").read_text(encoding="utf-8")
-    rows = table(said, "BLEU")
+    markdown = (damaged[1] / "table3.md").read_text(encoding="utf-8")
+    rows = table(markdown, "BLEU")
     assert rows["A: 1 head"] == ["", "", "", "", "", "", "", "failed", "", "24.9", "-0.9", ""]
     assert rows["B: d_k 8"][7] == "skipped"
-    assert "- B: d_k 8: skipped (8 heads x 1/3 is 2.67 heads).\n" in said
+    assert "- B: d_k 8: skipped (8 heads x 1/3 is 2.67 heads).\n" in markdown
     for seed, hours in ((1, "0.143"), (2, "0.286"), (5, "0.714")):
         line = (
             f"- A: 1 head, seed {seed}: failed: `CUDA out of memory: 2 GiB | 'x' of <8>`. {hours} device-hours were"
         )
-        assert line in said
-    assert "- A: 8 heads, seed 2: stopped: `by ASHA`." in said
-    assert "- D: dropout 0.0, seed 2: unfinished: `was interrupted`." in said
-    assert "- alibi positions, seed 5: 4 attempts, each from the last checkpoint.\n" in said
-    assert "No result: A: 1 head (failed); B: d_k 8 (skipped).\n" in said
+        assert line in markdown
+    assert "- A: 8 heads, seed 2: stopped: `by ASHA`." in markdown
+    assert "- D: dropout 0.0, seed 2: unfinished: `was interrupted`." in markdown
+    assert "- alibi positions, seed 5: 4 attempts, each from the last checkpoint.\n" in markdown
+    assert "No result: A: 1 head (failed); B: d_k 8 (skipped).\n" in markdown
     page = (damaged[1] / "table3.html").read_text(encoding="utf-8")
     assert "<code>CUDA out of memory: 2 GiB | &#x27;x&#x27; of &lt;8&gt;</code>" in page
 
@@ -340,11 +342,11 @@ def test_write_report_without_base_has_no_differences(tmp_path: Path):
     sweep = write_sweep(tmp_path / "sweep", [1, 2], lambda sweep: spoil(sweep, "base", "failed", "loss is nan"))
     files = write_report(sweep, tmp_path, progress=False)
     assert all(file.stat().st_size for file in files)
-    row, said = sheet(tmp_path)["A-h1"], files[0].read_text(encoding="utf-8")
+    row, markdown = sheet(tmp_path)["A-h1"], files[0].read_text(encoding="utf-8")
     assert (row["bleu_difference"], row["p_holm"], row["same_sign"]) == ("", "", "")
     assert float(row["bleu"]) == pytest.approx(statistics.fmean(bleus(sweep, "A-h1")))
-    assert "- A: 1 head: not compared (base has no result).\n" in said
-    assert "- base, seed 2: failed: `loss is nan`." in said
+    assert "- A: 1 head: not compared (base has no result).\n" in markdown
+    assert "- base, seed 2: failed: `loss is nan`." in markdown
 
 
 def test_assess_does_not_compare_a_row_without_a_seed_of_bases(tmp_path: Path):
@@ -570,7 +572,7 @@ def test_write_report_gives_spreadsheets_no_formula(tmp_path: Path, label: str):
     write_report(write_sweep(tmp_path / "sweep", [1], of_row(1, label=label)), tmp_path, progress=False)
     row = sheet(tmp_path)["A-h1"]
     assert row["label"] == f"'{label}"
-    assert float(row["bleu_difference"]) < 0  # a number stays one
+    assert float(row["bleu_difference"]) < 0  # a number stays a number
 
 
 def test_main_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -583,20 +585,20 @@ def test_main_ends_with_one_line_if_there_is_no_sweep(tmp_path: Path, monkeypatc
 
 COMPARISON = {"bleu": "bleu_difference", "low": "interval_low", "high": "interval_high", "p": "p_holm",
               "ppl": "ppl_difference"}  # fmt: skip
-"""The metrics of a comparison in MLflow, and their columns in the CSV file."""
+"""Metrics of a comparison in MLflow, and their columns in the CSV file."""
 
 
 def test_report_sweep_logs_its_files_to_the_sweeps_run_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    told: list = []
+    logged: list = []
     compared: dict[str, tuple[dict[str, float], str]] = {}
-    monkeypatch.setattr(report, "log_report", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(report, "log_report", lambda *arguments: logged.append(arguments))
     monkeypatch.setattr(report, "log_comparison", lambda uri, run, *found: compared.update({run: found}))
     monkeypatch.setattr(report, "share_sweep_view", lambda *arguments: f"a view of {arguments}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://x:5000")
     report_sweep(write_sweep(tmp_path / "sweep", [1], spoil_some), tmp_path)
-    [(uri, run_id, files, metrics, note)] = told
+    [(uri, run_id, files, metrics, note)] = logged
     assert (uri, run_id) == ("http://x:5000", "parent")
     assert sorted(file.name for file in files) == [f"table3.{end}" for end in ("csv", "html", "json", "md", "png")]
     assert all(file.is_file() for file in files)
@@ -652,7 +654,7 @@ SCRIPT
 const column = () => body.rows.map(row => row.cells[0].textContent);
 console.log(JSON.stringify([1, 2, 3].map(() => (clicks[0](), [head.ariaSort, ...column()]))));
 """
-"""A page of one table with one column, for Node; it prints the column after each of three clicks on its heading."""
+"""Script for Node: a page of one table with one column, printed after each of three clicks on its heading."""
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")

@@ -1,4 +1,4 @@
-"""What a trial takes of a cluster, and what it begins with. The sweep itself is run by tests/system/test_sweep.py."""
+"""Resources and start of a trial. tests/system/test_sweep.py runs whole sweeps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ def corpus(num_sentences: int, seed: int) -> list[str]:
 
 
 def spoilt(references: list[str], share: float, seed: int) -> list[str]:
-    """A system that gets this share of the words wrong."""
+    """Return translations with this share of wrong words."""
     chance = random.Random(seed)
     return [" ".join("x" if chance.random() < share else word for word in line.split()) for line in references]
 
@@ -43,7 +43,7 @@ def test_mean_and_deviation_can_be_checked_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("differences", "quantile"),  # of Student's t at 97.5%, from a printed table
+    ("differences", "quantile"),  # 97.5% quantiles of Student's t, from a printed table
     [([-1.0, 4.0], 12.706), ([1.0, 2.0, 3.0], 4.303), ([0.5, -0.7, 1.1, 1.3, 0.2], 2.776)],
 )
 def test_seed_interval_is_that_of_the_textbook(differences: list[float], quantile: float):
@@ -133,7 +133,7 @@ def test_paired_p_of_several_seeds_swaps_whole_sentences():
     ]
 
     def difference(swaps: Sequence[bool]) -> float:
-        """Of the BLEU of all texts, where a swapped sentence is the other side's under both seeds."""
+        """Return the difference in BLEU over all texts. A swap exchanges a sentence under both seeds."""
         mixed = [
             [sides[side ^ swap][seed][i] for seed in (0, 1) for i, swap in enumerate(swaps)] for side in (False, True)
         ]
@@ -185,7 +185,7 @@ def test_paired_p_and_sentence_interval_are_the_same_every_time():
 def test_paired_p_and_sentence_interval_print_and_log_nothing(
     capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ):
-    references = [f"{line} ." for line in corpus(127, seed=1)]  # of which sacreBLEU would warn: is this detokenised?
+    references = [f"{line} ." for line in corpus(127, seed=1)]  # sacreBLEU would warn that this is tokenized
     sides = references, [f"{line} ." for line in spoilt(references, 0.1, seed=2)]
     with caplog.at_level(logging.WARNING):
         paired_p(sides[:1], sides[1:], references, "en")
@@ -210,7 +210,7 @@ def test_holm_is_that_of_a_table_made_by_hand(p_values: list[float], adjusted: l
 
 @pytest.mark.parametrize(("num_different", "least"), [(1, 1.0), (2, 0.5), (4, 0.125)])
 def test_paired_p_is_at_least_the_share_of_swaps_that_tie(num_different, least):
-    """Every sentence that differs is worse in `system`: no swap differs more, and two of 2^k differ as much."""
+    """Each differing sentence is worse in `system`, so no swap differs more, and 2 of 2^k swaps differ as much."""
     references = corpus(23, seed=3)
     system = [*spoilt(references[:num_different], 1.0, seed=4), *references[num_different:]]
     assert sum(a != b for a, b in zip(references, system, strict=True)) == num_different

@@ -1,4 +1,4 @@
-"""The rows against the paper's table, written out a second time, and what becomes of them at other sizes."""
+"""The rows compared with a second copy of the paper's table, and their scaling to other sizes."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.support.settings_files import MINI, REPOSITORY
 
 NAMES = get_args(RowName)
 
-# Every row in full, where the paper leaves blank what is as in base; "-" where it prints no parameters (1e6).
+# Each row in full; the paper leaves base's values blank. "-": the paper prints no number of parameters (1e6).
 TABLE = """
 row          N d_model d_ff  h d_k d_v P_drop eps_ls kilosteps  ppl bleu params
 base         6     512 2048  8  64  64    0.1    0.1       100 4.92 25.8     65
@@ -48,7 +48,7 @@ PAPERS_GROUPS = ["A", "B", "C", "D", "E", "big"]
 
 @cache
 def preset(name: str) -> Settings:
-    """The project's settings with another model of conf/model, or the tests' own mini."""
+    """Return the project's settings with another preset of conf/model, or with the tests' mini."""
     if name != "mini":
         return load_settings(REPOSITORY, model=name)
     own = load_settings(REPOSITORY)
@@ -57,7 +57,7 @@ def preset(name: str) -> Settings:
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
-    """Of model, and of train for its label_smoothing."""
+    """Return settings with these fields of `model` changed. `label_smoothing` is a field of `train`."""
     train = {"label_smoothing": changes.pop("label_smoothing")} if "label_smoothing" in changes else {}
     return replace(settings, model=replace(settings.model, **changes), train=replace(settings.train, **train))
 
@@ -77,8 +77,8 @@ def test_rows_on_the_papers_base_are_the_papers():
     for name, *sizes, _, _, _ in PAPER:
         settings = apply(base, found[name])
         m, t = settings.model, settings.train
-        here = (m.num_layers, m.d_model, m.d_ff, m.num_heads, m.d_k, m.d_v, m.dropout, t.label_smoothing)
-        assert [str(value) for value in (*here, t.max_steps // 1000)] == sizes, name
+        ours = (m.num_layers, m.d_model, m.d_ff, m.num_heads, m.d_k, m.d_v, m.dropout, t.label_smoothing)
+        assert [str(value) for value in (*ours, t.max_steps // 1000)] == sizes, name
         assert m.positions == ("learned" if name == "E-learned" else "sinusoidal")
         assert found[name].skipped is None
 
@@ -94,12 +94,12 @@ def test_rows_have_what_the_paper_prints():
     for name, *_, ppl, bleu, params in PAPER:
         published = found[name].published
         assert published is not None
-        here = (
+        ours = (
             f"{published.ppl:.2f}",
             f"{published.bleu:.1f}",
             "-" if published.params is None else f"{published.params}",
         )
-        assert here == (ppl, bleu, params), name
+        assert ours == (ppl, bleu, params), name
     assert {row.id for row in found.values() if row.published is None} == {
         "positions-none", "positions-relative", "positions-rotary", "positions-alibi", "norm-pre",
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_rows_differ_from_base_in_parameters_as_in_table_3():
         assert row.published is not None
         assert row.published.params is not None
         difference = (num_parameters(apply(base, row)) - count) / 1e6
-        assert difference == pytest.approx(row.published.params - 65, abs=1), row.id  # both are rounded
+        assert difference == pytest.approx(row.published.params - 65, abs=1), row.id  # both numbers are rounded
     for row in rows(base, ["A", "D"], {}):
         assert num_parameters(apply(base, row)) == count, row.id
 
@@ -175,9 +175,9 @@ def test_rows_on_tiny_scale_its_own_dropout():
 @given(st.integers(1, 40), st.integers(1, 99), st.integers(1, 40), st.integers(1, 33))
 def test_rows_keep_the_papers_ratios_or_are_skipped(num_heads: int, d_k: int, num_layers: int, hundredths: int):
     sizes = {"num_heads": num_heads, "d_k": d_k, "num_layers": num_layers, "dropout": hundredths / 100}
-    here = changed(preset("mini"), positions="none", **sizes)
-    paper, papers_base, at_hand = by_id(preset("base"), PAPERS_GROUPS), flatten(preset("base")), flatten(here)
-    for row in rows(here, PAPERS_GROUPS, {}):
+    ours = changed(preset("mini"), positions="none", **sizes)
+    paper, papers_base, at_hand = by_id(preset("base"), PAPERS_GROUPS), flatten(preset("base")), flatten(ours)
+    for row in rows(ours, PAPERS_GROUPS, {}):
         exact = {
             key: Fraction(str(at_hand[key])) * Fraction(str(value)) / Fraction(str(papers_base[key]))
             for key, value in paper[row.id].changes.items()
@@ -190,7 +190,7 @@ def test_rows_keep_the_papers_ratios_or_are_skipped(num_heads: int, d_k: int, nu
         else:
             assert " x " in str(row.skipped)
             with pytest.raises(ValueError, match="must be a whole number >= 1, got"):
-                apply(here, row)
+                apply(ours, row)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_apply_gives_settings_that_build_and_predict():
         assert logits.isfinite().all(), row.id
 
 
-# --- which rows
+# --- selection of rows
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_rows_of_norm_have_the_other_norm():
     assert "norm-pre" not in found
 
 
-# --- rows of one's own
+# --- rows of a user's grid
 
 
 def test_rows_have_every_combination_of_a_grid_but_base():

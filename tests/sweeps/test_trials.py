@@ -1,4 +1,4 @@
-"""Which trials a sweep has, and what makes the result of one count or not."""
+"""The trials of a sweep, and which results are valid for a trial."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def write_meta(root: Path, sha256: str = "0" * 64) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project after the tokenize stage, as far as the trials' names and keys depend on it."""
+    """The files of a project after the tokenize stage that the trials' names and keys depend on."""
     copy_settings(tmp_path)
     edit(tmp_path, "model", **NANO)
     for file in CODE:
@@ -69,7 +69,7 @@ def first(root: Path) -> Trial:
     return load_sweep(root).trials[0]
 
 
-# --- which trials there are
+# --- the trials of a sweep
 
 
 def test_load_sweep_has_every_row_that_can_be_built_with_every_seed(root):
@@ -140,12 +140,12 @@ def test_load_sweep_gives_rows_their_workers_by_axis_before_group(root):
     assert found == {
         **{id: 2 for id in ("base", "A-h1", "A-h4", "A-h16", "A-h32")},
         **{id: 3 for id in ("B-dk16", "B-dk32")},
-        **{id: 5 for id in ("C-dmodel256", "C-dmodel1024")},  # a third of 2 layers, and the like, cannot be
+        **{id: 5 for id in ("C-dmodel256", "C-dmodel1024")},  # a third of 2 layers is no whole number
         **{id: 7 for id in ("C-dff1024", "C-dff4096")},
     }
 
 
-# --- which results count
+# --- valid results
 
 
 def test_record_is_found_by_its_own_trial_alone(root):
@@ -161,7 +161,7 @@ def test_record_of_another_key_is_none(root):
     trial.write_record({"status": "finished"})
     edit(root, "evaluate", beam=13)
     changed = first(root)
-    assert changed.folder == trial.folder  # the weights are the same
+    assert changed.folder == trial.folder  # the weights do not change
     assert changed.record() is None
     edit(root, "evaluate", beam=4)
     assert first(root).record() is not None
@@ -197,21 +197,21 @@ def test_result_key_changes_with_the_search_the_training_stays(root, key, value)
 
 DECIDES_NO_SCORES = {
     "pipeline/__init__.py": "turns off usage reports of libraries",
-    "pipeline/common/atomic_io.py": "how files are written; the same bytes come back, or a checksum tells",
+    "pipeline/common/atomic_io.py": "how files are written; checksums detect other bytes",
     "pipeline/common/checksums.py": "refuses damaged data, and changes none",
     "pipeline/common/cli.py": "how a command ends",
     "pipeline/common/dvc_lock.py": "what MLflow shows",
     "pipeline/common/environment.py": "names of environment variables",
     "pipeline/common/paths.py": "where files are",
-    "pipeline/common/presets.py": "lends names",
-    "pipeline/common/retry.py": "when a store is asked again",
+    "pipeline/common/presets.py": "only names presets",
+    "pipeline/common/retry.py": "when a request to a store is repeated",
     "pipeline/common/settings.py": "its values are in the key",
-    "pipeline/common/storage.py": "where files are; the same bytes come back, or a checksum tells",
-    "pipeline/common/text.py": "tells empty lines, for others than evaluation.py",
+    "pipeline/common/storage.py": "where files are; checksums detect other bytes",
+    "pipeline/common/text.py": "finds empty lines, but not for evaluation.py",
     "pipeline/common/yaml_files.py": "reads settings, which are in the key",
-    "pipeline/inference/lines.py": "translates the lines of others than evaluation.py",
-    "pipeline/inference/reports.py": "writes scores down and tells MLflow",
-    "pipeline/inference/serving.py": "MLflow serves it, no score comes from it",
+    "pipeline/inference/lines.py": "translates lines, but not for evaluation.py",
+    "pipeline/inference/reports.py": "writes scores to files and MLflow",
+    "pipeline/inference/serving.py": "the served model, which gives no scores",
     "pipeline/tracking/database.py": "where MLflow's store is",
     "pipeline/tracking/names.py": "what MLflow shows",
     "pipeline/tracking/notes.py": "what MLflow shows",
@@ -220,7 +220,7 @@ DECIDES_NO_SCORES = {
     "pipeline/tracking/runs.py": "what MLflow shows",
     "pipeline/tracking/store.py": "what MLflow shows",
 }
-"""What evaluation.py imports, directly or not, and the key of a trial's result does not depend on."""
+"""Files that evaluation.py imports, directly or not, but that the key of a trial's result does not depend on."""
 
 
 def test_evaluation_code_is_what_evaluation_imports_but_for_what_decides_no_scores():
@@ -229,9 +229,9 @@ def test_evaluation_code_is_what_evaluation_imports_but_for_what_decides_no_scor
     assert not counted & set(DECIDES_NO_SCORES)
     assert not set(EVALUATION_CODE) & set(WEIGHTS_CODE)
     missing = imported - counted - set(DECIDES_NO_SCORES)
-    assert not missing, "add to EVALUATION_CODE of sweeps/trials.py, or here with a reason"
+    assert not missing, "add it to EVALUATION_CODE of sweeps/trials.py, or to DECIDES_NO_SCORES with a reason"
     superfluous = ({*EVALUATION_CODE} | set(DECIDES_NO_SCORES)) - imported
-    assert not superfluous, "evaluation does not import this: take it out"
+    assert not superfluous, "evaluation does not import this: remove it from the list"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Throw-away copies of the project, with a miniature corpus and model, driven through the real command lines.
+"""Temporary copies of the project with a miniature corpus and model, used through the real command lines.
 
-A start of Ray costs more than all that such a copy computes: `trained` is made once and shared.
+Starting Ray takes longer than all computations of such a copy, so `trained` is made once and shared.
 """
 
 import json
@@ -59,19 +59,19 @@ SWEEP = dict(rows=["dropout"], seeds=[0], grid=None, scheduler="fifo", cpus_per_
 
 
 class Project:
-    """A copy of the project in `root`, and the command lines in it."""
+    """A copy of the project in `root`, with methods that run its command lines."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.output = ""  # of `dvc repro`, for `trained`
+        self.output = ""  # for `trained`: the output of `dvc repro`
 
     def copy(self, root: Path, without: tuple[str, ...]) -> "Project":
-        """The same elsewhere; MLflow's store, which names absolute paths, stays behind."""
+        """Copy the project except for MLflow's store, which has absolute paths, and `without`."""
         shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts", *without))
         return Project(root)
 
     def untrained_copy(self, root: Path) -> "Project":
-        """The same with its corpus encoded, and no trace of training: not in DVC's lock and run cache either."""
+        """Copy the project with its encoded corpus, but without training, also in DVC's lock and run cache."""
         copy = self.copy(
             root, without=("checkpoints", "models", "runs", "tmp", "train.json", "test.json", "evaluation.json")
         )
@@ -82,7 +82,7 @@ class Project:
 
     @property
     def environment(self):
-        not_ours = ("COVERAGE_", "DVC_", "MLFLOW_", "RAY_")  # coverage would run in every process of Ray's own, too
+        not_ours = ("COVERAGE_", "DVC_", "MLFLOW_", "RAY_")  # coverage would also run in Ray's own processes
         ours = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
         others = "CORPUS_MIRROR GIT_COMMIT OMP_NUM_THREADS PYTHONDONTWRITEBYTECODE PYTHONPATH RUN_STORAGE VIRTUAL_ENV"
         for name in others.split():
@@ -91,11 +91,11 @@ class Project:
             f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        patient = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}  # on a machine that has other work
+        patient = {"OMP_WAIT_POLICY": "passive", "RAY_worker_niceness": "0"}  # for a machine with other work
         return ours | identity | patient | {"PATH": path}
 
     def run(self, *command, code=0, **environment):
-        """What the command prints, both streams together; its exit code must be `code`."""
+        """Run a command that must end with `code`, and return its stdout and stderr together."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -110,7 +110,7 @@ class Project:
 
     @contextmanager
     def started(self, *command, **environment):
-        """The running command; `log` has its output. It and all that it started are gone at the end of the block."""
+        """Start a command, whose output is in `log`. The end of the block kills it and all that it started."""
         environment = self.environment | environment
         with (self.root / "log.txt").open("w") as out:
             process = psutil.Popen(command, cwd=self.root, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -124,7 +124,7 @@ class Project:
             process.wait()
 
     def wait_for(self, condition, what, patience_s=PATIENCE_S):
-        """What `condition` returns, as soon as it is true."""
+        """Wait until `condition` returns a true value, and return it."""
         deadline = time.monotonic() + patience_s
         while not (found := condition()):
             assert time.monotonic() < deadline, f"{patience_s} s, and still no {what}"
@@ -160,7 +160,7 @@ class Project:
         return json.loads((self.root / path).read_text())
 
     def experiments(self):
-        """{branch or experiment: values of params.yaml}, as `dvc exp show` lists them."""
+        """Return {branch or experiment: values of params.yaml}, as listed by `dvc exp show`."""
         baselines = json.loads(self.run("dvc", "exp", "show", "--json"))
         revisions = baselines + [r for b in baselines for e in b["experiments"] or () for r in e["revs"]]
         return {r["name"]: r["data"]["params"]["params.yaml"]["data"] for r in revisions if r["name"]}
@@ -169,7 +169,7 @@ class Project:
         return sorted(self.root.glob("checkpoints/*/step_*"))
 
     def weights(self):
-        """The bytes of the final weights, and those of the last checkpoint with Adam's moments."""
+        """Return the bytes of the final weights and of the last checkpoint, which has Adam's moments."""
         last = self.checkpoints()[-1] / "tensors.safetensors"
         return (self.root / "models/final/weights.safetensors").read_bytes(), last.read_bytes()
 
@@ -178,7 +178,7 @@ class Project:
         return f"sqlite:///{self.root}/mlflow.db"
 
     def runs(self):
-        """The MLflow runs that this project has left."""
+        """Return this project's MLflow runs."""
         client = MlflowClient(self.tracking_uri)
         experiment = client.get_experiment_by_name("transformer")
         return client.search_runs([experiment.experiment_id])
@@ -188,7 +188,7 @@ class Project:
         return run
 
     def curve(self, metric):
-        """(step, value) of each point in MLflow, in the order of arrival."""
+        """Return (step, value) of each point in MLflow, in the order of arrival."""
         run_id = self.only_run().info.run_id
         return [
             (point.step, point.value) for point in MlflowClient(self.tracking_uri).get_metric_history(run_id, metric)
@@ -196,7 +196,7 @@ class Project:
 
 
 def make_project(root: Path) -> Project:
-    """A new one, committed to a Git of its own. Python finds its model/ and pipeline/ first in the current folder."""
+    """Make a copy in its own Git repository. Python finds model/ and pipeline/ of the current folder first."""
     root.mkdir()
     for name in SOURCES:
         source = ROOT / name
@@ -222,13 +222,13 @@ def new_project(tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A new one in which no stage has run. Who edits it undoes that."""
+    """A project in which no stage has run. A test that edits it must undo the edit."""
     return make_project(tmp_path_factory.mktemp("untouched") / "project")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """From raw text to BLEU by one undisturbed `dvc repro`, committed. Only to be read: `copy` it to change it."""
+    """A project after one undisturbed `dvc repro` from raw text to BLEU, committed. `copy` it before changing it."""
     project = make_project(tmp_path_factory.mktemp("trained") / "project")
     project.output = project.run("dvc", "repro", "evaluate")
     project.commit()
@@ -236,12 +236,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 FIGURES: dict[str, dict[str, object]] = {}
-"""Of the faults that tests have caused: what was lost, how long it took."""
+"""For the faults that tests have caused: what was lost, and how long recovery took."""
 
 
 @pytest.fixture(scope="session")
 def figures():
-    """figures("what happened", **{"steps lost": 3}): shown at the end of the tests."""
+    """figures("what happened", **{"steps lost": 3}) is shown at the end of the tests."""
 
     def add(what: str, **values: object) -> None:
         FIGURES[what] = values

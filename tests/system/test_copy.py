@@ -1,7 +1,7 @@
-"""A model learns to copy and to reverse (Sockeye's system test), through the command line and presets of its own.
+"""A model learns to copy and to reverse (Sockeye's system test), through the command line and new presets.
 
-One corpus has both: "copy b a d" becomes "b a d", "turn b a d" becomes "d a b". A new seed each run, so that the
-thresholds hold for the task and not for one curve.
+One corpus has both: "copy b a d" becomes "b a d", "turn b a d" becomes "d a b". Each run of the test has a new seed,
+so that the thresholds hold for the task and not for one curve.
 """
 
 import csv
@@ -28,7 +28,7 @@ MODEL = {
 
 
 def sentence_pairs(rng, count):
-    """`count` different ones."""
+    """Return `count` different pairs."""
     pairs = {}
     while len(pairs) < count:
         letters = [rng.choice("abcdefgh") for _ in range(rng.randint(4, 6))]

@@ -1,4 +1,4 @@
-"""What DVC's users type by habit: experiments, grids in a queue, comparisons, a corpus of one's own, a remote."""
+"""Usual commands of DVC's users: experiments, queued grids, comparisons, a corpus of their own, a remote."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ PARAMS = "params.yaml"
 
 @pytest.fixture
 def project(trained, tmp_path) -> Project:
-    """`trained`, with its checkpoints, and DVC's pickles where `make` puts them; its MLflow store stays behind."""
+    """`trained` with its checkpoints but without its MLflow store. DVC's site cache is where `make` puts it."""
     project = trained.copy(tmp_path / "project", without=())
     shutil.copy(ROOT / "Makefile", project.root)
     project.run("make", "site-cache", XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -64,7 +64,8 @@ def test_queued_grid_runs_every_value_and_its_runs_stay_in_mlflow(project, tmp_p
     beams = {params["evaluate"]["beam"] for params in project.experiments().values()}
     assert beams == {1, 2, 3}
     assert {run.data.params["beam"] for run in runs_of(project)} >= {"1", "3"}
-    assert len(list((tmp_path / "cache/attention-pipeline/dvc/repo").iterdir())) == 3  # of the project and two copies
+    # The project and the two copies for the experiments.
+    assert len(list((tmp_path / "cache/attention-pipeline/dvc/repo").iterdir())) == 3
 
 
 def test_experiment_in_a_copy_goes_by_the_checkpoints_of_the_project(project):
@@ -75,7 +76,7 @@ def test_experiment_in_a_copy_goes_by_the_checkpoints_of_the_project(project):
 
 
 def write_corpus(project: Project) -> None:
-    """Some sentences of the built-in grammar, as somebody's own texts."""
+    """Write some sentences of the built-in grammar as a user's own corpus."""
     (project.root / "data/own").mkdir()
     grammar.generate(project.root / "data/own", seed=5, train_pairs=700, valid_pairs=37, test_pairs=23)
     for path in (project.root / "data/own").iterdir():
@@ -115,10 +116,10 @@ def test_dvc_lock_cut_by_a_kill_is_named_with_a_way_out_that_works(project):
     for left in ("", whole[: len(whole) // 2].rpartition("\n")[0] + "\n    outs:"):
         lock.write_text(left)
         for command in ("check", "train"):
-            said = project.run("python", "-m", f"pipeline.{command}", code=1)
-            assert f"{command}: dvc.lock is " in said.replace(f"{project.root}/", "")
-            assert "git restore dvc.lock" in said
-            assert "Traceback" not in said
+            output = project.run("python", "-m", f"pipeline.{command}", code=1)
+            assert f"{command}: dvc.lock is " in output.replace(f"{project.root}/", "")
+            assert "git restore dvc.lock" in output
+            assert "Traceback" not in output
     project.run("git", "restore", "dvc.lock")
     assert "up to date" in project.run("dvc", "repro", "evaluate")
     project.run("git", "rm", "--quiet", "--cached", "dvc.lock")

@@ -1,9 +1,8 @@
-"""A cluster of three hosts (tools/local_cluster.py) and what it survives: each fault ends with
-the undisturbed weights.
+"""Faults on a cluster of three hosts (tools/local_cluster.py): training always ends with the undisturbed weights.
 
     python -m pytest -m host tests/system/test_hosts.py
 
-The figures that it prints at its end are the README's.
+It prints figures at its end, which are those of docs/cluster.md.
 """
 
 import json
@@ -38,14 +37,14 @@ REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tools.local_cluster"]
 CHECKPOINT_EVERY, STEPS = 10, 200
 LONG = 50_000
-"""Steps that nobody waits for: the run is stopped."""
+"""More steps than a test waits for; the test stops the run."""
 PATIENCE_S = 400
 LOSS_TOLERANCE = 5e-3
-"""Of the validation loss after all steps, where only the order of additions differs."""
+"""Relative tolerance of the validation loss after all steps, if only the order of additions differs."""
 
 
 class Cluster:
-    """tools/local_cluster.py in a folder of its own. `shared` is what all its hosts see."""
+    """tools/local_cluster.py in a separate folder. All hosts see `shared`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shared = folder, folder / "shared"
@@ -53,7 +52,7 @@ class Cluster:
 
     @cached_property
     def network(self) -> str:
-        """The first three numbers of every address."""
+        """Return the first three numbers of all addresses."""
         return re.search(r"http://(\d+\.\d+\.\d+)\.", self.environment["MLFLOW_TRACKING_URI"]).group(1)
 
     def __call__(self, *words: str) -> str:
@@ -63,11 +62,11 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What `python -m tools.local_cluster env` exports."""
+        """Return the variables that `python -m tools.local_cluster env` exports."""
         return dict(line.removeprefix("export ").split("=", 1) for line in self("env").splitlines())
 
     def workers(self) -> dict[str, list[psutil.Process]]:
-        """The training workers on each host."""
+        """Return the training workers on each host."""
         found: dict[str, list[psutil.Process]] = {}
         for host in ("head", "worker1", "worker2"):
             pids = subprocess.run(
@@ -76,18 +75,18 @@ class Cluster:
             for pid in map(int, pids):
                 try:
                     process = psutil.Process(pid)
-                    if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):  # one that ends has none
+                    if "".join(process.cmdline()[:1]).startswith("ray::RayTrainWorker"):  # empty if it is ending
                         found.setdefault(host, []).append(process)
                 except psutil.NoSuchProcess:
                     continue
         return found
 
     def busy_worker_host(self) -> str:
-        """A host other than the head on which training runs."""
+        """Return a host with training workers that is not the head."""
         return next(host for host in self.workers() if host != "head")
 
     def heal(self) -> None:
-        """All hosts, links and servers as `up` made them."""
+        """Restore all hosts, links and servers as `up` made them."""
         status = self("status")
         for host in ("head", "worker1", "worker2"):
             line = next(line for line in status.splitlines() if line.startswith(host))
@@ -100,7 +99,7 @@ class Cluster:
 
 
 class Run:
-    """One training of the miniature on the cluster, with storage and experiment of its own."""
+    """A training of the miniature on the cluster, with its own storage and experiment."""
 
     def __init__(self, project, cluster: Cluster, name: str, published: Path) -> None:
         self.project, self.cluster, self.storage = project, cluster, cluster.shared / name
@@ -120,15 +119,18 @@ class Run:
 
     @contextmanager
     def submitted(self, what: str = "train") -> Iterator[psutil.Popen]:
-        """The command that shows the job's log. A job that still runs at the end of the block is ended, as its user
-        would, also where the test has failed: it would take the next test's processors."""
+        """Start the command that submits the job and shows its log.
+
+        The end of the block stops a job that still runs, as a user would, even if the test has failed: otherwise it
+        would take the next test's CPUs.
+        """
         with self.project.started("python", "-m", "pipeline.submit", what, **self.environment) as process:
             try:
                 yield process
             finally:
-                said = [line for line in self.project.log().splitlines() if line.startswith("  stop:")]
-                if process.poll() is None and said:
-                    self.project.run(*said[0].split()[1:], **self.environment)
+                stop = [line for line in self.project.log().splitlines() if line.startswith("  stop:")]
+                if process.poll() is None and stop:
+                    self.project.run(*stop[0].split()[1:], **self.environment)
                     self.project.wait_for(lambda: not self.cluster.workers(), "end of the workers", PATIENCE_S)
 
     def finish(self, process: psutil.Popen, code: int = 0) -> None:
@@ -140,21 +142,21 @@ class Run:
         return next(self.storage.glob("checkpoints/*"), None)
 
     def step(self) -> int:
-        """As far as training says it has come."""
+        """Return the step that training has reported."""
         try:
             return json.loads((self.folder / "progress.json").read_text())["step"] if self.folder else 0
         except (OSError, ValueError):
             return 0
 
     def checkpoint(self) -> int:
-        """The newest."""
+        """Return the step of the newest checkpoint."""
         return max((int(path.name[5:]) for path in self.storage.glob("checkpoints/*/step_*")), default=0)
 
     def await_step(self, step: int) -> None:
         self.project.wait_for(lambda: self.step() >= step, f"step {step}: {self.project.log()}", PATIENCE_S)
 
     def disturb(self, fault) -> dict[str, float]:
-        """In mid-training, do it; the figures once training is where it was."""
+        """Cause a fault during training, wait until training is where it was, and return the figures."""
         self.project.wait_for(
             lambda: self.step() > 20 and self.step() % CHECKPOINT_EVERY > 4, f"step: {self.project.log()}", PATIENCE_S
         )
@@ -168,12 +170,12 @@ class Run:
         return {"steps lost": max(0, before - resumed), "seconds to recover": round(seconds)}
 
     def resumed(self) -> int:
-        """The step from which training was continued last; 0 if it was not."""
+        """Return the step from which training last resumed, or 0."""
         try:
-            said = json.loads((self.folder / "progress.json").read_text())["messages"]
-        except (OSError, ValueError):  # not yet
+            messages = json.loads((self.folder / "progress.json").read_text())["messages"]
+        except (OSError, ValueError):  # not written yet
             return 0
-        steps = [re.fullmatch(r"continuing from the checkpoint of step (\d+)", line) for line in said]
+        steps = [re.fullmatch(r"continuing from the checkpoint of step (\d+)", line) for line in messages]
         return int(steps[-1].group(1)) if steps and steps[-1] else 0
 
     def state(self, step: int = STEPS) -> dict:
@@ -200,10 +202,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="lc", dir="/var/tmp"))  # a short path, for the sockets below it
+    folder = Path(tempfile.mkdtemp(prefix="lc", dir="/var/tmp"))  # the paths of sockets in it must be short
     folder.rmdir()
     cluster = Cluster(folder)
-    cluster("up")  # which leaves nothing if it fails
+    cluster("up")  # leaves nothing if it fails
     try:
         yield cluster
     finally:
@@ -212,7 +214,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def project(trained, tmp_path_factory):
-    """The miniature, its corpus encoded, for two workers of one CPU each; steps long enough to be interrupted."""
+    """The miniature with its encoded corpus, for two workers of one CPU each. Steps are long enough to interrupt."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("cluster") / "project")
     project.edit("params.yaml", "hardware.num_workers", 2)
     project.edit("params.yaml", "train.batch_tokens", 2800)
@@ -244,7 +246,7 @@ def new_run(cluster: Cluster, project, published: Path, request: pytest.FixtureR
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, project, published: Path) -> Run:
-    """Two workers, on two hosts."""
+    """A training by two workers on two hosts, without a fault."""
     run = Run(project, cluster, "undisturbed", published)
     with run.submitted() as job:
         run.await_step(10)
@@ -258,7 +260,7 @@ def assert_same_weights(run: Run, undisturbed: Run) -> None:
 
 
 def assert_close_early(run: Run, undisturbed: Run, step: int = 20) -> None:
-    """Weights and moments of an early step, before rounding errors have grown with the steps."""
+    """Compare weights and moments of an early step: rounding errors grow with the steps."""
     ours, theirs = load_file(run.tensors(step)), load_file(undisturbed.tensors(step))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
@@ -327,7 +329,7 @@ def test_train_shrinks_with_a_lost_host_and_grows_when_it_returns(undisturbed, n
 
     with new_run.submitted():
         new_run.project.wait_for(lambda: num_workers() == 3, f"three workers: {new_run.project.log()}", PATIENCE_S)
-        new_run.await_step(new_run.step() + CHECKPOINT_EVERY)  # it may have begun with two and just grown
+        new_run.await_step(new_run.step() + CHECKPOINT_EVERY)  # it may have started with two workers
         lost = new_run.cluster.busy_worker_host()
         taken_over = new_run.disturb(lambda: new_run.cluster("kill", lost))
         assert num_workers() == 2
@@ -344,15 +346,15 @@ def test_train_shrinks_with_a_lost_host_and_grows_when_it_returns(undisturbed, n
     curves = [{p["step"]: p["valid_loss"] for p in r.state()["validation_curve"]} for r in (new_run, undisturbed)]
     for step, loss in curves[1].items():
         assert curves[0][step] == pytest.approx(loss, rel=LOSS_TOLERANCE), step
-    assert new_run.state()["tokens"] == undisturbed.state()["tokens"]  # the same global batches
+    assert new_run.state()["tokens"] == undisturbed.state()["tokens"]  # so the global batches were the same
 
 
 def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures):
-    new_run.project.edit("params.yaml", "train.max_steps", LONG)  # it is stopped before
+    new_run.project.edit("params.yaml", "train.max_steps", LONG)  # the test stops it earlier
     new_run.project.edit("params.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted() as job:
         new_run.await_step(25)
-        for host in ("head", "worker1", "worker2"):  # which would end a minute later, for want of the head
+        for host in ("head", "worker1", "worker2"):  # without the head, the workers would end a minute later
             new_run.cluster("kill", host)
         assert job.wait(PATIENCE_S) == 1
         assert "submit it again" in new_run.project.log()
@@ -417,7 +419,8 @@ def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
 def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
     new_run.project.edit("params.yaml", "hardware.num_workers", 1)
     new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
-    new_run.project.edit("params.yaml", "train.max_steps", 2 * STEPS)  # the first still trains when the last begins
+    # The first trial must still train when the last starts.
+    new_run.project.edit("params.yaml", "train.max_steps", 2 * STEPS)
 
     def busy() -> bool:
         begun = {step.parent for step in new_run.storage.glob("checkpoints/*/step_*")}
@@ -442,7 +445,7 @@ def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
 
 
 def refused(cluster: Cluster, root: Path, **changes: str) -> str:
-    """What `python -m pipeline.train` says on the head, and does nothing further."""
+    """Run `python -m pipeline.train` on the head, check that it starts nothing, and return its last line."""
     environment = {"RAY_ADDRESS": f"{cluster.network}.2:6379"} | cluster.environment | changes
     storage = Path(environment["RUN_STORAGE"] or root)
     before = {*storage.glob("checkpoints/*"), *storage.glob(".probe*")}
@@ -457,7 +460,7 @@ def refused(cluster: Cluster, root: Path, **changes: str) -> str:
 
 @pytest.fixture(scope="module")
 def on_head(cluster: Cluster, project, published: Path) -> Path:
-    """The project where the hosts see it; what others left running is gone."""
+    """The project, without its data, in a folder that all hosts see."""
     shutil.copytree(project.root, cluster.shared / "project")
     shutil.rmtree(cluster.shared / "project/data")
     return cluster.shared / "project"
@@ -468,24 +471,24 @@ def test_preflight_refuses_storage_and_tracking_of_one_host(cluster, on_head):
     shutil.copytree(cluster.shared / "data", on_head / "data", dirs_exist_ok=True)
     encoded = next((cluster.shared / "data").glob("grammar-*/data"))
     shutil.copytree(encoded, on_head / "data", dirs_exist_ok=True)
-    said = refused(cluster, on_head, RUN_STORAGE="")
-    assert said.startswith("train: the cluster has 3 nodes, but RUN_STORAGE is not set: set it to a folder that all")
-    said = refused(cluster, on_head, MLFLOW_TRACKING_URI="sqlite:////var/tmp/x.db")
-    assert said.startswith(
+    line = refused(cluster, on_head, RUN_STORAGE="")
+    assert line.startswith("train: the cluster has 3 nodes, but RUN_STORAGE is not set: set it to a folder that all")
+    line = refused(cluster, on_head, MLFLOW_TRACKING_URI="sqlite:////var/tmp/x.db")
+    assert line.startswith(
         "train: the cluster has 3 nodes, but MLFLOW_TRACKING_URI is sqlite:////var/tmp/x.db, a file:"
     )
-    said = refused(cluster, on_head, MLFLOW_TRACKING_URI=f"http://{cluster.network}.1:5999")
-    assert f"gets no answer from http://{cluster.network}.1:5999" in said
-    assert said.endswith("set MLFLOW_TRACKING_URI to an address that all nodes reach")
+    line = refused(cluster, on_head, MLFLOW_TRACKING_URI=f"http://{cluster.network}.1:5999")
+    assert f"gets no answer from http://{cluster.network}.1:5999" in line
+    assert line.endswith("set MLFLOW_TRACKING_URI to an address that all nodes reach")
 
 
 def test_preflight_refuses_data_that_a_node_cannot_read(cluster, on_head):
     cluster.heal()
     shutil.copytree(cluster.shared / "data", cluster.folder / "head/tmp/mine/data", dirs_exist_ok=True)
-    own = f"{cluster.folder}/tmp/mine"  # of the head alone
-    said = refused(cluster, on_head, RUN_STORAGE=own)
-    assert said.startswith(f"train: node {cluster.network}.")
-    assert f"cannot read and write {own} (" in said
+    own = f"{cluster.folder}/tmp/mine"  # only the head has this folder
+    line = refused(cluster, on_head, RUN_STORAGE=own)
+    assert line.startswith(f"train: node {cluster.network}.")
+    assert f"cannot read and write {own} (" in line
     assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
 
 
@@ -493,9 +496,9 @@ def test_preflight_refuses_more_workers_than_there_is_room_for(cluster, on_head)
     cluster.heal()
     settings = (on_head / "params.yaml").read_text()
     (on_head / "params.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))
-    said = refused(cluster, on_head)
+    line = refused(cluster, on_head)
     (on_head / "params.yaml").write_text(settings)
-    assert said == (
+    assert line == (
         "train: hardware.num_workers is 4, with 1 CPUs each: the cluster has 3 on 3 nodes, room for 3; "
         "lower it, or hardware.cpus_per_worker, or write [least, most] to use as many as fit"
     )
@@ -508,8 +511,8 @@ def test_token_wrong_or_missing_is_reported_by_submit_and_train(cluster, project
     if token:
         path.write_text("0" * 64)
     changes = {"RAY_AUTH_TOKEN_PATH": str(path)}
-    said = refused(cluster, on_head, **changes)
-    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in said
+    line = refused(cluster, on_head, **changes)
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in line
     output = project.run("python", "-m", "pipeline.submit", "train", code=1, **(cluster.environment | changes))
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in output.strip().splitlines()[-1]
     assert "Traceback" not in output

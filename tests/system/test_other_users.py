@@ -1,4 +1,4 @@
-"""Another user of the machine runs nothing as whoever calls dvc.
+"""Another user of the machine cannot run code as the user who calls dvc.
 
 python -m pytest -m host tests/system/test_other_users.py
 """
@@ -38,12 +38,12 @@ with sqlite3.connect(f"{cache}/links/cache.db") as database:
     row = ("params.yaml", pickle.dumps(Planted()))
     database.execute(f"INSERT INTO Cache {columns} VALUES (?, 1, 0, 0, 4, ?)", row)
 """
-"""As `user`: replace DVC's database by a copy in which one row makes the folder `mark` when it is read."""
+"""As `user`, replace DVC's database by a copy with a row that makes the folder `mark` when it is read."""
 
 
 @pytest.fixture
 def project() -> Iterator[Project]:
-    """One that others may read, as below /home on many machines, and a home that they may read too."""
+    """A project and a home folder that other users may read, as in /home on many machines."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     (folder / "marks").mkdir()
@@ -55,7 +55,7 @@ def project() -> Iterator[Project]:
 
 
 def plant(project: Project, **environment: str) -> tuple[int, bool]:
-    """The exit code of another user's attempt, and whether a `dvc checkout` then ran what was planted."""
+    """Return the exit code of another user's attempt, and whether `dvc checkout` then ran the planted code."""
     project.run("make", "site-cache", HOME=str(project.root.parent / "home"), XDG_CACHE_HOME="")
     project.run("dvc", "repro", "download", **environment)
     shown = project.run("dvc", "version", **environment)

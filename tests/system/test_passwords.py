@@ -1,4 +1,4 @@
-"""A password in an address is in nothing that a run writes or prints."""
+"""A run never writes or prints the password of an address."""
 
 import os
 from pathlib import Path

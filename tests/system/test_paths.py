@@ -1,4 +1,4 @@
-"""Projects in a path with a space, and on a disk that is read-only."""
+"""Projects in a path with a space, and on a read-only disk."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.slow
 def test_project_and_environment_in_a_path_with_a_space_train_and_sweep(trained, tmp_path):
-    """Ray starts its workers by a command line with the path of Python in it."""
+    """Ray starts its workers by a command line that contains the path of Python."""
     folder = tmp_path / "my project, #1"
     project = trained.untrained_copy(folder)
     (folder / ".venv").symlink_to(Path(sys.prefix))
@@ -29,7 +29,7 @@ def test_project_and_environment_in_a_path_with_a_space_train_and_sweep(trained,
 @pytest.mark.host
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a disk needs root")
 def test_project_on_a_read_only_disk_gets_a_line_from_every_stage(trained, tmp_path):
-    """MLflow would try to make its database for minutes."""
+    """MLflow alone would retry for minutes to make its database."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], check=True)

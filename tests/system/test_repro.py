@@ -1,7 +1,7 @@
-"""`dvc repro` from raw text to BLEU on a miniature, what a user does next, and a kill in the midst of it.
+"""`dvc repro` of a miniature from raw text to BLEU, later commands of a user, and a kill during training.
 
-All system tests of the default run are in this file: `trained` takes a minute, and each process of pytest-xdist,
-which deals whole files out, would make its own.
+All system tests of the default run are in this file: making `trained` takes a minute, and pytest-xdist distributes
+whole files, so each process would make its own.
 """
 
 import csv
@@ -33,7 +33,7 @@ REPORTS = (
 
 
 def translations(project):
-    """The rows of reports/translations.tsv."""
+    """Return the rows of reports/translations.tsv."""
     with (project.root / "reports/translations.tsv").open(newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
@@ -132,7 +132,7 @@ def test_dvc_plots_show_the_curves(trained, tmp_path):
     page = (tmp_path / "plots/index.html").read_text()
     for title in ("Training loss", "Validation perplexity", "BLEU by length"):
         assert title in page
-    for name in ("training_curve", "validation_curve", "bleu_by_length"):  # seen without a network too
+    for name in ("training_curve", "validation_curve", "bleu_by_length"):  # visible without a network
         (image,) = re.findall(rf'src="(static/[^"]*_{name}.png)"', page)
         assert (tmp_path / "plots" / image).read_bytes() == (trained.root / f"reports/{name}.png").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Training that is killed, in several ways, ends with the weights that it would have had."""
+"""Training that is killed in several ways ends with the same weights as without the kill."""
 
 import signal
 
@@ -27,7 +27,7 @@ def test_train_killed_and_started_again_ends_with_the_same_weights(trained, tmp_
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("python", "-m", "pipeline.train") as training:
         project.wait_for(project.checkpoints, "checkpoint")
-        assert not [title(process) for process in training.children(recursive=True)], "one worker starts no Ray"
+        assert not [title(process) for process in training.children(recursive=True)], "Ray was started"
         training.kill()
         training.wait()
     assert project.only_run().info.status == "RUNNING"
@@ -40,7 +40,7 @@ def test_train_killed_and_started_again_ends_with_the_same_weights(trained, tmp_
 
 def test_train_killed_while_a_server_held_its_points_has_each_of_them_once(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
-    project.edit("params.yaml", "train.checkpoint_every", 200)  # so that all held steps are taken again
+    project.edit("params.yaml", "train.checkpoint_every", 200)  # so that all held steps are repeated
     store = f"sqlite:///{tmp_path}/server.db"
     with mlflow_server(store, str(tmp_path / "served"), {}) as server, HoldingProxy(server) as proxy:
         client = MlflowClient(server)
@@ -71,7 +71,7 @@ def test_train_with_two_workers_replaces_a_killed_one(trained, tmp_path):
         ours = training.children(recursive=True)
         workers = [process for process in ours if title(process).startswith("ray::RayTrainWorker")]
         assert len(workers) == 2
-        assert {worker.nice() for worker in workers} == {training.nice()}  # Ray's default, 15 more, makes steps slow
+        assert {worker.nice() for worker in workers} == {training.nice()}  # Ray's default of 15 makes steps slow
         workers[0].kill()
         assert training.wait(PATIENCE_S) == 0, project.log()
     assert "continuing from the checkpoint of step" in project.log()

@@ -12,7 +12,7 @@ PARAMS = "params.yaml"
 
 @pytest.fixture(scope="module")
 def all_stages(trained, tmp_path_factory):
-    """`trained`, with all of DVC's stages up to date: empty files stand in for what sweep and report would leave."""
+    """`trained` with all DVC stages up to date. Empty files replace the outputs of sweep and report."""
     project = trained.copy(tmp_path_factory.mktemp("settings") / "project", without=("checkpoints",))
     for path in (
         "data/sweep/trials.json",
@@ -25,7 +25,7 @@ def all_stages(trained, tmp_path_factory):
 
 @pytest.fixture
 def restored():
-    """restored(project): the project, whose settings are the same again after the test."""
+    """restored(project) returns the project and restores its settings after the test."""
     files = {}
 
     def remember(project):
@@ -39,7 +39,7 @@ def restored():
 
 def stages_to_run(project):
     with Repo(str(project.root)) as repo:
-        return {name.rpartition(":")[2] for name in repo.status()}  # "the/path/to/dvc.yaml:train"
+        return {name.rpartition(":")[2] for name in repo.status()}  # from "the/path/to/dvc.yaml:train"
 
 
 def test_status_is_empty_without_a_change(all_stages):
@@ -104,7 +104,7 @@ def test_exp_run_names_a_section_that_no_stage_reads(all_stages, restored, stage
 
 
 def test_exp_run_changes_only_the_line_of_the_setting(new_project):
-    """In a copy of the project's own params.yaml, with its comments and lists."""
+    """Uses a copy of the project's params.yaml with its comments and lists."""
     before = (ROOT / PARAMS).read_text()
     new_project.write(PARAMS, before)
     new_project.run("git", "commit", "--all", "--quiet", "--message", "settings")

@@ -1,4 +1,4 @@
-"""Stages that are told to stop or killed, or whose DVC is killed, at random moments. STOPS=100 tries more often."""
+"""Stages that are stopped or killed, or whose DVC is killed, at random moments. STOPS=100 repeats this more often."""
 
 import os
 import random
@@ -20,7 +20,7 @@ SECONDS = {
     "pipeline.evaluate": 15,
     "sweeps.run": 60,
 }
-"""The most that each command takes, or more."""
+"""Upper limit in seconds of the time that each command takes."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interruptible")]
 
@@ -37,7 +37,7 @@ def test_stage_stopped_at_any_moment_ends_with_one_line(command, seconds, traine
     chance = random.Random(command)
     stopped, slowest_s, seed = 0, 0.0, 7
     while stopped < STOPS:
-        project.edit("params.yaml", "train.seed", seed)  # train and sweep have something to do
+        project.edit("params.yaml", "train.seed", seed)  # so that train and sweep have work to do
         project.edit("params.yaml", "sweep.seeds", [seed])
         signum = chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         moment_s = chance.uniform(0.1, seconds)
@@ -46,16 +46,16 @@ def test_stage_stopped_at_any_moment_ends_with_one_line(command, seconds, traine
             with suppress(psutil.TimeoutExpired):
                 stage.wait(moment_s)
             children = stage.children(recursive=True) if is_alive(stage) else []
-            told = time.monotonic()
+            signalled = time.monotonic()
             with suppress(psutil.NoSuchProcess):
                 stage.send_signal(signum)
             code = stage.wait(30)
-            took_s = time.monotonic() - told
+            took_s = time.monotonic() - signalled
             log = project.log()
-        if code == 0:  # it was done before
-            seconds, seed = min(seconds, told - began), seed + 1
+        if code == 0:  # it was done before the signal
+            seconds, seed = min(seconds, signalled - began), seed + 1
             continue
-        if code == -signum:  # Python itself had not begun, or ended at that moment
+        if code == -signum:  # Python was just starting or ending
             continue
         stopped, slowest_s = stopped + 1, max(slowest_s, took_s)
         assert code == 128 + signum, f"{signum} after {moment_s:.1f} s: exit code {code}\n{log}"
@@ -89,7 +89,7 @@ def test_stage_ends_if_its_dvc_is_killed_in_its_first_seconds(stage, trained, tm
 
 
 def killed_after(project, command: str, seconds: float) -> bool:
-    """Start the command and kill it (-9) so much later; False if it had ended by then, as it should."""
+    """Start the command and kill it (-9) after `seconds`. Returns False if it has succeeded by then."""
     with project.started("python", "-m", command) as stage:
         with suppress(psutil.TimeoutExpired):
             assert stage.wait(seconds) == 0, project.log()
@@ -123,7 +123,7 @@ def test_sweep_killed_at_random_moments_ends_with_the_same_scores(trained, tmp_p
         while killed_after(project, "sweeps.run", chance.uniform(0, 60) if sweeps > 1 else 600):
             kills += 1
         found = {trial["name"]: trial["metrics"] for trial in project.json("data/sweep/trials.json")["trials"]}
-        expected = expected or found  # of the first, which nobody disturbs
+        expected = expected or found  # the first sweep is not killed
         assert found == expected
         client = MlflowClient(project.tracking_uri)
         (experiment,) = client.search_experiments(filter_string="name LIKE 'table3-%'")

@@ -1,4 +1,4 @@
-"""Checkpoints and data elsewhere than in the project: in a store (moto's S3 server), and on a disk that gets full."""
+"""Checkpoints and data outside the project: in an object store (moto's S3 server) and on a full disk."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def test_sweep_with_run_storage_on_s3_ends_and_again_starts_no_ray(trained, s3, 
     assert [trial["status"] for trial in first] == ["finished"] * 2
     assert len(objects(s3, r"checkpoints/[^/]*/trial\.json")) == 2
     assert len(objects(s3, r"checkpoints/[^/]*/model/weights\.safetensors")) == 2
-    project.run("python", "-m", "sweeps.run", RAY_ADDRESS="127.0.0.1:9", **environment)  # nobody is there
+    project.run("python", "-m", "sweeps.run", RAY_ADDRESS="127.0.0.1:9", **environment)  # no cluster answers
     assert project.json("data/sweep/trials.json")["trials"] == first
 
 

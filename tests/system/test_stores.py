@@ -1,4 +1,4 @@
-"""Stores as a cluster has them: eight processes log one sweep to MLflow over PostgreSQL and S3; DVC's remote is S3.
+"""Stores of a cluster: eight processes log a sweep to MLflow with PostgreSQL and S3, and DVC's remote is S3.
 
 .venv/bin/python -m pytest -m host tests/system/test_stores.py    # after apt-get install postgresql
 """
@@ -82,7 +82,7 @@ class Store:
 
 @pytest.fixture
 def store(postgres: Postgres, s3: S3, tmp_path: Path) -> Iterator[Store]:
-    """An MLflow server over a new database and a new bucket, and a project's folder whose corpus has a hash."""
+    """An MLflow server with a new database and a new bucket, and a project whose corpus has a hash."""
     name = f"store-{time.time_ns()}"
     s3.make_bucket(name)
     hashes = "[{path: data/clean, md5: 0123.dir}, {path: data/tokenizer, md5: 4567.dir}]"
@@ -117,7 +117,7 @@ def trial_tags(number: int, parent: str) -> dict[str, str]:
 
 
 def log_trial(number: int, uri: str, root: Path, parent: str, start: Barrier) -> None:
-    """What a trial of a sweep tells MLflow, from its first word to its last; in a process of its own."""
+    """Log all that a trial of a sweep logs to MLflow. Runs in its own process."""
     settings = trial_settings(number)
     start.wait(PATIENCE_S)
     run_id = open_run(uri, settings, f"trial {number}", trial_tags(number, parent), root)
@@ -145,7 +145,7 @@ def open_alone(number: int, uri: str, root: Path, start: Barrier) -> None:
 
 
 def start(target, numbers: Sequence[int], *arguments) -> dict[int, BaseProcess]:
-    """One process for each of `numbers`. They are let go together, once the last has its imports."""
+    """Start a process for each of `numbers`. They begin together, once all have finished their imports."""
     barrier = SPAWN.Barrier(len(numbers) + 1)
     processes = {
         number: SPAWN.Process(target=target, args=(number, *arguments, barrier), daemon=True) for number in numbers
@@ -157,7 +157,7 @@ def start(target, numbers: Sequence[int], *arguments) -> dict[int, BaseProcess]:
 
 
 def join(processes: dict[int, BaseProcess]) -> None:
-    """Wait for all; each must have come to its end."""
+    """Wait for all processes, which must succeed."""
     for process in processes.values():
         process.join(PATIENCE_S)
     codes = {number: process.exitcode for number, process in processes.items()}
@@ -169,7 +169,7 @@ def open_parent(store: Store) -> str:
 
 
 def check_sweep(store: Store, parent: str) -> None:
-    """MLflow and the bucket have one sweep with its eight trials whole, and nothing else."""
+    """Check that MLflow and the bucket have one sweep with eight complete trials, and nothing else."""
     client = store.client
     assert sorted(experiment.name for experiment in client.search_experiments()) == ["Default", EXPERIMENT]
     runs = {run.data.tags["run.key"]: run for run in client.search_runs([store.experiment_id()])}
@@ -227,7 +227,8 @@ def test_metric_writer_of_a_killed_trial_goes_on_in_its_run(store: Store) -> Non
     assert run.info.status == "RUNNING"
     assert STEPS / 4 <= len(store.curve(run, "train_loss")) < STEPS
 
-    again = start(log_trial, [victim], store.uri, store.root, parent)  # a resumed worker logs all points it knows of
+    # A resumed worker logs all points that it knows again.
+    again = start(log_trial, [victim], store.uri, store.root, parent)
     join(processes | again)
     finish_run(store.uri, parent)
     check_sweep(store, parent)
@@ -241,7 +242,7 @@ def test_open_run_of_eight_drivers_makes_one_experiment_and_dataset(store: Store
     runs = store.client.search_runs([store.experiment_id()])
     assert sorted(run.data.tags["run.key"] for run in runs) == [f"driver {number}" for number in TRIALS]
     assert [len(run.inputs.dataset_inputs) for run in runs] == [1] * len(TRIALS)
-    assert len(store.client.search_experiments()) == 2  # and "Default"
+    assert len(store.client.search_experiments()) == 2  # besides "Default"
 
 
 def test_log_model_stores_its_files_byte_for_byte(store: Store, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_log_model_stores_its_files_byte_for_byte(store: Store, tmp_path: Path) 
     below = f"mlflow/{store.experiment_id()}/models/{model_uri.removeprefix('models:/')}/artifacts/artifacts/"
     assert store.s3.sizes(store.bucket, below) == {name: len(content) for name, content in files.items()}
     place = store.client.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
-    assert place.startswith("mlflow-artifacts:")  # which needs no secret of who loads it
+    assert place.startswith("mlflow-artifacts:")  # so loading needs no secret
     loaded = mlflow.artifacts.download_artifacts(place, dst_path=str(tmp_path / "loaded"), tracking_uri=store.uri)
     assert {name: (Path(loaded) / "artifacts" / name).read_bytes() for name in files} == files
 
@@ -269,7 +270,7 @@ def test_dvc_pull_from_s3_leaves_nothing_to_run(trained, s3: S3, tmp_path: Path)
     clone = type(project)(tmp_path / "clone")
     project.run("git", "clone", "--quiet", str(project.root), str(clone.root))
     assert not (clone.root / "models/final").exists()
-    clone.run("dvc", "pull", "--with-deps", "evaluate", **s3.environment)  # without the sweep, which has not run
+    clone.run("dvc", "pull", "--with-deps", "evaluate", **s3.environment)  # without sweep, which has not run
 
     output = clone.run("dvc", "repro", "evaluate")
     assert "Running" not in output

@@ -1,4 +1,4 @@
-"""A sweep of miniature trials through its command line: killed, continued, widened, with a row that fails."""
+"""A sweep of miniature trials through its command line: killed, continued, extended, and with a failing row."""
 
 import json
 from contextlib import suppress
@@ -16,17 +16,17 @@ PATIENCE_S = 600
 
 
 def records(project):
-    """{folder of the trial: what it came to}"""
+    """Return {folder of the trial: its record}."""
     return {path.parent.name: json.loads(path.read_text()) for path in project.root.glob("checkpoints/*/trial.json")}
 
 
 def trials(project):
-    """{name of the trial: its results}, as the report reads them."""
+    """Return {name of the trial: its results}, as the report reads them."""
     return {trial["name"]: trial for trial in project.json("data/sweep/trials.json")["trials"]}
 
 
 def half_done(project):
-    """Whether a trial is finished and another in the midst of training."""
+    """Return whether a trial is finished and another is in the middle of training."""
     last = {path.parent.name: int(path.name.removeprefix("step_")) for path in project.checkpoints()}
     finished = records(project)
     return finished and any(step <= 300 for name, step in last.items() if name not in finished)
@@ -41,7 +41,7 @@ def runs(project):
 
 @pytest.fixture(scope="module")
 def killed(trained, tmp_path_factory):
-    """A sweep of three trials whose driver was killed (-9) between the first trial's end and the last one's."""
+    """A sweep of three trials whose driver was killed (-9) after the first trial ended and before the last did."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("sweep") / "project")
     with project.started("python", "-m", "sweeps.run", MLFLOW_TRACKING_URI="sqlite:///mlflow.db") as sweep:
         project.wait_for(lambda: half_done(project) or sweep.poll() is not None, "trial that is finished", PATIENCE_S)
@@ -49,7 +49,7 @@ def killed(trained, tmp_path_factory):
         orphans = sweep.children(recursive=True)
         sweep.kill()
         sweep.wait()
-        for orphan in orphans:  # before a trial comes to its end: Ray takes seconds to notice that its driver is gone
+        for orphan in orphans:  # before another trial ends: Ray takes seconds to notice that the driver is gone
             with suppress(psutil.NoSuchProcess):
                 orphan.kill()
     project.output = project.log()
@@ -66,7 +66,7 @@ def continued(killed):
 
 @pytest.fixture(scope="module")
 def widened(continued):
-    """The same with a seed more, and a row that comes to no finite loss."""
+    """The continued sweep with one more seed, and a row whose loss is not finite."""
     continued.edit("params.yaml", "sweep.seeds", [0, 5])
     continued.edit("params.yaml", "sweep.grid", {"train.lr_scale": [1e30]})
     continued.unwidened = records(continued)
@@ -82,7 +82,7 @@ def test_sweep_killed_keeps_finished_trials_and_continues_the_others(continued):
     after = records(continued)
     assert {name: after[name] for name in continued.before} == continued.before, "a finished trial ran again"
     assert 2 in {record["attempts"] for record in after.values()}, "no trial was continued"
-    assert not (continued.root / "checkpoints/.tune").exists(), "Tune's own state is left"
+    assert not (continued.root / "checkpoints/.tune").exists(), "Tune's state must be deleted"
 
 
 def test_sweep_killed_leaves_one_finished_mlflow_run_for_each_trial(continued):
@@ -122,7 +122,7 @@ def test_sweep_prints_its_plan_first_and_counts_finished_trials(continued):
 def test_sweep_widened_runs_only_new_trials(widened):
     after = records(widened)
     assert {name: after[name] for name in widened.unwidened} == widened.unwidened
-    assert len(after) == 3 + 3 + 2  # the seed of the three rows, both seeds of the new row
+    assert len(after) == 3 + 3 + 2  # the new seed for three rows, both seeds for the new row
 
 
 def test_sweep_records_a_failed_trial_and_runs_the_others(widened):
@@ -130,7 +130,7 @@ def test_sweep_records_a_failed_trial_and_runs_the_others(widened):
     failed = {name: trial for name, trial in found.items() if trial["status"] == "failed"}
     assert list(failed) == ["grid: lr_scale 1e+30, seed 0", "grid: lr_scale 1e+30, seed 5"]
     assert all("the loss is nan" in trial["error"] for trial in failed.values())
-    assert all(trial["attempts"] == 1 for trial in failed.values()), "tried again what fails each time"
+    assert all(trial["attempts"] == 1 for trial in failed.values()), "a trial that always fails was retried"
     assert {trial["status"] for name, trial in found.items() if name not in failed} == {"finished"}
     statuses = {name: run.info.status for name, run in runs(widened)[0].items()}
     assert {statuses.pop(name) for name in failed} == {"FAILED"}
@@ -150,7 +150,7 @@ def test_report_is_written_and_logged_in_the_run_of_the_sweep(widened):
 def test_sweep_that_is_finished_starts_no_ray(widened):
     before = records(widened)
     widened.edit("params.yaml", "sweep.grid", {})
-    output = widened.run("python", "-m", "sweeps.run", RAY_ADDRESS="127.0.0.1:9")  # nobody is there
+    output = widened.run("python", "-m", "sweeps.run", RAY_ADDRESS="127.0.0.1:9")  # no cluster answers
     assert records(widened) == before
     assert "trials:" not in output
 
@@ -174,7 +174,7 @@ def test_sweep_starts_a_killed_trial_again_and_it_ends_as_an_undisturbed_one(tra
 
 @pytest.fixture(scope="module")
 def halved(trained, tmp_path_factory):
-    """A free space under ASHA: base, a row that learns as well, and rows that hardly learn."""
+    """A sweep with a grid under ASHA: base, a row that learns as well, and rows that hardly learn."""
     project = trained.untrained_copy(tmp_path_factory.mktemp("asha") / "project")
     project.edit("params.yaml", "sweep.rows", [])
     project.edit("params.yaml", "sweep.scheduler", "asha")

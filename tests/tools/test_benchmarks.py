@@ -1,4 +1,4 @@
-"""The benchmarks run and compute their ratios and FLOPs. How fast things are, only a quiet machine can tell."""
+"""The benchmarks run, and compute ratios and FLOPs. Speeds are not tested: they need a quiet machine."""
 
 import json
 import subprocess
@@ -40,10 +40,12 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def flops_of_search(source: int, output: int) -> int:
-    """For one sentence of CONFIG, beam 4: encoder and cross-attention's keys and values once, the decoder four
-    times."""
+    """Return the FLOPs for one sentence of CONFIG with beam 4.
+
+    The encoder and the keys and values of cross-attention count once, the decoder four times.
+    """
     c, inner = CONFIG, CONFIG.num_heads * CONFIG.d_k
-    src, tgt = source + 1, output + 1  # the end of sentence
+    src, tgt = source + 1, output + 1  # with EOS
     feed_forward, keys_values = 2 * c.d_model * c.d_ff, 2 * src * c.d_model * inner
     encoder = src * (4 * c.d_model * inner + feed_forward) + 2 * src * src * inner
     decoder = tgt * (6 * c.d_model * inner + feed_forward + c.d_model * c.vocab_size) + 2 * tgt * (tgt + src) * inner
@@ -59,7 +61,7 @@ def test_paired_measures_training_of_ours_and_of_torchs_own_modules(corpus: Path
         assert len(system.blocks) == 2
         assert all(block["tokens_per_s"] > 0 for block in system.blocks)
         assert all(0 <= block["padding"] < 0.2 for block in system.blocks)
-        assert 1e8 < system.peak_bytes < 3e9  # torch alone takes more than 100 MB
+        assert 1e8 < system.peak_bytes < 3e9  # torch alone needs more than 100 MB
     ratios = sorted(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours.blocks, torchs.blocks, strict=True))
     assert ours.ratio(torchs, "tokens_per_s") == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
     assert 0.1 < ours.shares.pop(OPERATORS) <= 1
@@ -77,7 +79,7 @@ def test_paired_measures_decoding_from_weights_on_disk(tmp_path: Path):
     ours = System("ours", module("decoding", sys.executable, "ours", *options))
     paired([ours], rounds=1)
     [block] = ours.blocks
-    # Almost no search of random weights ends by itself: outputs run to their limit, the source's length + CAP_EXTRA.
+    # With random weights, almost all outputs reach the limit, which is the source's length + CAP_EXTRA.
     assert block["tokens_per_s"] / block["sentences_per_s"] == pytest.approx(4 + CAP_EXTRA + 1, rel=0.2)
     flops = block["flops_per_s"] / block["sentences_per_s"]
     assert flops == pytest.approx(flops_of_search(source=4, output=4 + CAP_EXTRA), rel=0.2)
@@ -110,7 +112,7 @@ def test_harness_imports_nothing_that_another_environment_may_lack():
 
 @pytest.mark.parametrize("name", ["training", "decoding"])
 def test_systems_of_other_toolkits_import_torch_and_numpy_alone(name: str):
-    """What else of this project or its dependencies a module imports, it imports in the functions for ours."""
+    """Modules import this project and its other dependencies only inside the functions that measure ours."""
     code = (
         "import sys, torch, numpy\nbefore = {*sys.modules}\n"
         f"import tools.benchmarks.{name}\nfound = {{name.partition('.')[0] for name in {{*sys.modules}} - before}}\n"
@@ -182,7 +184,7 @@ def test_runner_names_processes_by_their_script_or_program(tmp_path: Path):
     runner = Runner([sys.executable, "-c", code], tmp_path, "progress.json")
     with runner.started(steps=1):
         names: set[str] = set()
-        for _ in range(200):  # a child has its parent's name until it has begun
+        for _ in range(200):  # a child has its parent's name until it starts its program
             if names == {"watch.py", "sleep"}:
                 break
             runner.work(0.05)
@@ -205,7 +207,7 @@ def test_runner_that_ends_before_its_turn_is_an_error_with_its_output(tmp_path: 
 
 
 def test_flops_per_token_are_those_of_the_sentences_without_padding(corpus: Path):
-    """By the formula of a layer's products, written again: 6 FLOPs a weight and token, and attention's own."""
+    """Compares with a second formula for a layer: 6 FLOPs per weight and token, plus attention's products."""
     assert CONFIG.num_layers == 1
     assert CONFIG.d_k == CONFIG.d_v
     d, inner, f, vocab = CONFIG.d_model, CONFIG.num_heads * CONFIG.d_k, CONFIG.d_ff, CONFIG.vocab_size

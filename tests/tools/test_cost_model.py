@@ -1,4 +1,4 @@
-"""The plan of one run on many devices, against published numbers, limits, units, and what is really written."""
+"""The cost model of a run on many devices, compared with published numbers, limits, units, and written files."""
 
 import math
 import re
@@ -30,7 +30,7 @@ FREE = Measured(
     launches=0,
     launches_per_chunk=0,
 )
-"""A machine on which nothing but arithmetic and all-reduce takes time."""
+"""A machine on which only arithmetic and all-reduce take time."""
 WORK = Work(
     name="hand-made",
     parameters=1_000_000,
@@ -51,7 +51,7 @@ def cluster(**changes: Any) -> Cluster:
 
 
 def ring_all_reduce(vectors: list[list[int]]) -> list[int]:
-    """The algorithm itself: all vectors become their sum. Returns how many numbers each has sent."""
+    """Run ring all-reduce: each vector becomes the sum of all. Returns how many numbers each device has sent."""
     n, part = len(vectors), len(vectors[0]) // len(vectors)
     sent = [0] * n
 
@@ -92,7 +92,7 @@ def test_reduce_bytes_approach_twice_the_gradients():
 
 
 def test_reduce_of_base_and_big_over_100_gbit_s_takes_50_and_170_ms():
-    """Of 252 and 857 MB of gradients, 2 x over a network of 12.5 GB/s that is used to 80%."""
+    """The gradients are 252 and 857 MB. Each device sends twice as much, at 80% of 12.5 GB/s."""
     for model, megabytes, milliseconds in (("base", 252, 50), ("big", 857, 170)):
         planned = Plan(workload(model, REPOSITORY), cluster(gpu="H100", gpus=512))
         assert 4 * planned.work.parameters / 1e6 == pytest.approx(megabytes, rel=0.01)
@@ -106,8 +106,8 @@ def test_hours_where_nothing_but_compute_takes_time_are_flops_over_the_rate():
 
 @pytest.mark.parametrize(("model", "published_flops", "hours"), [("base", 3.3e18, 12), ("big", 2.3e19, 84)])
 def test_hours_of_the_papers_run_at_the_share_of_the_peak_that_it_reached(model, published_flops, hours):
-    """Its FLOPs are hours x 8 P100 x 9.5 TFLOP/s (Table 2), of which ours are the share; the rest of a step is
-    little."""
+    """Table 2's FLOPs are hours x 8 P100 x 9.5 TFLOP/s. The share is our FLOPs divided by these. The parts of a step
+    other than compute are small."""
     work = workload(model, REPOSITORY)
     share = work.flops_per_step * work.steps / published_flops
     assert 0.25 < share < 0.45
@@ -117,7 +117,7 @@ def test_hours_of_the_papers_run_at_the_share_of_the_peak_that_it_reached(model,
 
 @pytest.mark.parametrize(("gpus", "slowest"), [(8, "link"), (16, "network")])
 def test_all_reduce_depends_on_the_slowest_link_of_the_ring_alone(gpus, slowest):
-    """Inside a node on NVLink, whatever the network; between nodes on the network, until NVLink is slower."""
+    """Inside a node the slowest link is NVLink; between nodes it is the network, unless NVLink is slower."""
 
     def seconds(gbit: float) -> float:
         return Plan(WORK, cluster(gpus=gpus, network_gbit=gbit)).parts["all-reduce"]
@@ -130,7 +130,7 @@ def test_all_reduce_depends_on_the_slowest_link_of_the_ring_alone(gpus, slowest)
 
 
 def test_step_takes_half_on_a_machine_of_twice_the_speed():
-    """Every time follows from a rate, and rates from nothing else: a fault of units would show."""
+    """All times follow from rates alone, so an error of units would be noticed."""
     m = MEASURED
     twice = Measured(
         checkpoint_write_bytes_per_s=2 * m.checkpoint_write_bytes_per_s,
@@ -150,7 +150,7 @@ def test_step_takes_half_on_a_machine_of_twice_the_speed():
     for name, seconds in one.parts.items():
         assert other.parts[name] == pytest.approx(seconds / 2), name
     assert other.hours == pytest.approx(one.hours / 2)
-    assert other.server_share == pytest.approx(one.server_share)  # twice the points, half the time for each
+    assert other.server_share == pytest.approx(one.server_share)  # twice the points, each in half the time
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_step_is_the_sum_of_its_parts_and_what_is_not_compute_is_lost():
 
 
 def test_launches_are_hidden_by_compute_until_they_take_longer():
-    """1,000 operators at 5 us are 5 ms a micro-batch: a device that computes for longer does not wait."""
+    """1,000 operators at 5 us take 5 ms per micro-batch. A device that computes for longer does not wait."""
     waits = [
         Plan(WORK, cluster(gpus=4, mfu=mfu), measured=replace(FREE, launches=1_000)).parts["launches"]
         for mfu in (0.1, 0.9)
@@ -220,7 +220,7 @@ def test_data_bytes_per_s_read_the_corpus_once_an_epoch():
 def test_server_share_grows_with_the_runs_until_points_share_calls():
     shares = [Plan(WORK, cluster(), runs).server_share for runs in (1, 10)]
     assert shares[1] == pytest.approx(10 * shares[0])
-    assert 0 < shares[0] < 0.02  # one call a second at most, of 13 ms
+    assert 0 < shares[0] < 0.02  # at most one call per second, of 13 ms
 
 
 def test_calls_per_s_are_one_at_most_however_many_points_there_are():
@@ -231,8 +231,8 @@ def test_calls_per_s_are_one_at_most_however_many_points_there_are():
 
 @pytest.mark.parametrize(("model", "millions"), [("base", 63), ("big", 214)])
 def test_workload_has_the_parameters_of_the_paper_and_6_flops_for_each_and_a_token(model, millions):
-    """By the paper's formulas with 37,000 tokens; a pair's source goes through the encoder, its target through the
-    decoder, so that each parameter sees one of the two."""
+    """By the paper's formulas with a vocabulary of 37,000. The encoder sees the source of a pair and the decoder its
+    target, so each parameter sees one of the two."""
     work = workload(model, REPOSITORY)
     assert work.parameters / 1e6 == pytest.approx(millions, rel=0.005)
     assert work.flops_per_step == pytest.approx(6 * work.parameters * 25_000, rel=0.02)
@@ -375,7 +375,7 @@ def test_main_prints_tables_that_follow_the_options(monkeypatch, capsys):
     assert "| source (or target) tokens per device and step | 12,500 | 6,250 |" in lines
     assert "Each A100 reaches 50% of its 312 TFLOP/s and costs $7 an hour." in lines[0]
     assert "The 4 of a node exchange 240 GB/s, nodes 0.8 x 25 Gbit/s." in lines[0]
-    assert not any("runs of" in line for line in lines)  # one node has no room for more runs
+    assert not any("runs of" in line for line in lines)  # more runs do not fit one node
 
 
 def test_main_plans_more_than_a_node_as_runs_at_once_too(monkeypatch, capsys):
@@ -405,7 +405,8 @@ def test_measured_has_the_constants_that_the_benchmark_prints():
 
 @pytest.mark.slow
 def test_measured_launches_are_those_of_a_step_of_base():
-    code = "from tools.benchmarks import scale_constants; scale_constants.launches()"  # it changes modules
+    # In another process, because launches() changes modules.
+    code = "from tools.benchmarks import scale_constants; scale_constants.launches()"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     found = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     assert found == {"launches": MEASURED.launches, "launches_per_chunk": MEASURED.launches_per_chunk}
