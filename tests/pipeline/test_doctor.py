@@ -402,7 +402,7 @@ def test_dvc_names_the_remote_and_shows_nothing_else_of_it(root):
     assert doctor.dvc(root).endswith("private; remote shared")
 
 
-def test_dvc_marks_a_configuration_that_is_broken_or_not_there(root):
+def test_dvc_marks_a_configuration_that_is_broken_or_missing(root):
     set_dvc(root, "[core\n")
     with pytest.raises(ValueError, match=r"config file error: .*: correct \.dvc/config or \.dvc/config\.local"):
         doctor.dvc(root)

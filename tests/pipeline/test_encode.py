@@ -110,7 +110,7 @@ def test_encode_corpus_reports_what_was_encoded(encoded):
     assert info.words["train"] == words
 
 
-def test_encode_corpus_checksum_tells_texts_and_tokenizers_apart(corpus, encoded, tmp_path):
+def test_encode_corpus_checksum_differs_by_texts_and_tokenizer(corpus, encoded, tmp_path):
     def checksum(clean, tokenizer):
         encode_corpus(clean, tokenizer, tmp_path / "other", "en", "de")
         return CorpusInfo.open(tmp_path / "other").sha256

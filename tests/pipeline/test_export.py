@@ -150,7 +150,7 @@ def test_export_help_example_translates_by_the_folder_alone(project: Path, monke
     assert shown.getvalue().strip()
 
 
-def test_export_has_checksums_that_tell_any_damage(project: Path, monkeypatch):
+def test_export_has_checksums_that_detect_any_damage(project: Path, monkeypatch):
     run(monkeypatch)
     folder = project / "models/ctranslate2"
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]

@@ -265,7 +265,7 @@ def test_result_key_ignores_where_and_on_how_many_workers_a_trial_runs(root):
     assert [trial.folder for trial in after.trials] == [trial.folder for trial in before.trials]
 
 
-def test_run_key_of_a_sweep_is_none_of_its_trials(root):
+def test_run_key_of_a_sweep_differs_from_those_of_its_trials(root):
     sweep = sweep_with(root, seeds=[0, 1])
     names = [sweep.run_key, *(trial.run_key for trial in sweep.trials)]
     assert len(set(names)) == len(names) == 1 + 14

@@ -265,7 +265,7 @@ def assert_close_early(run: Run, undisturbed: Run, step: int = 20) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_local_cluster_beside_another_has_its_own_names_and_ends_alone(cluster, tmp_path, monkeypatch):
+def test_local_cluster_next_to_another_has_its_own_names_and_ends_alone(cluster, tmp_path, monkeypatch):
     cluster.heal()
     monkeypatch.setattr(local_cluster, "STATE", tmp_path)
     local_cluster.make_bridge()
@@ -374,7 +374,7 @@ def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures)
     figures("the head is killed (-9), the job submitted again", **values)
 
 
-def test_train_goes_on_while_the_tracking_server_is_away(new_run, figures):
+def test_train_continues_while_the_tracking_server_is_away(new_run, figures):
     new_run.project.edit("params.yaml", "train.max_steps", LONG)
     new_run.project.edit("params.yaml", "train.keep_checkpoints", 1000)
     with new_run.submitted():
@@ -416,7 +416,7 @@ def test_train_passes_over_damaged_checkpoints(undisturbed, new_run, figures):
     figures("the last checkpoint is cut short, the one before has a byte flipped", **{"steps lost": STEPS - resumed})
 
 
-def test_sweep_goes_on_without_a_host_and_fetches_its_results(new_run, figures):
+def test_sweep_continues_without_a_host_and_fetches_its_results(new_run, figures):
     new_run.project.edit("params.yaml", "hardware.num_workers", 1)
     new_run.project.edit("params.yaml", "sweep.rows", ["dropout"])
     # The first trial must still train when the last starts.
@@ -492,7 +492,7 @@ def test_preflight_refuses_data_that_a_node_cannot_read(cluster, on_head):
     assert not list((cluster.folder / "head/tmp/mine").glob(".probe*"))
 
 
-def test_preflight_refuses_more_workers_than_there_is_room_for(cluster, on_head):
+def test_preflight_refuses_more_workers_than_fit(cluster, on_head):
     cluster.heal()
     settings = (on_head / "params.yaml").read_text()
     (on_head / "params.yaml").write_text(settings.replace("num_workers: 2", "num_workers: 4"))

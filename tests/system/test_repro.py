@@ -145,7 +145,7 @@ def test_exp_run_with_another_beam_runs_evaluate_alone(trained, tmp_path):
     assert (beams["main"], beams["narrow"]) == (2, 1)
 
 
-def test_repro_killed_goes_on_and_ends_with_the_same_weights(trained, tmp_path):
+def test_repro_killed_resumes_and_ends_with_the_same_weights(trained, tmp_path):
     project = trained.untrained_copy(tmp_path / "project")
     with project.started("dvc", "repro", "train") as repro:
         project.wait_for(project.checkpoints, "checkpoint")

@@ -121,7 +121,7 @@ def test_exp_run_changes_only_the_line_of_the_setting(new_project):
     ]
 
 
-def test_download_names_a_mirror_that_is_not_there(untouched, restored):
+def test_download_names_a_mirror_that_does_not_exist(untouched, restored):
     project = restored(untouched)
     project.run("python", "-m", "pipeline.preset", "data=multi30k")
     output = project.run("python", "-m", "pipeline.download", code=1, CORPUS_MIRROR="/no/such/mirror")

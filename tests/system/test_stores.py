@@ -211,7 +211,7 @@ def test_metric_writer_of_eight_processes_logs_each_point_once(store: Store) -> 
     check_sweep(store, parent)
 
 
-def test_metric_writer_of_a_killed_trial_goes_on_in_its_run(store: Store) -> None:
+def test_metric_writer_of_a_killed_trial_continues_in_its_run(store: Store) -> None:
     victim = 3
     parent = open_parent(store)
     processes = start(log_trial, TRIALS, store.uri, store.root, parent)

@@ -143,7 +143,7 @@ def test_total_usage_leaves_out_a_damaged_file(tmp_path, clock, name, content):
     assert not has_begun_since(tmp_path, clock.time() + 1)
 
 
-def test_usage_recorder_goes_on_when_the_disk_is_full(tmp_path, clock, monkeypatch):
+def test_usage_recorder_continues_when_the_disk_is_full(tmp_path, clock, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -98,7 +98,7 @@ def test_progress_reporter_writes_twice_a_second_at_most(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "p.json").read_text())["step"] == 5
 
 
-def test_progress_reporter_goes_on_when_the_disk_is_full(tmp_path, monkeypatch):
+def test_progress_reporter_continues_when_the_disk_is_full(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -27,7 +27,7 @@ HARDWARE = load_settings(REPOSITORY).hardware
         ("Failed to connect to GCS", "no Ray cluster answers at 10.0.0.1:6379"),
     ],
 )
-def test_ray_cluster_refused_by_ray_says_why_in_one_line(message, expected, monkeypatch, tmp_path):
+def test_ray_cluster_refused_by_ray_reports_the_reason_in_one_line(message, expected, monkeypatch, tmp_path):
     def refuse(**options: object) -> None:
         raise RuntimeError(message)
 
@@ -40,7 +40,7 @@ def test_ray_cluster_refused_by_ray_says_why_in_one_line(message, expected, monk
 
 
 @pytest.mark.parametrize("address", ["nosuchhost.invalid:6379", "127.0.0.1:9", "10.0.0.1:port", "auto"])
-def test_ray_cluster_where_nobody_listens_says_so_in_one_line(address, monkeypatch, tmp_path):
+def test_ray_cluster_without_a_head_is_reported_in_one_line(address, monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("ray.init would wait for minutes"))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()

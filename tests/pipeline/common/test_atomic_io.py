@@ -122,7 +122,7 @@ def test_write_text_is_utf8_with_unix_line_ends_in_folders_made_for_it(tmp_path)
     assert [file.name for file in (tmp_path / "reports").iterdir()] == ["a.txt"]
 
 
-def test_write_text_leaves_what_was_there_when_writing_fails(tmp_path):
+def test_write_text_that_fails_leaves_the_old_file(tmp_path):
     target = tmp_path / "a.txt"
     write_text(target, "whole")
     with pytest.raises(UnicodeEncodeError):
@@ -146,7 +146,7 @@ def test_csv_text_of_no_row_is_empty():
     assert csv_text([]) == ""
 
 
-def test_write_json_comes_back(tmp_path):
+def test_write_json_can_be_read_back(tmp_path):
     values = {"train": {"pairs": 29_000, "origin": "Größe"}}
     write_json(tmp_path / "a.json", values)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values

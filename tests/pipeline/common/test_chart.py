@@ -32,7 +32,7 @@ def width(path: Path) -> int:
     return struct.unpack(">I", png[16:20])[0]
 
 
-def test_write_chart_draws_a_panel_for_each_column_that_is_there(tmp_path: Path, drawn: list):
+def test_write_chart_draws_a_panel_for_each_column_that_exists(tmp_path: Path, drawn: list):
     columns = {"loss": "Loss", "bleu": "BLEU", "chrf": "chrF"}
     write_chart(tmp_path / "two.png", ROWS, ("step", "steps"), columns)
     assert drawn == [([10, 20, 30], [3.5, 2.5, 2.25]), ([20, 30], [7.0, 31.0])]

@@ -80,7 +80,7 @@ def test_read_lock_names_the_way_out(tmp_path, content, fault):
         read_lock(tmp_path)
 
 
-def test_read_lock_tells_a_merge_conflict_from_a_kill(tmp_path):
+def test_read_lock_distinguishes_a_merge_conflict_from_a_kill(tmp_path):
     ours, theirs = LOCK, LOCK.replace("2017", "2018")
     (tmp_path / "dvc.lock").write_text(f"<<<<<<< HEAD\n{ours}=======\n{theirs}>>>>>>> theirs\n")
     with pytest.raises(

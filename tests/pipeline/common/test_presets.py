@@ -65,7 +65,7 @@ def test_nearest_preset_names_a_corpus_of_other_languages_after_them():
     assert nearest_preset(REPOSITORY, "data", values) == ("own-en-cs", {})
 
 
-def test_find_preset_lists_what_there_is():
+def test_find_preset_lists_the_presets():
     with pytest.raises(ValueError, match="model must be one of base, big, .*, got 'huge'"):  # noqa: RUF043
         find_preset(REPOSITORY, "model", "huge")
     with pytest.raises(

@@ -162,7 +162,7 @@ def test_batches_to_read_have_every_pair_once_and_are_full(pairs, micro, max_len
             assert (len(batch) + 1) * longest[following[0]] > micro
 
 
-def test_batches_to_read_hold_pairs_alike_in_the_shorter_sentence_too():
+def test_batches_to_read_have_similar_lengths_of_the_shorter_sentence_too():
     src, tgt = lengths_like_multi30k()
     batches = batches_to_read(src, tgt, micro_batch_tokens=1_280, max_length=257)
     by_longest = np.lexsort((np.random.default_rng(0).random(len(src)), np.maximum(src, tgt)))

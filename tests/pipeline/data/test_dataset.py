@@ -87,7 +87,7 @@ def test_encoded_text_names_another_kind_of_array(tmp_path):
         EncodedText.open(tmp_path, "valid", "src")
 
 
-def test_encoded_text_tells_arrays_of_two_runs_apart(tmp_path):
+def test_encoded_text_refuses_arrays_of_two_runs(tmp_path):
     write(tmp_path, offsets=(0, 2, 7))
     with pytest.raises(ValueError, match=r"offsets\.npy ends at token 7, but valid\.src\.ids\.npy has 5 tokens"):
         EncodedText.open(tmp_path, "valid", "src")

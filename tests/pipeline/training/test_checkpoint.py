@@ -118,7 +118,7 @@ def test_copy_on_a_disk_is_by_hard_links_and_outlives_its_source(tmp_path):
     assert files(tmp_path / "other") == {Path("step_00000007"), *(Path("step_00000007") / n for n in COPIED)}
 
 
-def test_copy_where_there_are_no_hard_links_copies(tmp_path, monkeypatch):
+def test_copy_without_hard_links_copies_the_bytes(tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -470,7 +470,7 @@ def test_average_leaves_a_damaged_checkpoint_out_and_takes_one_more(tmp_path):
     assert warnings[0].endswith("; left out of the average")
 
 
-def test_average_of_more_than_there_are_is_that_of_all(tmp_path):
+def test_average_of_more_checkpoints_than_exist_is_that_of_all(tmp_path):
     save(tmp_path, 3)
     weights, averaged = checkpoint.average(tmp_path, 5, pytest.fail)
     assert averaged == [3]

@@ -78,7 +78,7 @@ class Descent(torch.optim.SGD):
 # --- one step
 
 
-def test_train_loop_of_four_micro_batches_of_unlike_size_equals_one():
+def test_train_loop_of_four_micro_batches_of_different_sizes_equals_one():
     one, four = new_model(), new_model()
     curves = [
         run(one, [micro_batches([31])]).training_curve,
@@ -316,7 +316,7 @@ def test_compile_takes_the_steps_of_the_plain_model():
 # --- losses and gradients that are not finite
 
 
-def test_train_step_refuses_a_loss_that_is_not_finite_and_says_where():
+def test_train_step_refuses_a_loss_that_is_not_finite_and_names_the_step():
     model = new_model()
     plan = endless([micro_batches([3]), micro_batches([5])], TrainState())
     before: list[Tensor] = []

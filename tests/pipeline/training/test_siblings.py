@@ -231,7 +231,7 @@ def test_continue_sibling_starts_over_if_a_longer_run_has_deleted_what_is_averag
         assert origin is None or origin.share == (1.0 if end == 30 else 21 / 24)
 
 
-def test_continue_sibling_that_kept_fewer_than_are_averaged_goes_on(data, tmp_path):
+def test_continue_sibling_continues_a_run_that_kept_fewer_than_are_averaged(data, tmp_path):
     train(data, tmp_path, with_ends(max_steps=9, keep_checkpoints=1, average_checkpoints=1))
     longer = with_ends(max_steps=10)
     assert continue_sibling(folder_of(tmp_path, longer.train), longer.train, pytest.fail).step == 9  # type: ignore[union-attr]
@@ -315,7 +315,7 @@ def test_continue_sibling_passes_over_what_its_own_training_deletes_meanwhile(da
     assert [path.name[-1] for path in checkpoint.folders(folder)] == ["6", "9"]
 
 
-def test_continue_sibling_killed_while_it_brings_checkpoints_ends_the_same(data, tmp_path, monkeypatch):
+def test_continue_sibling_killed_while_it_copies_checkpoints_ends_the_same(data, tmp_path, monkeypatch):
     whole = with_ends(max_steps=20)
     train(data, tmp_path / "once", whole)
     train(data, tmp_path / "parts", with_ends(max_steps=10))
@@ -348,7 +348,7 @@ def test_continue_sibling_killed_afterwards_resumes_and_ends_the_same(data, tmp_
     assert_same(*(result(folder_of(tmp_path / name, whole.train), 3) for name in ("parts", "once")))
 
 
-def test_continue_sibling_with_another_log_every_logs_by_it_from_there_on(data, tmp_path):
+def test_continue_sibling_with_another_log_every_uses_it_from_then_on(data, tmp_path):
     train(data, tmp_path, with_ends(max_steps=8, log_every=3))
     state = train(data, tmp_path, with_ends(max_steps=16, log_every=5))
     assert [point["step"] for point in state.training_curve] == [3, 6, 10, 15, 16]
