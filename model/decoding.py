@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from model.config import BOS, EOS, PAD
 
 HYPOTHESES_PER_CHUNK, HYPOTHESES_PER_CHUNK_GPU = 128, 4096
-"""Hypotheses whose logits are computed at once: few, for a CPU's cache; on a GPU many, to launch less often."""
+"""Hypotheses whose logits are computed at once: few on a CPU, to stay in its cache; many on a GPU, to launch fewer
+kernels."""
 BLOCK = 64
 """Tokens in a block of the vocabulary. Blocks with a low maximum are skipped, which is faster than one topk over all
 tokens (docs/log.md)."""
@@ -33,7 +34,10 @@ class Decoder(Protocol):
         """Logits of the next token for some rows of `step`'s output: [some rows, any] -> [some rows, vocab]."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Let new row i continue old row `rows[i]` of its sentence. The number of rows per sentence may change."""
+        """New row i continues old row `rows[i]` (an index over all rows, of the same sentence).
+
+        The number of rows per sentence may change.
+        """
 
     def select_sentences(self, sentences: Tensor) -> None:
         """Keep only these sentences (indices into the present batch) with their rows, in this order."""
@@ -65,17 +69,17 @@ def beam_search(
     Each step considers the 2 * beam most probable continuations of a sentence. Those that end in EOS are finished;
     the best `beam` of the others live on. So a finished hypothesis takes no place in the beam. A beam of 1 considers
     one continuation, which is greedy search for any alpha. PAD and BOS are never chosen. If no hypothesis of a
-    sentence has finished, the result is those that reached the maximum length, ranked by log_prob.
+    sentence has finished, the result consists of the hypotheses that reached the maximum length, ranked by log_prob.
 
     A sentence leaves the batch as soon as its result is settled. The log_prob of a live hypothesis can only fall, so
-    it never scores above log_prob / lp(max_length + 1). Leaving changes no result. With a smaller `num_best`,
-    sentences leave earlier.
+    its final score cannot exceed log_prob / lp(max_length + 1), and leaving early never changes a result. With a
+    smaller `num_best`, sentences leave earlier.
 
     Ties: of finished hypotheses with equal scores, the one found first comes first. Between equal continuations
     torch.topk decides, for each sentence on its own, so the rest of the batch has no influence.
 
-    Raises ValueError if beam or num_best is below 1, if alpha or a maximum length is below 0, or if logits are not
-    finite.
+    Raises ValueError if beam or num_best is below 1, if alpha or a maximum length is below 0, or if the
+    logits contain NaN or +inf.
     """
     num_best = beam if num_best is None else num_best
     for name, value, least in (("beam", beam, 1), ("num_best", num_best, 1), ("alpha", alpha, 0)):
@@ -111,7 +115,8 @@ def beam_search(
         done_log_prob = _pick(torch.cat([done_log_prob, new_log_prob], 1), order)
         done_tokens = _pick(torch.cat([F.pad(done_tokens, (0, 1), value=PAD), new_tokens], 1), order)
 
-        # Sort the others by log_prob. A sentence is settled if none can score above the last of its finished ones.
+        # Sort the others by log_prob. A sentence is settled if none can beat the worst of its `num_best` finished
+        # hypotheses.
         over = ends | (max_lengths[sentences] == length)[:, None]
         new_log_prob, order = new_log_prob.masked_fill(over, -torch.inf).sort(dim=1, descending=True, stable=True)
         bound = new_log_prob[:, 0] / length_penalty(max_lengths[sentences] + 1, alpha)
@@ -141,7 +146,7 @@ def beam_search(
 
 
 def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `most` most probable continuations of each sentence, best first: their log_prob, the live hypothesis that
+    """The top `most` continuations of each sentence, best first: their log_prob, the live hypothesis that
     each continues, and the token that it adds, all [sentences, most].
 
     `x` is the output of decoder.step, `log_prob` [sentences, live] that of the live hypotheses.
@@ -153,14 +158,14 @@ def _continue(decoder: Decoder, x: Tensor, log_prob: Tensor, most: int) -> tuple
     found = [_most_probable(decoder.logits(rows), part, most) for rows, part in parts]
     new_log_prob, parent, token = (torch.cat(values) for values in zip(*found, strict=True))
     if new_log_prob.isnan().any():
-        raise ValueError("the decoder's logits are not finite numbers")
+        raise ValueError("the decoder's logits contain NaN or +inf")
     return new_log_prob, parent, token
 
 
 def _most_probable(logits: Tensor, log_prob: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """`_continue` for one chunk of logits [sentences * live, vocab].
 
-    The `most` best tokens of a sentence are all in the `most` blocks with the highest maxima, or in the rest of the
+    The top `most` tokens of a sentence are all in the `most` blocks with the highest maxima, or in the rest of the
     vocabulary, which is shorter than a block. The second topk sees only those.
     """
     steps = logits.float().log_softmax(1)

@@ -15,8 +15,8 @@ from model.cpu.matmul import ROW_MULTIPLE, accumulate_tn, alloc_accumulator, all
 
 CHUNK_LOGITS, CHUNK_LOGITS_GPU = 1 << 22, 1 << 26
 """Logits in a chunk, before its rows are rounded up to a multiple of ROW_MULTIPLE. On a CPU they are 16 MB in single
-precision for each thread that trains, about the size of its cache. On a GPU they are 256 MB, because each chunk costs
-the launches of its operators."""
+precision for each thread that trains, about the size of the CPU's cache. On a GPU they are 256 MB, because each chunk
+adds kernel launches."""
 
 
 def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -27,7 +27,7 @@ def label_smoothed_loss(x: Tensor, weight: Tensor, target: Tensor, smoothing: fl
     the target token included. PAD targets are left out.
 
     Returns a scalar, equal to torch's cross_entropy(logits, target, ignore_index=PAD, label_smoothing=smoothing,
-    reduction="sum"). Sums are taken in single precision at least.
+    reduction="sum"). Sums are accumulated in at least single precision.
     """
     x, target = x.flatten(0, -2), target.flatten()  # [tokens, d_model], [tokens]
     real = (target != PAD).nonzero()[:, 0]  # step 1: drop padding
@@ -63,9 +63,9 @@ class _ProjectionLoss(torch.autograd.Function):
                row sums = sum(exp)                                  [chunk, 1]
                loss     = max + log(row sums) - (1 - e) z_target    [chunk, 1]
 
-        4. For each chunk, compute the softmax part of the gradients. softmax(z) = exp / row sums is not computed: it
-           is cheaper to divide x, or the product with W, than the larger exp. The second product itself adds to
-           grad W.
+        4. For each chunk, compute the softmax part of the gradients. softmax(z) = exp / row sums is not computed: exp
+           is the largest tensor, so x (for grad W) and the product with W (for grad x) are divided instead. The
+           second product accumulates directly into grad W.
 
                grad x  = (exp W) / row sums                         [chunk, d_model]
                grad W += exp^T (x / row sums)                       [vocab, d_model]

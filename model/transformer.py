@@ -1,7 +1,8 @@
 """The Transformer, in the order of section 3 of the paper, from Figure 1 down to its parts.
 
 The axes of shapes are batch, src and tgt (positions in a sentence), heads, d_model, d_k, d_v and vocab. True in a
-mask means "attend". cpu/ has faster versions of some operations for a CPU, kv_cache.py the decoder of a beam search.
+mask means "attend". cpu/ has versions of some operations that are faster on CPUs; kv_cache.py has the decoder for
+beam search.
 """
 
 import math
@@ -29,7 +30,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        # The output of the last layer is normalised already with norm "post", but not with "pre".
+        # With norm "post", the output of the last layer is already normalised; with "pre", it is not.
         self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
         self.decoder_norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
 
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         return self.encoder_norm(x), attend_mask
 
     def logits(self, x: Tensor) -> Tensor:
-        """The pre-softmax projection, by the embedding matrix (section 3.4): [..., d_model] -> [..., vocab]."""
+        """The pre-softmax projection, with the embedding matrix (section 3.4): [..., d_model] -> [..., vocab]."""
         return linear(x, self.embedding.weight)
 
 
@@ -123,8 +124,8 @@ class Attention(nn.Module):
     """Multi-head attention (section 3.2.2, Figure 2): Concat(head_1, ..., head_h) W^O with
     head_i = softmax(Q W_i^Q (K W_i^K)^T / sqrt(d_k)) V W_i^V.
 
-    As in the paper's formulas, the projections have no biases. The attention weights get no dropout. The end of this
-    file has positions that act inside attention: "rotary", "alibi" and "relative".
+    As in the paper's formulas, the projections have no biases. The attention weights get no dropout. Position
+    encodings that act inside attention ("rotary", "alibi" and "relative") are at the end of this file.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_k: int, d_v: int, positions: Positions = "none") -> None:
@@ -146,7 +147,7 @@ class Attention(nn.Module):
     def project_qkv(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys [batch, heads, length, d_k] and values [batch, heads, length, d_v] of self-attention.
 
-        x is [batch, length, d_model]; its first position in the sentence is `first`.
+        x is [batch, length, d_model]; `first` is the position in the sentence of its first token.
         """
         q, k, v = linear(x, self.w_qkv).split(self.split, dim=-1)  # [batch, length, heads * d_k or d_v]
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
@@ -196,7 +197,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _position_bias(self, q: Tensor, k: Tensor, offset: Tensor | None = None) -> Tensor | None:
-        """What positions add to attention's logits: None, [heads, queries, keys] or [batch, heads, queries, keys]."""
+        """The bias that the position encoding adds to the attention logits: None, [heads, queries, keys] or
+        [batch, heads, queries, keys]."""
         if self.positions not in ("alibi", "relative"):
             return None
         if offset is None:
@@ -251,7 +253,7 @@ class Embedding(nn.Module):
             self.register_parameter("positions", None)
 
     def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Tokens [batch, length] -> [batch, length, d_model]; their first position in the sentence is `first`.
+        """Tokens [batch, length] -> [batch, length, d_model]. `first` is the position of the first token.
 
         Raises ValueError if the sentence is longer than max_length.
         """
@@ -279,7 +281,7 @@ def position_angles(positions: Tensor, dim: int) -> Tensor:
     return positions[:, None] / 10_000**exponent
 
 
-# --- Beyond the paper: positions that act inside self-attention
+# --- Beyond the paper: position encodings that act inside self-attention
 
 
 def rotary_angles(first: int, length: int, d_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -302,7 +304,7 @@ def alibi_bias(offset: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """-2^(-8i/h) |offset| for head i (Press et al. 2022): [queries, keys] -> [heads, queries, keys], or
     [batch, 1, 1, keys] -> [batch, heads, 1, keys].
 
-    The encoder has it in both directions. The model of Press et al. has only a decoder.
+    |offset| extends ALiBi to the encoder, which attends in both directions; Press et al. have only a decoder.
     """
     head = torch.arange(1, num_heads + 1, device=offset.device, dtype=dtype)
     return -torch.exp2(-8 * head / num_heads)[:, None, None] * offset.abs().to(dtype)
@@ -313,7 +315,7 @@ def relative_bias(q: Tensor, offset_keys: Tensor, offset: Tensor) -> Tensor:
 
     The vector a of each offset is learned (`offset_keys` [offsets, d_k]) and shared by the heads. Shaw et al. also
     have such vectors for the values. They are left out: they need the attention weights, which the fused kernel does
-    not return, and Table 3 of Shaw et al. finds that they change nothing.
+    not return, and Table 3 of Shaw et al. shows that they make no difference.
     """
     index = offset.clamp(-MAX_RELATIVE_DISTANCE, MAX_RELATIVE_DISTANCE) + MAX_RELATIVE_DISTANCE
     by_offset = q @ offset_keys.T.to(q.dtype) / math.sqrt(q.size(-1))  # [batch, heads, queries, offsets]

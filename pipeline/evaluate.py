@@ -2,13 +2,13 @@
 
     python -m pipeline.evaluate
 
-Translates by beam search as in section 6.1 of the paper, with the settings
-"evaluate" of params.yaml. Prints the scores.
+Translates by beam search as in section 6.1 of the paper, with the settings in
+the "evaluate" section of params.yaml. Prints the scores.
 
 Reads models/final, data/tokenizer, data/encoded and data/clean. Writes
 metrics/test.json and, in reports/, evaluation.json, bleu_by_length (.csv and
 .png), translations.tsv and translations_valid.tsv. Adds the reports, the scores
-and the model to the MLflow run that trained the model.
+and the model to the MLflow run in which the model was trained.
 """
 
 import os

@@ -16,10 +16,10 @@ With RAY_ADDRESS set, or in a job of `ray job submit`, it trains on that
 cluster; otherwise it trains on this machine.
 
 A run is identified by the settings, data and code that decide its weights. If
-it was killed, the same command resumes it from its last checkpoint. With a
-larger train.max_steps or train.patience, training continues from the end of the
-shorter run, whose checkpoints are kept. With other settings, data or code, a
-new run starts.
+any of these changes, a new run starts. If a run was killed, the same command
+resumes it from its last checkpoint. With a larger train.max_steps or
+train.patience, training continues from the end of the shorter run, whose
+checkpoints are kept.
 """
 
 import time
@@ -48,7 +48,7 @@ CHARTS = {
     "validation": {"valid_ppl": "Validation perplexity (per token)", "valid_bleu": "BLEU of a validation sample"},
 }
 SHOWN_CURVES = ("train_loss", "valid_ppl", "valid_bleu")
-"""The curves that MLflow's view of single runs draws."""
+"""The curves shown in the MLflow view of single runs."""
 
 
 def train(settings: Settings, root: Path = Path()) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def end_line(seconds: float, step: int, *, trained_before: bool) -> str:
 
 @contextmanager
 def _store_opening(uri: str) -> Iterator[Future[None]]:
-    """Import MLflow and open its store in a thread, which takes seconds, while Ray starts."""
+    """Import MLflow and open its store, which takes seconds, in a thread while Ray starts."""
 
     def open_store() -> None:
         from pipeline.tracking.store import prepare_store

@@ -154,7 +154,8 @@ class _Reports:
         self._measured: deque[tuple[dict[str, float], int]] = deque()
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics to MLflow: at once, or those of MEASURED once a checkpoint includes the step (`saved`)."""
+        """Log metrics to MLflow at once, except those in MEASURED, which wait until a checkpoint includes the step
+        (`saved`)."""
         if self._curves is None:
             from pipeline.tracking.metric_writer import MetricWriter  # late: the first step does not wait for MLflow
 
@@ -182,7 +183,8 @@ class _Reports:
 
 
 def settings_file(run_folder: AnyPath) -> AnyPath:
-    """The file to which the driver writes a run's settings. A worker that finds it uses the driver's storage."""
+    """The file to which the driver writes a run's settings. If a worker finds this file, it shares the driver's
+    storage."""
     return run_folder / "settings.json"
 
 

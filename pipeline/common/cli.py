@@ -1,4 +1,4 @@
-"""Command-line conventions of every `python -m ...`: --help, the error line, the exit code, how it stops."""
+"""Conventions shared by all commands: --help, error messages, exit codes, signals."""
 
 import argparse
 import os
@@ -25,7 +25,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help is the module's docstring (purpose, example, what is read and written) and exit codes."""
+    """A parser whose --help shows the module's docstring (purpose, example, what is read and written) and the exit
+    codes."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,
@@ -36,7 +37,7 @@ def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def begin() -> None:
-    """Set up how this process ends. A command calls this first, before its imports, which take seconds.
+    """Set up how this process ends. pipeline/__init__.py calls this before a command's slow imports.
 
     On Ctrl-C, SIGTERM and SIGHUP the process prints one line and ends with exit code 128 + signal, after GRACE_S at
     the latest. As a stage of DVC it also ends when DVC has ended.
@@ -112,7 +113,7 @@ def _stop(signum: int, _: FrameType | None) -> None:
     """Interrupt the main thread. End the process at a second signal, or if it still runs after GRACE_S."""
     if _stopping.code:
         _stopping.exit()
-    _stopping.code = 128 + signum  # kept here: Ray, interrupted in C++, replaces KeyboardInterrupt by its own error
+    _stopping.code = 128 + signum  # kept here: Ray, interrupted in C++, replaces KeyboardInterrupt with its own error
     timer = threading.Timer(GRACE_S, _stopping.exit)
     timer.daemon = True
     timer.start()
@@ -142,7 +143,7 @@ def _lineage() -> tuple[int, int | None]:
 def _end_with(lineage: tuple[int, int | None]) -> None:
     """End this process when DVC has ended, so that its `lineage` is another.
 
-    Otherwise `kill -9` of `dvc repro` would leave training running unnoticed, in the way of the next `dvc repro`.
+    Otherwise `kill -9` of `dvc repro` would leave training running unnoticed, and block the next `dvc repro`.
     Training that was started by hand, with nohup for example, outlives its parent.
     """
     while _lineage() == lineage:

@@ -1,7 +1,8 @@
 """The settings of a run: all of params.yaml, as typed and checked sections.
 
 params.yaml is the only source of settings. Presets (presets.py) are starting points: `python -m pipeline.preset`
-writes their values into params.yaml. Every command checks all sections before it does anything else.
+writes their values into params.yaml. `load_settings` checks all sections, so a command that calls it fails on any
+error before it does anything else.
 """
 
 import difflib
@@ -29,11 +30,12 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]  # a string is the text of the error
+# A string in Annotated replaces the generated text in error messages.
+Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number in [0, 2^63)"]
 Workers = Annotated[int | list[int], "a whole number >= 1 or [least, most]"]
 
 MAX_NUMBERS = 10**11
-"""The most parameters and positions of a model: 500 times those of the paper's big model."""
+"""The maximum number of parameters, plus position embeddings, of a model: 500 times that of the paper's big one."""
 RowName = Literal[
     "A", "B", "C", "D", "E", "big", "heads", "d_k", "layers", "d_model", "d_ff", "dropout", "label_smoothing",
     "positions", "norm",
@@ -110,8 +112,8 @@ class Data:
 
 @checked
 class Validate:
-    """Limits of a sentence pair, the largest share of pairs that may be dropped, and whether to drop untranslated
-    pairs, whose source equals their target."""
+    """Limits of a sentence pair, the share of pairs that may be faulty (dropped or kept), and whether to drop
+    untranslated pairs, whose source equals their target."""
 
     max_words: Count
     max_length_ratio: Annotated[float, Field(ge=1)]
@@ -189,7 +191,7 @@ class Hardware:
     """The devices that training runs on.
 
     Only `precision` and `micro_batch_tokens` are part of a run's identity. `device` and `compile` change rounding and
-    dropout draws; the others change only the order of sums.
+    dropout draws; the others change at most the order of sums.
     """
 
     num_workers: Workers
@@ -207,7 +209,7 @@ class Hardware:
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers with which training continues."""
+        """The minimum number of workers to start or continue training."""
         return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
 
     @property
@@ -229,7 +231,10 @@ class Evaluate:
 
 @checked
 class Sweep:
-    """The rows of Table 3 (and others) that a sweep runs, and their seeds. Its base row is `model` and `train`."""
+    """The rows of Table 3 (and others) that a sweep runs, and their seeds.
+
+    The base row uses the sections `model` and `train` unchanged, except for the seed.
+    """
 
     rows: list[RowName]
     seeds: Annotated[list[Seed], "a list of different numbers in [0, 2^63)"]
@@ -265,8 +270,9 @@ class Tracking:
 class Settings:
     """All sections of params.yaml.
 
-    `data_name` and `model_name` are the nearest presets, and `changes` are the values that differ from them,
-    {"model.d_k": 4, ...}. They are used in names for people and are not part of a run's identity.
+    `data_name` and `model_name` are the names of the nearest presets ("custom", or corpus and languages, if none is
+    near). `changes` are the values that differ from these presets, {"model.d_k": 4, ...}. All three are used in names
+    for people and are not part of a run's identity.
     """
 
     data: Data
@@ -297,13 +303,16 @@ class Settings:
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
 GRID_KEYS = [f"{name}.{f.name}" for name in ("model", "train") for f in fields(SECTIONS[name]) if f.name != "seed"]
-"""The settings that trials of a sweep may vary, besides the seed. All trials share data, hardware and search."""
+"""The settings that trials of a sweep may vary, besides the seed.
+
+All trials share the data, the search and, except for the number of workers, the hardware."""
 
 
 def load_settings(root: Path = Path(), **presets: str) -> Settings:
     """Read and check `root`/params.yaml. `presets`, such as model="tiny", replace the values of their sections.
 
-    Raises ValueError that names the file, key, value and allowed values if one is unknown, missing or impossible.
+    Raises a ValueError that names the file, key, value and allowed values if a setting is unknown, missing or
+    invalid.
     """
     path = root / "params.yaml"
     values = read_yaml(path)

@@ -1,7 +1,8 @@
-"""The batch plan: batches of sentence pairs of similar length, with a given number of tokens (section 5.1).
+"""The batch plan: optimizer steps of a given number of target tokens (section 5.1), made of micro-batches of pairs of
+similar length.
 
-The plan is a pure function of the lengths, the seed and the epoch. Every worker computes the same plan, and a pair of
-integers (epoch, step) is the position of a run in it.
+The plan is a pure function of the lengths, the limits, the seed and the epoch. Every worker computes the same plan,
+and a pair of integers (epoch, step) is the position of a run in it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,10 @@ from pipeline.data.bucketing import cut, pad, smallest_budget
 from pipeline.data.dataset import EncodedSplit
 
 MIN_MICRO_BATCHES = 4
-"""The least number of micro-batches per step.
+"""The minimum number of micro-batches per step, if the pairs can be cut into that many.
 
 The sentences of a micro-batch have about the same length, and models learn less from steps with few different lengths
-(docs/performance.md). The paper's steps were shared by eight GPUs."""
+(docs/performance.md). The paper's steps were split across eight GPUs, so each had at least eight."""
 
 
 class Position(NamedTuple):
@@ -32,7 +33,7 @@ class Position(NamedTuple):
 
 
 class BatchPlan:
-    """The sentence pairs of each optimiser step.
+    """The sentence pairs of each optimizer step.
 
     A step is a list of micro-batches. The model processes them one by one, or in parallel in threads and workers,
     and their gradients are added. The plan is made as follows:
@@ -42,11 +43,12 @@ class BatchPlan:
     2. Choose the number of steps per epoch: the one with which a step has `batch_tokens` target tokens on average,
        without padding.
     3. Choose the number of micro-batches per step: the number that `micro_batch_tokens` requires, but at least
-       MIN_MICRO_BATCHES, rounded up to one that is `easily_shared` by threads and workers.
+       MIN_MICRO_BATCHES if the pairs can be cut into that many. It is rounded up to one that is `easily_shared` by
+       threads and workers.
     4. Cut the sorted pairs into at most (steps * micro-batches per step) micro-batches. Each has at most `budget`
        source positions and `budget` target positions, with padding. `budget` is as small as possible, so that all
        micro-batches are nearly full. A step has about the chosen number of them, at most `most_micro_batches`.
-    5. In each epoch, shuffle pairs of similar length, cut at the same places, and assign the micro-batches to steps
+    5. In each epoch, shuffle pairs of equal length, cut at the same places, and assign the micro-batches to steps
        at random. Every pair occurs once per epoch.
 
     `src_lengths` and `tgt_lengths` [pairs] are numbers of tokens without end of sentence, which is added here (+1).
@@ -82,7 +84,8 @@ class BatchPlan:
         self._cached: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
     def _micro_batches_per_step(self, num_steps: int, micro_batch_tokens: int) -> int:
-        """As many as `micro_batch_tokens` requires, at least MIN_MICRO_BATCHES, halved until so many are possible."""
+        """As many as `micro_batch_tokens` requires, and at least MIN_MICRO_BATCHES; that minimum is halved until the
+        pairs can be cut into that many."""
         needed = -(-len(cut(self._lengths, micro_batch_tokens)) // num_steps)
         wanted = MIN_MICRO_BATCHES
         while wanted > 1 and not self._can_be_cut_into(wanted * num_steps):
@@ -107,8 +110,8 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         rng = np.random.default_rng([self.seed, epoch])
-        # Pairs of equal length are sorted by the shorter sentence too, plus up to one token of noise: neighbours are
-        # shuffled, and a micro-batch has little padding in either language.
+        # Pairs of equal length are sorted by the difference of their two lengths plus up to one token of noise, which
+        # shuffles neighbours while keeping padding low in both languages.
         difference = (self._src - self._tgt)[self._pairs]
         order = np.lexsort((difference + rng.uniform(-1, 1, len(difference)), self._lengths))
         micro_batches = np.split(self._pairs[order], self._starts[1:])

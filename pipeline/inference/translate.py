@@ -54,7 +54,7 @@ def translate(
     title: str = "translating",
     engine: Engine | None = None,
 ) -> list[Translation]:
-    """Return the best output for each source (tokens of a sentence, without EOS), in the same order.
+    """Return the best output for each source (the tokens of one sentence, without EOS), in the same order.
 
     An output has at most max_extra tokens more than its source, and at most max_length - 1. A source longer than
     max_length - 1 is cut. Sentences of similar length are decoded together, which changes no translation. `engine`:

@@ -35,8 +35,8 @@ LONG_SILENCE_S = 90
 (accounting.py)."""
 
 ENDING_S = 15
-"""Seconds to wait for a process that is ending. It outlives its killed `dvc repro` by less (cli.begin), and the user
-may start that again at once."""
+"""Seconds to wait for a process that is ending. A stage ends within this time after its `dvc repro` is killed
+(cli.begin), and the user may run `dvc repro` again immediately."""
 
 
 @refusal_as_connection_error
@@ -52,15 +52,15 @@ def open_run(
     """Open the run of `run_key`, or create it, and return its id. The run is then RUNNING and owned by this process.
 
     The driver calls this before any worker opens the store, because it also creates a new database, which several
-    processes cannot do at once. `tags` (workers, device, versions, ...) are added to the tags of this function and
-    may set MLflow's own: mlflow.runName, mlflow.parentRunId, mlflow.note.content (the description). The tag `change`
+    processes cannot do at once. `tags` (workers, device, versions, ...) are added to the tags set here and may
+    override MLflow's own: mlflow.runName, mlflow.parentRunId, mlflow.note.content (the description). The tag `change`
     is also logged as a parameter, because MLflow's comparison of runs shows no tags, and only the first three
     parameters in alphabetical order. Tags for programs begin with "run.", so that MLflow's page shows them together.
 
     A lock in `folder`, the folder of the run, decides between processes that call this at the same moment.
-    `last_sign_at` is the time of the last sign of life there (seconds since the epoch).
+    `last_sign_at` is the time at which the run last updated its usage file (seconds since the epoch).
 
-    Raises ConnectionError if the server does not answer. Raises ValueError if another process of this machine is
+    Raises ConnectionError if the server does not answer. Raises ValueError if another process on this machine is
     training the run, or if one on another machine gave a sign of life in the last LONG_SILENCE_S seconds.
     """
     await_server(uri, patience_s=10)
@@ -88,7 +88,8 @@ def open_run(
             _refuse_if_elsewhere(run, last_sign_at)
         run_id = run.info.run_id
         missing = {key: value for key, value in params.items() if key not in run.data.params}
-        name = all_tags.pop("mlflow.runName")  # in log_batch, it would take four of a server's 15 connections
+        # setting the name with log_batch would use four of the server's 15 database connections
+        name = all_tags.pop("mlflow.runName")
         client.log_batch(
             run_id,
             params=[Param(key, value) for key, value in missing.items()],
@@ -114,7 +115,7 @@ def _log_dataset(client: MlflowClient, run_id: str, name: str, digest: str, root
 
 
 def _refuse_if_running_here(run: Run) -> None:
-    """Raise ValueError if another process of this machine owns the run and does not end within ENDING_S seconds."""
+    """Raise ValueError if another process on this machine owns the run and does not end within ENDING_S seconds."""
     deadline = time.monotonic() + ENDING_S
     while _owner_lives(run) and int(run.data.tags["run.owner_pid"]) != os.getpid():
         if time.monotonic() > deadline:
@@ -126,9 +127,9 @@ def _refuse_if_running_here(run: Run) -> None:
 
 
 def _refuse_if_elsewhere(run: Run, last_sign_at: float | None) -> None:
-    """Raise ValueError if a process of another machine owns the run and has given a sign of life recently.
+    """Raise ValueError if a process on another machine owns the run and has given a sign of life recently.
 
-    Processes of another machine cannot be checked directly. Opening the run counts as a sign of life.
+    Processes on another machine cannot be checked directly. Opening the run counts as a sign of life.
     """
     host = run.data.tags.get("run.owner_host")
     silence_s = time.time() - max(last_sign_at or 0, float(run.data.tags.get("run.owner_since", 0)))
@@ -141,7 +142,7 @@ def _refuse_if_elsewhere(run: Run, last_sign_at: float | None) -> None:
 
 
 def run_params(settings: Settings) -> dict[str, str]:
-    """The parameters of an MLflow run: the settings of training by short names, which fit MLflow's compare view.
+    """The parameters of an MLflow run: the training settings under short names that fit MLflow's compare view.
 
     `evaluate` is left out because log_evaluation adds it. `validate` and the sizes of the corpus are only in
     settings.yaml.
@@ -160,7 +161,7 @@ def run_params(settings: Settings) -> dict[str, str]:
 
 
 def finish_run(uri: str, run_id: str, status: str = "FINISHED", patience_s: float = 600) -> None:
-    """End the run. If the server does not answer, this is only a warning: the trained model is safe on disk."""
+    """End the run. If the server does not answer, only a warning is logged: the trained model is safe on disk."""
     try:
         await_server(uri, patience_s)
         connect(uri).set_terminated(run_id, status)
@@ -184,9 +185,9 @@ def run_guard(uri: str, run_id: str) -> Iterator[None]:
 
 @refusal_as_connection_error
 def reconcile(uri: str, experiment: str) -> list[str]:
-    """Mark as KILLED every RUNNING run of this machine whose process is gone. Returns their ids.
+    """Mark as KILLED every RUNNING run on this machine whose process is gone. Returns their ids.
 
-    Runs of other machines are not changed, because their processes cannot be checked from here.
+    Runs on other machines are not changed, because their processes cannot be checked from here.
     """
     here = socket.gethostname()
 
@@ -198,7 +199,7 @@ def reconcile(uri: str, experiment: str) -> list[str]:
 
 @refusal_as_connection_error
 def end_children(uri: str, experiment: str, parent_id: str) -> list[str]:
-    """Mark as KILLED every RUNNING child of the run, also of other machines. Returns their ids.
+    """Mark as KILLED every RUNNING child of the run, including those on other machines. Returns their ids.
 
     Only for the driver of a sweep, which knows that none of them is running any more.
     """

@@ -1,9 +1,9 @@
 """Checkpoints: written atomically, verified on load, without pickled objects. A run keeps the last k of them.
 
 A run's folder has subfolders such as step_00000100/, each with tensors.safetensors (weights, Adam's moments),
-state.json (the loop's TrainState, the settings) and SHA256SUMS. There is no random state: loop.py derives it from
-seed and step. `replace_folder` writes a checkpoint, so a folder with the final name is complete. Checksums are
-verified on load. If a checkpoint is damaged, the one before it is used.
+state.json (the loop's TrainState, the settings) and SHA256SUMS. No random state is saved: loop.py derives it from
+the seed, the step and the micro-batch. `replace_folder` writes a checkpoint, so a folder with the final name is
+complete. Checksums are verified on load. If a checkpoint is damaged, the one before it is used.
 
 Why not ray.train.Checkpoint with CheckpointConfig: Ray tracks the newest checkpoint, but not whether it is complete.
 It saves only together with reported metrics, and keeps checkpoints under its own names, so that the files could not
@@ -76,10 +76,12 @@ def save(
 ) -> AnyPath:
     """Write step_<n>, then delete old checkpoints.
 
-    It keeps the last `keep` up to this one. It deletes earlier ones whose step is not a multiple of `every`: they are
-    the end of a shorter run that this run continues. Later ones are damaged, or training would have resumed from
-    them. They are overwritten when training reaches their step, and the last checkpoint of a run deletes the rest.
-    Raises DiskFullError or OSError, and then keeps the earlier checkpoints.
+    Keeps the newest `keep` checkpoints, this one included. Deletes earlier ones whose step is not a multiple of
+    `every`: they are the last checkpoints of shorter runs that this run continues. Later ones are damaged, or
+    training would have resumed from them. They are overwritten when training reaches their step. Any that are left
+    are deleted when the last checkpoint of the run is written.
+
+    Raises DiskFullError or OSError; in both cases the earlier checkpoints are kept.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, p in model.named_parameters():
@@ -258,7 +260,7 @@ def save_model(folder: Path, weights: dict[str, Tensor], config: TransformerConf
 
 
 def load_model(folder: Path) -> Transformer:
-    """Verify and load a model of `save_model`, in evaluation mode.
+    """Verify and load a model written by `save_model`, in evaluation mode.
 
     Raises ValueError that names what is missing or damaged, before it allocates memory for the model.
     """
@@ -287,7 +289,7 @@ def _check_tensors(path: Path, config: TransformerConfig) -> None:
     for name in sorted(stored.keys() | expected.keys()):
         if stored.get(name) != expected.get(name):
             found, wanted = stored.get(name, "missing"), expected.get(name, "missing")
-            raise ValueError(f"{name} is {found} in {path.name}, but {wanted} by config.json")
+            raise ValueError(f"{name} is {found} in {path.name}, but {wanted} according to config.json")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -295,7 +297,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors. Raises OSError, because safetensors raises its own error for a full disk, for example."""
+    """Write tensors. Turns safetensors' own error (for a full disk, for example) into OSError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:

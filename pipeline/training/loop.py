@@ -1,4 +1,4 @@
-"""The training loop (section 5 of the paper), on one of any number of ranks. It uses no Ray, no MLflow and no files.
+"""The training loop (section 5 of the paper), as each rank runs it. It uses no Ray, no MLflow and no files.
 
 A step is a list of micro-batches that does not depend on the number of ranks; they are dealt round-robin to the
 ranks. Loss and gradient are sums over target tokens, divided by the target tokens of the whole step. So two ranks
@@ -34,7 +34,7 @@ START = Position(epoch=0, step=0)
 
 
 class NotFiniteError(ArithmeticError):
-    """The loss or the gradient is infinite or NaN. It has not changed the weights."""
+    """A training or validation loss or the gradient is infinite or NaN. A failed step has not changed the weights."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def train_loop(
     """Train from `state` to the end. Every rank calls this, with its own share of the micro-batches in `batches`.
 
     The last step always validates, reports and saves. A longer run that continues from it (`go_on`) discards the
-    points that only the end added, and trains as if this run had not ended. Its `log_every` may differ, and applies
-    from there on.
+    points that only the end added, and trains as if this run had not ended. The longer run may have another
+    `log_every`, which applies from there on.
 
     `learning_rate` maps the step (1, 2, ...) to the rate. `validate` returns metrics with "valid_loss" (nats per
     token), `save` writes a checkpoint, `report` gets metrics and their step, and `progress` gets the state and the
@@ -126,7 +126,7 @@ def train_loop(
 
 
 def end_of(state: TrainState, settings: Train) -> int:
-    """The step at which training with these settings ends, as far as known from `state`.
+    """The step at which training with these settings ends, as far as `state` tells.
 
     It is max_steps, or the step at which `patience` validations in a row have not improved on the best one. Only
     validations at multiples of validate_every count, not the extra one at the end of a run.
@@ -210,8 +210,9 @@ def adam(model: nn.Module, beta1: float, beta2: float, eps: float) -> torch.opti
 
 
 def seed_dropout(device: torch.device, *parts: Any) -> None:
-    """Seed this thread's dropout generator with a digest of `parts`: torch's CPU generators use only the low 32 bits
-    of a seed."""
+    """Seed this thread's dropout generator with a digest of `parts`, so that all of them affect the low 32 bits, the
+    only ones that torch's CPU generators use."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    # Not torch.manual_seed on a CPU: it also records its caller, for GPUs, which takes longer than the seeding.
+    # On a CPU, do not call torch.manual_seed: it also records a stack trace for a later GPU seeding, which is slower
+    # than the seeding itself.
     (dropout.generator() if device.type == "cpu" else torch).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -105,10 +105,10 @@ def test_translate_ends_with_the_error_of_a_search(model, tokenizer, sources, th
 
     def fail(*arguments, **options):
         called.append(1)
-        raise ValueError("the decoder's logits are not finite numbers")
+        raise ValueError("the decoder's logits contain NaN or +inf")
 
     monkeypatch.setattr("pipeline.inference.torch_engine.beam_search", fail)
-    with pytest.raises(ValueError, match=r"^the decoder's logits are not finite numbers$"):
+    with pytest.raises(ValueError, match=r"^the decoder's logits contain NaN or \+inf$"):
         translate(model, tokenizer, sources * 50, with_(batch_tokens=1), progress=False)
     assert len(called) < 450
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
