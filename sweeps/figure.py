@@ -119,4 +119,4 @@ def _write(panel: Axes, text: str, x: float, y: float, color: str, to_the_left: 
 def _category(row: RowResult, value: Any) -> str:
     if row.axis == "base":
         return "base" if value is None else f"{value}\n(base)"
-    return "\n".join(textwrap.wrap(row.label.removeprefix("free: "), 14)) if value is None else str(value)
+    return "\n".join(textwrap.wrap(row.label.removeprefix("grid: "), 14)) if value is None else str(value)

@@ -429,6 +429,13 @@ def test_draw_panel_puts_words_after_base(whole: tuple[Path, Path]):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["sinusoidal\n(base)", "alibi"]
 
 
+def test_draw_panel_labels_rows_of_a_grid_by_what_they_change(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "sweep", [1], of_row(1, axis="grid", label="grid: d_ff 64"))
+    axes = panel(sweep, "grid")
+    assert axes.get_xlabel() == "grid"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["base", "d_ff 64"]
+
+
 def test_draw_panel_names_what_has_no_result(damaged: tuple[Path, Path]):
     assert "failed" in [text.get_text() for text in panel(damaged[0], "heads").texts]
 
