@@ -88,25 +88,37 @@ def test_stage_ends_if_its_dvc_is_killed_in_its_first_seconds(stage, trained, tm
     figures(f"dvc killed in the first 3 s of {stage}", times=STOPS, slowest_s=round(slowest_s, 1))
 
 
-def killed_after(project, command: str, seconds: float) -> bool:
-    """Start the command and kill it (-9) after `seconds`. Returns False if it has succeeded by then."""
-    with project.started("python", "-m", command) as stage:
-        with suppress(psutil.TimeoutExpired):
-            assert stage.wait(seconds) == 0, project.log()
-            return False
-        stage.kill()
-        stage.wait()
-    return True
+def seconds_of(project, command: str) -> float:
+    """Run the command undisturbed."""
+    began = time.monotonic()
+    project.run("python", "-m", command)
+    return time.monotonic() - began
+
+
+def run_with_kills(project, command: str, kills: int, within_s: float, chance: random.Random) -> int:
+    """Kill the command (-9) at a random moment, start it again and so on, then let it end.
+
+    Returns the number of kills: `kills`, or fewer if it ended before.
+    """
+    for number in range(kills):
+        with project.started("python", "-m", command) as process:
+            with suppress(psutil.TimeoutExpired):
+                assert process.wait(chance.uniform(0, within_s)) == 0, project.log()
+                return number
+            process.kill()
+            process.wait()
+    project.run("python", "-m", command)
+    return kills
 
 
 def test_train_killed_at_random_moments_ends_with_the_same_weights(trained, tmp_path, figures):
     chance = random.Random(9)
+    took_s = seconds_of(trained.untrained_copy(tmp_path / "undisturbed"), "pipeline.train")
     kills = trainings = 0
     while kills < STOPS:
         trainings += 1
         project = trained.untrained_copy(tmp_path / f"project-{trainings}")
-        while killed_after(project, "pipeline.train", chance.uniform(0, 10)):
-            kills += 1
+        kills += run_with_kills(project, "pipeline.train", STOPS - kills, took_s, chance)
         assert project.weights() == trained.weights()
         assert project.only_run().info.status == "FINISHED"
         assert project.curve("train_loss") == trained.curve("train_loss")
@@ -114,19 +126,20 @@ def test_train_killed_at_random_moments_ends_with_the_same_weights(trained, tmp_
 
 
 def test_sweep_killed_at_random_moments_ends_with_the_same_scores(trained, tmp_path, figures):
+    def scores(project) -> dict[str, dict[str, float]]:
+        return {trial["name"]: trial["metrics"] for trial in project.json("data/sweep/trials.json")["trials"]}
+
     chance = random.Random(3)
+    undisturbed = trained.untrained_copy(tmp_path / "undisturbed")
+    took_s = seconds_of(undisturbed, "sweeps.run")
     kills = sweeps = 0
-    expected = None
-    while kills < STOPS or sweeps < 2:
+    while kills < STOPS:
         sweeps += 1
         project = trained.untrained_copy(tmp_path / f"project-{sweeps}")
-        while killed_after(project, "sweeps.run", chance.uniform(0, 60) if sweeps > 1 else 600):
-            kills += 1
-        found = {trial["name"]: trial["metrics"] for trial in project.json("data/sweep/trials.json")["trials"]}
-        expected = expected or found  # the first sweep is not killed
-        assert found == expected
+        kills += run_with_kills(project, "sweeps.run", STOPS - kills, took_s, chance)
+        assert scores(project) == scores(undisturbed)
         client = MlflowClient(project.tracking_uri)
         (experiment,) = client.search_experiments(filter_string="name LIKE 'table3-%'")
         runs = client.search_runs([experiment.experiment_id])
-        assert sorted(run.info.status for run in runs) == ["FINISHED"] * (1 + len(expected))
+        assert sorted(run.info.status for run in runs) == ["FINISHED"] * (1 + len(scores(project)))
     figures("sweep is killed (-9) at random moments", kills=kills, sweeps=sweeps)
