@@ -129,6 +129,7 @@ with exit_on_error("evaluate"):
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("signum", "code"), STOPS)
 def test_command_ends_with_the_code_of_the_signal_though_the_exception_changes(signum, code, tmp_path):
     with slow_command(tmp_path, "torch", REPLACED) as process:
