@@ -114,7 +114,10 @@ def _explain(message: str, vocab_size: int) -> str:
     """Turn SentencePiece's errors about the vocabulary size, which have no type of their own, into our message; quote
     any other error."""
     if too_large := re.search(r"value <= (\d+)", message):
-        return f"tokenize.vocab_size must be at most {too_large[1]} for this training text, got {vocab_size}"
+        return (
+            f"tokenize.vocab_size must be at most {too_large[1]} for this training text, got {vocab_size}: "
+            "for a small corpus, take 500 to 5,000 (docs/pipeline.md)"
+        )
     if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
             f"tokenize.vocab_size must be at least {too_small[1]} for this training text: its characters, 256 bytes "

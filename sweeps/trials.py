@@ -138,5 +138,8 @@ def _result_key(settings: Settings, root: Path, key: str) -> str:
     texts = [CLEAN / f"{split}.{language}" for split in ("test", "valid") for language in languages]
     digest.update(code_digest(root, EVALUATION_CODE).encode())
     for path in texts:
-        digest.update((root / path).read_bytes())
+        try:
+            digest.update((root / path).read_bytes())
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: run the tokenize stage first (dvc repro tokenize)") from None
     return digest.hexdigest()[:12]

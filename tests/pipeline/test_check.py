@@ -55,3 +55,14 @@ def test_main_wants_an_own_corpus_or_what_pulls_it(capsys):
     assert refused(capsys) == "check: data.corpus is own, but data/own does not exist: put your texts there\n"
     Path("data/own.dvc").touch()
     check.main()
+
+
+def test_main_refuses_a_dvc_yaml_that_does_not_fit_the_corpus(capsys):
+    before = Path("params.yaml").read_bytes()
+    write_presets(["data=own"])
+    own = Path("params.yaml").read_bytes()
+    Path("params.yaml").write_bytes(before)
+    assert refused(capsys).endswith("run git restore dvc.yaml\n")
+    write_presets(["data=grammar"])
+    Path("params.yaml").write_bytes(own)
+    assert refused(capsys).endswith("run python -m pipeline.preset data=own\n")

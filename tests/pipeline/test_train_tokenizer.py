@@ -105,7 +105,7 @@ def test_train_tokenizer_takes_max_pairs_at_even_distances(tmp_path, monkeypatch
 def test_train_tokenizer_names_the_largest_possible_vocabulary(tmp_path):
     paths = write_corpus(tmp_path)
     with pytest.raises(
-        ValueError, match=r"vocab_size must be at most \d+ for this training text, got 100000$"
+        ValueError, match=r"vocab_size must be at most \d+ for this training text, got 100000: "
     ) as error:
         train_tokenizer(*paths, tmp_path / "tokenizer", 100_000)
     largest = int(str(error.value).split("at most ")[1].split()[0])

@@ -310,3 +310,9 @@ def test_run_key_of_a_sweep_ignores_the_seed_of_params_yaml(root):
     before = load_sweep(root)
     edit(root, "train", seed=97)
     assert (load_sweep(root).run_key, keys(load_sweep(root))) == (before.run_key, keys(before))
+
+
+def test_load_sweep_names_the_stage_that_writes_a_missing_text(root):
+    (root / "data/clean/test.de").unlink()
+    with pytest.raises(ValueError, match=r"^data/clean/test\.de does not exist: run the tokenize stage first"):
+        load_sweep(root)
