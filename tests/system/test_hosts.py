@@ -357,7 +357,7 @@ def test_submit_again_after_a_killed_head_resumes(undisturbed, new_run, figures)
         for host in ("head", "worker1", "worker2"):  # without the head, the workers would end a minute later
             new_run.cluster("kill", host)
         assert job.wait(PATIENCE_S) == 1
-        assert "submit it again" in new_run.project.log()
+        assert "restart it and submit again" in new_run.project.log()
     before, saved = new_run.step(), new_run.checkpoint()
     assert before < STEPS
     for host in ("head", "worker1", "worker2"):
