@@ -17,11 +17,9 @@ import shutil
 import sqlite3
 import sys
 import textwrap
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -304,17 +302,8 @@ def _lines(name: str, text: str, wrong: bool) -> list[str]:
 
 def _in_time(address: object, call: Callable[[], T]) -> T:
     """What `call` returns, which asks `address`. Raises TimeoutError after PATIENCE_S."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        return future.result(PATIENCE_S)
+        return cli.interruptible(call, PATIENCE_S)
     except TimeoutError:
         raise TimeoutError(f"no answer from {address} within {PATIENCE_S:g} s") from None
 

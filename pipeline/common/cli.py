@@ -73,8 +73,11 @@ def exit_on_error(name: str, *more: type[Exception], interrupted: str = "interru
         raise SystemExit(_stopping.code or 128 + signal.SIGINT) from None
 
 
-def interruptible(call: Callable[[], T]) -> T:
-    """Return `call()`, run in another thread: signals are handled during a long call into C (sentencepiece)."""
+def interruptible(call: Callable[[], T], timeout_s: float | None = None) -> T:
+    """Return `call()`, run in another thread: signals are handled during a long call into C (sentencepiece).
+
+    Raises TimeoutError after `timeout_s`; the thread, which nothing can stop, goes on until the process ends.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
@@ -84,7 +87,7 @@ def interruptible(call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return future.result()
+    return future.result(timeout_s)
 
 
 class _Stopping:
